@@ -1,0 +1,71 @@
+#include "isa.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+
+namespace dlkernels {
+
+namespace baseline {
+extern const KernelTable table;
+}
+#if defined(__x86_64__)
+namespace avx2 {
+extern const KernelTable table;
+}
+namespace avx512 {
+extern const KernelTable table;
+}
+#endif
+
+namespace {
+
+// Narrowest first. __builtin_cpu_supports asks cpuid and, for the wide registers, xgetbv.
+int usable_tables(const KernelTable* tables[4]) {
+  int count = 0;
+  tables[count++] = &baseline::table;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                        __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
+  if (has_avx2) tables[count++] = &avx2::table;
+  if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+    tables[count++] = &avx512::table;
+  }
+#endif
+  return count;
+}
+
+const KernelTable& choose_table() {
+  const KernelTable* tables[4];
+  const int count = usable_tables(tables);
+  const char* forced = std::getenv("DLKERNELS_ISA");
+  if (forced == nullptr || *forced == '\0') return *tables[count - 1];
+  std::string usable;
+  for (int i = 0; i < count; ++i) {
+    if (std::strcmp(forced, tables[i]->isa) == 0) return *tables[i];
+    usable += std::string(i == 0 ? "" : ", ") + tables[i]->isa;
+  }
+  throw std::runtime_error("DLKERNELS_ISA=" + std::string(forced) +
+                           " cannot be used here: expected one of " + usable);
+}
+
+}  // namespace
+
+const KernelTable& kernels() {
+  static const KernelTable& chosen = choose_table();
+  return chosen;
+}
+
+int available_isas(const char* names[4]) {
+  const KernelTable* tables[4];
+  const int count = usable_tables(tables);
+  for (int i = 0; i < count; ++i) names[i] = tables[i]->isa;
+  return count;
+}
+
+}  // namespace dlkernels

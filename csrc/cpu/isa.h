@@ -1,0 +1,15 @@
+// Which instruction set this process runs the kernels with, and the table of kernels built for it.
+#pragma once
+
+namespace dlkernels {
+
+struct KernelTable;  // kernels.h
+
+// The table in use: the widest instruction set that the processor, the operating system and this build all have, or the
+// one that DLKERNELS_ISA names. Throws std::runtime_error when DLKERNELS_ISA names one that cannot be had.
+const KernelTable& kernels();
+
+// Names of the instruction sets that can be used in this process, narrowest first; returns how many were written.
+int available_isas(const char* names[4]);
+
+}  // namespace dlkernels

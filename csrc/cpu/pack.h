@@ -1,0 +1,94 @@
+// Operands laid out as the product micro-kernel reads them, widened to the type of the products on the way.
+#pragma once
+
+#include "parallel.h"
+#include "simd.h"
+
+namespace dlkernels::DLKERNELS_ISA {
+
+// A matrix of any strides: element (i, j) is data[i * row_stride + j * column_stride].
+template <class Scalar>
+struct Matrix {
+  const Scalar* data;
+  int64_t row_stride;
+  int64_t column_stride;
+
+  Matrix at(int64_t i, int64_t j) const {
+    return {data + i * row_stride + j * column_stride, row_stride, column_stride};
+  }
+  Matrix transposed() const { return {data, column_stride, row_stride}; }
+};
+
+// destination[i] = source[i], widened, for `count` contiguous elements.
+template <class Scalar>
+inline void widen_row(const Scalar* source, int64_t count, accumulate_t<Scalar>* destination) {
+  using T = accumulate_t<Scalar>;
+  int64_t i = 0;
+  for (; i + Vec<T>::size <= count; i += Vec<T>::size) store(destination + i, load(source + i));
+  if (i < count) store(destination + i, load(source + i, count - i), count - i);
+}
+
+// destination[i] = source[i], rounded, for `count` contiguous elements.
+template <class Scalar>
+inline void narrow_row(const accumulate_t<Scalar>* source, int64_t count, Scalar* destination) {
+  using T = accumulate_t<Scalar>;
+  int64_t i = 0;
+  for (; i + Vec<T>::size <= count; i += Vec<T>::size) store(destination + i, load(source + i));
+  if (i < count) store(destination + i, load(source + i, count - i), count - i);
+}
+
+// sum[i] += addend[i]
+template <class T>
+inline void add_to(T* sum, const T* addend, int64_t count) {
+  int64_t i = 0;
+  for (; i + Vec<T>::size <= count; i += Vec<T>::size) store(sum + i, load(sum + i) + load(addend + i));
+  if (i < count) store(sum + i, load(sum + i, count - i) + load(addend + i, count - i), count - i);
+}
+
+template <class T>
+inline void fill(T* destination, T value, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) destination[i] = value;
+}
+
+// destination[j][i] = source[i][j] for a block of rows x columns; source columns are contiguous.
+template <class Scalar>
+inline void transpose(const Scalar* source, int64_t source_row_stride, int64_t rows, int64_t columns,
+                      accumulate_t<Scalar>* destination, int64_t destination_row_stride) {
+  using T = accumulate_t<Scalar>;
+  constexpr int64_t kBlock = 16;  // a block's lines of both sides stay in the first-level cache
+  T block[kBlock][kBlock];
+  for (int64_t j = 0; j < columns; j += kBlock) {
+    const int64_t block_columns = min_of(kBlock, columns - j);
+    for (int64_t i = 0; i < rows; i += kBlock) {
+      const int64_t block_rows = min_of(kBlock, rows - i);
+      for (int64_t r = 0; r < block_rows; ++r) {
+        widen_row(source + (i + r) * source_row_stride + j, block_columns, block[r]);
+      }
+      for (int64_t c = 0; c < block_columns; ++c) {
+        T* out = destination + (j + c) * destination_row_stride + i;
+        for (int64_t r = 0; r < block_rows; ++r) out[r] = block[r][c];
+      }
+    }
+  }
+}
+
+// destination[i][k] = source(i, k): rows contiguous along the depth.
+template <class Scalar>
+inline void pack_rows(Matrix<Scalar> source, int64_t rows, int64_t depth, accumulate_t<Scalar>* destination,
+                      int64_t destination_row_stride) {
+  if (source.column_stride == 1) {
+    for (int64_t i = 0; i < rows; ++i) {
+      widen_row(source.data + i * source.row_stride, depth, destination + i * destination_row_stride);
+    }
+  } else if (source.row_stride == 1) {
+    transpose(source.data, source.column_stride, depth, rows, destination, destination_row_stride);
+  } else {
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t k = 0; k < depth; ++k) {
+        destination[i * destination_row_stride + k] = load_one(source.at(i, k).data);
+      }
+    }
+  }
+}
+
+}  // namespace dlkernels::DLKERNELS_ISA

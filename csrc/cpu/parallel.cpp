@@ -1,0 +1,96 @@
+#include "parallel.h"
+
+#include <cstdlib>
+#include <new>
+#include <vector>
+
+namespace dlkernels {
+namespace {
+
+void run_serially(int64_t tasks, int64_t, void (*body)(void*, int64_t, int64_t), void* context) {
+  body(context, 0, tasks);
+}
+
+void* allocate_aligned(size_t bytes) {
+  void* memory = std::aligned_alloc(64, bytes);
+  if (memory == nullptr) throw std::bad_alloc();
+  return memory;
+}
+
+void free_aligned(void* memory) noexcept { std::free(memory); }
+
+Runtime active = {run_serially, allocate_aligned, free_aligned};
+
+// Every block starts with its own size, in a line of its own so that the payload stays aligned.
+constexpr size_t kHeader = 64;
+constexpr size_t kSmallest = 4096;
+
+size_t& size_of(void* payload) { return *reinterpret_cast<size_t*>(static_cast<char*>(payload) - kHeader); }
+
+// A thread's idle blocks. Sizes are rounded up to an eighth of a power of two, so that near misses are hits.
+class ScratchPool {
+ public:
+  ~ScratchPool() {
+    for (void* payload : idle_) active.deallocate(static_cast<char*>(payload) - kHeader);
+  }
+
+  void* acquire(size_t bytes) {
+    size_t best = idle_.size();
+    for (size_t i = 0; i < idle_.size(); ++i) {
+      const size_t size = size_of(idle_[i]);
+      if (size >= bytes && size <= 4 * bytes + kSmallest && (best == idle_.size() || size < size_of(idle_[best]))) best = i;
+    }
+    if (best < idle_.size()) {
+      void* payload = idle_[best];
+      idle_[best] = idle_.back();
+      idle_.pop_back();
+      idle_bytes_ -= size_of(payload);
+      return payload;
+    }
+    size_t step = kSmallest;
+    while (step * 16 <= bytes) step *= 2;
+    const size_t rounded = (bytes + step - 1) / step * step;
+    char* block = static_cast<char*>(active.allocate(rounded + kHeader));
+    void* payload = block + kHeader;
+    size_of(payload) = rounded;
+    return payload;
+  }
+
+  void release(void* payload) noexcept {
+    if (idle_.size() < kMostBlocks && idle_bytes_ + size_of(payload) <= kMostBytes) {
+      idle_bytes_ += size_of(payload);
+      idle_.push_back(payload);  // never reallocates: the constructor reserves
+      return;
+    }
+    active.deallocate(static_cast<char*>(payload) - kHeader);
+  }
+
+  ScratchPool() { idle_.reserve(kMostBlocks); }
+
+ private:
+  static constexpr size_t kMostBlocks = 16;
+  static constexpr size_t kMostBytes = size_t{64} << 20;
+  std::vector<void*> idle_;
+  size_t idle_bytes_ = 0;
+};
+
+ScratchPool& pool() {
+  thread_local ScratchPool instance;
+  return instance;
+}
+
+}  // namespace
+
+void run_tasks(int64_t tasks, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context) {
+  if (tasks <= 0) return;
+  if (tasks <= grain || tasks == 1) return body(context, 0, tasks);
+  active.run(tasks, grain, body, context);
+}
+
+void* acquire_scratch(size_t bytes) { return pool().acquire(bytes); }
+
+void release_scratch(void* memory) noexcept { pool().release(memory); }
+
+void install_runtime(const Runtime& runtime) { active = runtime; }
+
+}  // namespace dlkernels

@@ -1,0 +1,70 @@
+// Work sharing and scratch memory. The kernels see two plain functions, so that neither torch nor the standard library
+// is compiled into the instruction-set objects; the extension routes them to torch's thread pool and allocator.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace dlkernels {
+
+// Calls body(context, begin, end) for disjoint ranges that cover [0, tasks), from up to the pool's number of threads.
+// Which thread runs a task, and how tasks are grouped, is not fixed: results may depend on the task index alone.
+void run_tasks(int64_t tasks, int64_t grain, void (*body)(void* context, int64_t begin, int64_t end), void* context);
+
+// Uninitialised memory, aligned to 64 bytes; throws what the installed allocator throws. Blocks are kept for reuse.
+void* acquire_scratch(size_t bytes);
+void release_scratch(void* memory) noexcept;
+
+// The host's pool and allocator; by default one thread and aligned_alloc.
+struct Runtime {
+  void (*run)(int64_t tasks, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context);
+  void* (*allocate)(size_t bytes);
+  void (*deallocate)(void* memory) noexcept;
+};
+void install_runtime(const Runtime& runtime);
+
+}  // namespace dlkernels
+
+#if defined(DLKERNELS_ISA)
+namespace dlkernels::DLKERNELS_ISA {
+
+// for each task in [0, tasks): body(task). `grain` tasks or fewer stay on one thread.
+template <class Body>
+inline void parallel_for(int64_t tasks, int64_t grain, Body&& body) {
+  struct Call {
+    Body& body;
+    static void run(void* context, int64_t begin, int64_t end) {
+      Body& body = static_cast<Call*>(context)->body;
+      for (int64_t task = begin; task < end; ++task) body(task);
+    }
+  };
+  Call call{body};
+  run_tasks(tasks, grain, &Call::run, &call);
+}
+
+// An array of T that goes back to the pool at the end of its scope.
+template <class T>
+class Scratch {
+ public:
+  explicit Scratch(int64_t count)
+      : data_(count > 0 ? static_cast<T*>(acquire_scratch(static_cast<size_t>(count) * sizeof(T))) : nullptr) {}
+  ~Scratch() {
+    if (data_ != nullptr) release_scratch(data_);
+  }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  T* data() const { return data_; }
+  T& operator[](int64_t i) const { return data_[i]; }
+
+ private:
+  T* data_;
+};
+
+inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+}  // namespace dlkernels::DLKERNELS_ISA
+#endif
