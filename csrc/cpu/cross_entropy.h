@@ -1,0 +1,48 @@
+// Softmax cross-entropy: what the kernels are given. Pointers are to dense arrays; T is the element type of the logits,
+// A the type sums are carried in (float, or double for double).
+#pragma once
+
+#include "types.h"
+
+namespace dlkernels {
+
+struct CrossEntropyShape {
+  DType dtype;                       // of logits, target_probabilities, loss and gradients
+  int64_t outer, classes, inner;     // logits are [outer][classes][inner]; a row is one (outer, inner) pair
+  const void* logits;                // T
+  const int64_t* target;             // [outer][inner], or null when target_probabilities is given
+  const void* target_probabilities;  // T, like logits, or null
+  const void* weight;                // A [classes], or null for all ones
+  int64_t ignore_index;              // rows with this target count for nothing; unused with target_probabilities
+  double label_smoothing;            // in [0, 1]: mixes the target with the uniform distribution
+};
+
+struct CrossEntropyForwardArgs {
+  CrossEntropyShape shape;
+  void* losses;      // T [rows], or null when only the totals are wanted
+  void* statistics;  // A [2][rows]: the row's maximum, and log(sum(exp(x - maximum)))
+  double* totals;    // [2]: sum of the losses, sum of the rows' weights
+};
+
+struct CrossEntropyBackwardArgs {
+  CrossEntropyShape shape;
+  const void* statistics;       // as forward left it
+  const void* grad_loss;        // T [rows] or T [1]
+  int64_t grad_loss_stride;     // 1 or 0
+  double divisor;               // the loss was divided by this (mean), or 1
+  void* grad_logits;            // T, like logits, or null
+  void* grad_target;            // T, like target_probabilities, or null
+};
+
+struct CrossEntropyKernels {
+  void (*forward)(const CrossEntropyForwardArgs&);
+  void (*backward)(const CrossEntropyBackwardArgs&);
+};
+
+#if defined(DLKERNELS_ISA)
+namespace DLKERNELS_ISA {
+CrossEntropyKernels cross_entropy_kernels();
+}
+#endif
+
+}  // namespace dlkernels
