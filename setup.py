@@ -1,0 +1,83 @@
+"""pip's door to CMake, and nothing else: finds torch and Python's headers, runs CMake, puts `_C` where it belongs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+def number_of_jobs() -> int:
+    """Compilers to run at once: MAX_JOBS, or as many as there are cores and memory for (a file that includes torch needs 2 GB)."""
+    if os.environ.get("MAX_JOBS"):
+        return max(1, int(os.environ["MAX_JOBS"]))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        meminfo = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        available_gb = int(meminfo["MemAvailable"].split()[0]) / 2**20
+    except (OSError, KeyError, ValueError):
+        return cores
+    return max(1, min(cores, int(0.8 * available_gb / 2)))
+
+
+def find_tool(name: str) -> str:
+    """Path of cmake or ninja: the one installed beside this Python, else the one on PATH."""
+    beside_python = os.pathsep.join([sysconfig.get_path("scripts"), os.path.dirname(sys.executable)])
+    found = shutil.which(name) or shutil.which(name, path=beside_python)
+    if found is None:
+        sys.exit(f"dlkernels: {name} was not found; run: {sys.executable} -m pip install {name}")
+    return found
+
+
+class CMakeBuild(build_ext):
+    """Builds `_C` with CMake in a folder that persists, so that the next build compiles only what changed."""
+
+    def build_extension(self, ext: Extension) -> None:
+        import torch
+        from torch.utils import cpp_extension
+
+        # One folder for each Python and torch, because objects of one are useless to another.
+        build_folder = ROOT / "build" / f"{sysconfig.get_config_var('SOABI')}-torch{torch.__version__}"
+        library_paths = cpp_extension.library_paths()
+        # Beside torch once installed; a checkout or another site-packages folder needs the full path.
+        rpath = ":".join(["$ORIGIN/../torch/lib", *library_paths])
+        options = {
+            "CMAKE_BUILD_TYPE": "Release",
+            "CMAKE_MAKE_PROGRAM": find_tool("ninja"),
+            "DLKERNELS_WERROR": os.environ.get("DLKERNELS_WERROR", "0"),
+            "DLKERNELS_PYTHON_INCLUDE_DIR": sysconfig.get_path("include"),
+            "DLKERNELS_TORCH_INCLUDE_DIRS": ";".join(cpp_extension.include_paths()),
+            "DLKERNELS_TORCH_LIBRARY_DIRS": ";".join(library_paths),
+            "DLKERNELS_TORCH_CXX11_ABI": str(int(torch.compiled_with_cxx11_abi())),
+            "DLKERNELS_EXT_SUFFIX": sysconfig.get_config_var("EXT_SUFFIX"),
+            "DLKERNELS_RPATH": rpath,
+        }
+        cmake = find_tool("cmake")
+        definitions = [f"-D{name}={value}" for name, value in options.items()]
+        self.run_tool([cmake, "-S", str(ROOT), "-B", str(build_folder), "-G", "Ninja", *definitions])
+        self.run_tool([cmake, "--build", str(build_folder), "--target", "_C", "--parallel", str(number_of_jobs())])
+
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Replaced, never written over: a process that has the old library mapped keeps it intact.
+        partial = target.with_suffix(".partial")
+        shutil.copy2(build_folder / target.name, partial)
+        os.replace(partial, target)
+
+    def run_tool(self, command: list[str]) -> None:
+        print("dlkernels:", " ".join(command), flush=True)
+        try:
+            subprocess.run(command, check=True)
+        except subprocess.CalledProcessError as error:
+            sys.exit(f"dlkernels: the build stopped (exit status {error.returncode}); the messages above say where")
+
+
+setup(ext_modules=[Extension("dlkernels._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
