@@ -1,0 +1,101 @@
+// What every operation needs of torch: typed dispatcher handles, element types, gradient and autocast questions.
+#pragma once
+
+#include <ATen/autocast_mode.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/util/Exception.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include <optional>
+#include <tuple>
+
+#include "cpu/isa.h"
+#include "cpu/kernels.h"
+
+namespace dlkernels::ops {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+// The typed handle of an operator: calling it costs one dispatch and boxes nothing.
+template <class Signature>
+c10::TypedOperatorHandle<Signature> find_operator(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+inline DType kernel_dtype(const Tensor& tensor, const char* operation, const char* argument) {
+  switch (tensor.scalar_type()) {
+    case at::kFloat:
+      return DType::float32;
+    case at::kDouble:
+      return DType::float64;
+    case at::kBFloat16:
+      return DType::bfloat16;
+    case at::kHalf:
+      return DType::float16;
+    default:
+      TORCH_CHECK_NOT_IMPLEMENTED(false, operation, ": ", argument, " is ", tensor.scalar_type(),
+                                  ", expected float32, float64, bfloat16 or float16");
+  }
+}
+
+// The type sums are carried in: double for double, float for the rest.
+inline at::ScalarType accumulate_type(at::ScalarType type) { return type == at::kDouble ? at::kDouble : at::kFloat; }
+
+inline bool is_defined(const Tensor& tensor) { return tensor.defined(); }
+inline bool is_defined(const OptionalTensor& tensor) { return tensor.has_value() && tensor->defined(); }
+
+// An optional tensor as a plain one, undefined when absent.
+inline Tensor value_or_undefined(const OptionalTensor& tensor) { return is_defined(tensor) ? *tensor : Tensor(); }
+inline OptionalTensor optional_of(const Tensor& tensor) {
+  return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
+}
+
+inline const void* data_or_null(const Tensor& tensor) { return tensor.defined() ? tensor.const_data_ptr() : nullptr; }
+inline void* mutable_data_or_null(const Tensor& tensor) {
+  return tensor.defined() ? tensor.mutable_data_ptr() : nullptr;
+}
+
+inline bool wants_gradient(const Tensor& tensor) {
+  return tensor.defined() && (tensor.requires_grad() || tensor._fw_grad(/*level=*/0).defined());
+}
+inline bool wants_gradient(const OptionalTensor& tensor) { return tensor.has_value() && wants_gradient(*tensor); }
+
+// Whether a call must be recorded. When not, the Autograd kernel goes straight on to the device.
+template <class... Tensors>
+bool must_record(const Tensors&... tensors) {
+  return c10::GradMode::is_enabled() && (wants_gradient(tensors) || ...);
+}
+
+// One element type for all; the message names the argument that differs.
+inline void check_same_dtype(const char* operation, const Tensor& expected, const char* expected_name,
+                             const Tensor& tensor, const char* name) {
+  TORCH_CHECK(!tensor.defined() || tensor.scalar_type() == expected.scalar_type(), operation,
+              ": expected scalar type ", toString(expected.scalar_type()), " but found ",
+              tensor.defined() ? toString(tensor.scalar_type()) : "", ": ", name, " must have the type of ",
+              expected_name);
+}
+inline void check_same_device(const char* operation, const Tensor& expected, const char* expected_name,
+                              const Tensor& tensor, const char* name) {
+  TORCH_CHECK(!tensor.defined() || tensor.device() == expected.device(), operation,
+              ": Expected all tensors to be on the same device, but ", expected_name, " is on ", expected.device(),
+              " and ", name, " is on ", tensor.device());
+}
+
+// Casts every floating tensor as autocast does (cached for parameters); undefined tensors pass.
+struct Autocast {
+  at::ScalarType type;
+  c10::DeviceType device;
+  Tensor operator()(const Tensor& tensor) const {
+    return tensor.defined() ? at::autocast::cached_cast(type, tensor, device) : tensor;
+  }
+  OptionalTensor operator()(const OptionalTensor& tensor) const {
+    return is_defined(tensor) ? OptionalTensor((*this)(*tensor)) : tensor;
+  }
+};
+
+}  // namespace dlkernels::ops

@@ -1,0 +1,317 @@
+// Softmax cross-entropy for torch: class indices or probabilities, class weights, ignored targets, label smoothing,
+// [C], [N, C] and [N, C, d1, ...] logits. Saves the logits, the target and two numbers a row (statistics).
+#include "ops/cross_entropy.h"
+
+#include <ATen/ATen.h>
+
+#include "ops/second_order.h"
+
+namespace dlkernels::ops {
+namespace {
+
+constexpr int64_t kNone = 0, kMean = 1, kSum = 2;
+constexpr const char* kName = "cross_entropy";
+
+using ForwardResult = std::tuple<Tensor, Tensor, Tensor>;  // loss, statistics, divisor
+using BackwardResult = std::tuple<Tensor, Tensor>;         // grad_logits, grad_target
+
+bool has_class_probabilities(const Tensor& target) { return at::isFloatingType(target.scalar_type()); }
+
+int64_t class_dimension(const Tensor& logits) { return logits.dim() == 1 ? 0 : 1; }
+
+// ---- argument checks ---------------------------------------------------------------------------------------------
+
+void check_probabilities(const Tensor& logits, const Tensor& target, int64_t ignore_index) {
+  TORCH_CHECK(target.sizes() == logits.sizes(),
+              "cross_entropy: class probabilities in target must have the shape of input: got target ", target.sizes(),
+              " and input ", logits.sizes());
+  check_same_dtype(kName, logits, "input", target, "target");
+  TORCH_CHECK(ignore_index < 0, "cross_entropy: ignore_index is not supported for floating point target, got ",
+              ignore_index);
+}
+
+void check_indices(const Tensor& logits, const Tensor& target) {
+  TORCH_CHECK(target.scalar_type() == at::kLong || target.scalar_type() == at::kByte,
+              target.sizes() == logits.sizes()
+                  ? "cross_entropy: Expected floating point type for target with class probabilities, got "
+                  : "cross_entropy: expected target dtype to be Long or Byte, but got ",
+              target.scalar_type());
+  if (logits.dim() <= 2) {
+    TORCH_CHECK(target.dim() <= 1 && (logits.dim() == 2 || target.numel() == 1),
+                "cross_entropy: 0D or 1D target tensor expected, multi-target not supported; got target of shape ",
+                target.sizes(), " for input of shape ", logits.sizes());
+    if (logits.dim() == 2) {
+      TORCH_CHECK_VALUE(target.dim() == 1 && target.size(0) == logits.size(0), "Expected input batch_size (",
+                        logits.size(0), ") to match target batch_size (", target.dim() == 1 ? target.size(0) : 0, ").");
+    }
+    return;
+  }
+  TORCH_CHECK_VALUE(target.dim() >= 1 && target.size(0) == logits.size(0), "Expected input batch_size (",
+                    logits.size(0), ") to match target batch_size (", target.dim() >= 1 ? target.size(0) : 0, ").");
+  at::DimVector expected(logits.sizes());
+  expected.erase(expected.begin() + 1);
+  TORCH_CHECK(target.sizes() == at::IntArrayRef(expected), "Expected target size ", at::IntArrayRef(expected),
+              ", got ", target.sizes(), ": size mismatch (got input: ", logits.sizes(), " , target: ", target.sizes(),
+              ")");
+}
+
+void check_arguments(const Tensor& logits, const Tensor& target, const Tensor& weight, int64_t reduction,
+                     int64_t ignore_index, double label_smoothing) {
+  kernel_dtype(logits, kName, "input");
+  TORCH_CHECK(logits.dim() >= 1, "cross_entropy: input must have shape [C], [N, C] or [N, C, d1, ...], got a scalar");
+  TORCH_CHECK_VALUE(reduction == kNone || reduction == kMean || reduction == kSum, reduction,
+                    " is not a valid value for reduction");
+  TORCH_CHECK(label_smoothing >= 0.0 && label_smoothing <= 1.0,
+              "label_smoothing must be between 0.0 and 1.0. Got: ", label_smoothing);
+  check_same_device(kName, logits, "input", target, "target");
+  check_same_device(kName, logits, "input", weight, "weight");
+  check_same_dtype(kName, logits, "input", weight, "weight");
+  const int64_t classes = logits.size(class_dimension(logits));
+  TORCH_CHECK(!weight.defined() || (weight.dim() == 1 && weight.size(0) == classes),
+              "cross_entropy: weight tensor should be defined either for all ", classes,
+              " classes or no classes but got weight tensor of shape: ",
+              weight.defined() ? weight.sizes() : at::IntArrayRef());
+  if (has_class_probabilities(target)) {
+    check_probabilities(logits, target, ignore_index);
+  } else {
+    check_indices(logits, target);
+  }
+}
+
+void check_target_range(const Tensor& target, int64_t classes, int64_t ignore_index) {
+  const int64_t* indices = target.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < target.numel(); ++i) {
+    const int64_t index = indices[i];
+    TORCH_CHECK_INDEX((index >= 0 && index < classes) || index == ignore_index, "Target ", index,
+                      " is out of bounds.");
+  }
+}
+
+// ---- the CPU kernel ----------------------------------------------------------------------------------------------
+
+// Dense operands and the shape that points at them.
+struct Operands {
+  Tensor logits, target, weight;
+  CrossEntropyShape shape;
+
+  Operands(const Tensor& logits_, const Tensor& target_, const Tensor& weight_, int64_t ignore_index,
+           double label_smoothing)
+      : logits(logits_.contiguous()), target(target_.contiguous()) {
+    const bool probabilities = has_class_probabilities(target);
+    if (!probabilities && target.scalar_type() != at::kLong) target = target.to(at::kLong);
+    if (weight_.defined()) weight = weight_.to(accumulate_type(logits.scalar_type())).contiguous();
+    const int64_t dimension = class_dimension(logits);
+    shape.dtype = kernel_dtype(logits, kName, "input");
+    shape.outer = logits.dim() == 1 ? 1 : logits.size(0);
+    shape.classes = logits.size(dimension);
+    shape.inner = c10::multiply_integers(logits.sizes().slice(dimension + 1));
+    shape.logits = logits.const_data_ptr();
+    shape.target = probabilities ? nullptr : target.const_data_ptr<int64_t>();
+    shape.target_probabilities = probabilities ? target.const_data_ptr() : nullptr;
+    shape.weight = data_or_null(weight);
+    shape.ignore_index = ignore_index;
+    shape.label_smoothing = label_smoothing;
+  }
+};
+
+at::DimVector loss_shape(const Tensor& logits) {
+  at::DimVector shape(logits.sizes());
+  shape.erase(shape.begin() + class_dimension(logits));
+  return shape;
+}
+
+ForwardResult cross_entropy_cpu(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+                                int64_t reduction, int64_t ignore_index, double label_smoothing) {
+  check_arguments(logits, target, value_or_undefined(weight), reduction, ignore_index, label_smoothing);
+  const Operands operands(logits, target, value_or_undefined(weight), ignore_index, label_smoothing);
+  const CrossEntropyShape& shape = operands.shape;
+  if (shape.target != nullptr) check_target_range(operands.target, shape.classes, ignore_index);
+
+  const auto options = logits.options().memory_format(std::nullopt);
+  Tensor loss = at::empty(reduction == kNone ? at::IntArrayRef(loss_shape(logits)) : at::IntArrayRef(), options);
+  Tensor statistics = at::empty({2, shape.outer * shape.inner}, options.dtype(accumulate_type(logits.scalar_type())));
+  Tensor divisor = at::empty({}, options.dtype(at::kDouble));
+  double totals[2] = {0, 0};
+  kernels().cross_entropy.forward(
+      {shape, reduction == kNone ? loss.mutable_data_ptr() : nullptr, statistics.mutable_data_ptr(), totals});
+  *divisor.mutable_data_ptr<double>() = reduction == kMean ? totals[1] : 1.0;
+  if (reduction == kMean) loss.fill_(totals[0] / totals[1]);
+  if (reduction == kSum) loss.fill_(totals[0]);
+  return {loss, statistics, divisor};
+}
+
+BackwardResult cross_entropy_backward_cpu(const Tensor& grad_loss, const Tensor& logits, const Tensor& target,
+                                          const OptionalTensor& weight, const Tensor& statistics,
+                                          const Tensor& divisor, int64_t ignore_index, double label_smoothing,
+                                          std::array<bool, 2> output_mask) {
+  const Operands operands(logits, target, value_or_undefined(weight), ignore_index, label_smoothing);
+  const Tensor dense_grad_loss = grad_loss.contiguous();
+  const bool per_row = grad_loss.numel() == statistics.size(1);
+  TORCH_CHECK(per_row || grad_loss.numel() == 1, "cross_entropy_backward: grad_loss has ", grad_loss.numel(),
+              " elements, expected 1 or one for each of ", statistics.size(1), " rows");
+  Tensor grad_logits = output_mask[0] ? at::empty_like(operands.logits) : Tensor();
+  Tensor grad_target = output_mask[1] ? at::empty_like(operands.logits) : Tensor();
+  if (!output_mask[0] && !output_mask[1]) return {grad_logits, grad_target};
+  kernels().cross_entropy.backward({operands.shape, statistics.const_data_ptr(), dense_grad_loss.const_data_ptr(),
+                                    per_row && grad_loss.numel() > 1 ? 1 : 0, *divisor.const_data_ptr<double>(),
+                                    mutable_data_or_null(grad_logits), mutable_data_or_null(grad_target)});
+  return {grad_logits, grad_target};
+}
+
+// ---- autograd ----------------------------------------------------------------------------------------------------
+
+using BackwardSignature = BackwardResult(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
+                                         const Tensor&, const Tensor&, int64_t, double, std::array<bool, 2>);
+
+BackwardResult cross_entropy_backward(const Tensor& grad_loss, const Tensor& logits, const Tensor& target,
+                                      const OptionalTensor& weight, const Tensor& statistics, const Tensor& divisor,
+                                      int64_t ignore_index, double label_smoothing, std::array<bool, 2> output_mask) {
+  static const auto op = find_operator<BackwardSignature>("dlkernels::cross_entropy_backward");
+  return op.call(grad_loss, logits, target, weight, statistics, divisor, ignore_index, label_smoothing, output_mask);
+}
+
+// The divided loss from differentiable operators; `divisor` is a constant of the target and the weights.
+Tensor composed_loss(const Tensor& logits, const Tensor& target, const Tensor& weight, const Tensor& divisor,
+                     int64_t ignore_index, double label_smoothing, bool per_row) {
+  const int64_t dimension = class_dimension(logits), classes = logits.size(dimension);
+  const Tensor shifted = logits - logits.detach().amax(dimension, true);
+  const Tensor log_p = shifted - shifted.exp().sum(dimension, true).log();
+  Tensor share = target;
+  if (!has_class_probabilities(target)) {
+    const Tensor indices = target.to(at::kLong).reshape(loss_shape(logits)).unsqueeze(dimension);
+    const Tensor counts = indices.ne(ignore_index);
+    share = at::zeros_like(logits).scatter(dimension, indices.masked_fill(counts.logical_not(), 0), 1.0);
+    share = (share * (1.0 - label_smoothing) + label_smoothing / static_cast<double>(classes)) * counts;
+  } else if (label_smoothing != 0.0) {
+    share = share * (1.0 - label_smoothing) + label_smoothing / static_cast<double>(classes);
+  }
+  if (weight.defined()) {
+    at::DimVector broadcast(logits.dim(), 1);
+    broadcast[dimension] = classes;
+    share = share * weight.reshape(broadcast);
+  }
+  const Tensor losses = -(share * log_p).sum(dimension);
+  return (per_row ? losses : losses.sum()) / divisor.to(logits.scalar_type());
+}
+
+struct CrossEntropyBackwardNode : torch::autograd::Function<CrossEntropyBackwardNode> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& grad_loss, const Tensor& logits,
+                               const Tensor& target, const OptionalTensor& weight, const Tensor& statistics,
+                               const Tensor& divisor, int64_t ignore_index, double label_smoothing,
+                               std::array<bool, 2> output_mask) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    ctx->save_for_backward({grad_loss, logits, target, value_or_undefined(weight), divisor});
+    ctx->saved_data["ignore_index"] = ignore_index;
+    ctx->saved_data["label_smoothing"] = label_smoothing;
+    ctx->set_materialize_grads(false);
+    auto [grad_logits, grad_target] = cross_entropy_backward(grad_loss, logits, target, weight, statistics, divisor,
+                                                             ignore_index, label_smoothing, output_mask);
+    return with_placeholders({grad_logits, grad_target}, logits);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    const Tensor &grad_loss = saved[0], &weight = saved[3], &divisor = saved[4];
+    const int64_t ignore_index = ctx->saved_data["ignore_index"].toInt();
+    const double label_smoothing = ctx->saved_data["label_smoothing"].toDouble();
+    const bool per_row = grad_loss.dim() > 0;
+    auto loss = [&](const variable_list& inputs) -> variable_list {
+      return {composed_loss(inputs[0], inputs[1], weight, divisor, ignore_index, label_smoothing, per_row)};
+    };
+    const variable_list second = differentiate_twice(loss, {saved[1], saved[2]}, {grad_loss}, {grads[0], grads[1]});
+    return {second[2], second[0], second[1], Tensor(), Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};
+  }
+};
+
+BackwardResult cross_entropy_backward_autograd(const Tensor& grad_loss, const Tensor& logits, const Tensor& target,
+                                               const OptionalTensor& weight, const Tensor& statistics,
+                                               const Tensor& divisor, int64_t ignore_index, double label_smoothing,
+                                               std::array<bool, 2> output_mask) {
+  if (!must_record(grad_loss, logits, target)) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return cross_entropy_backward(grad_loss, logits, target, weight, statistics, divisor, ignore_index,
+                                  label_smoothing, output_mask);
+  }
+  const variable_list grads =
+      without_placeholders(CrossEntropyBackwardNode::apply(grad_loss, logits, target, weight, statistics, divisor,
+                                                           ignore_index, label_smoothing, output_mask),
+                           output_mask);
+  return {grads[0], grads[1]};
+}
+
+struct CrossEntropyNode : torch::autograd::Function<CrossEntropyNode> {
+  static constexpr bool is_traceable = true;
+
+  static variable_list forward(AutogradContext* ctx, const Tensor& logits, const Tensor& target,
+                               const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
+                               double label_smoothing) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    auto [loss, statistics, divisor] =
+        cross_entropy(logits, target, weight, reduction, ignore_index, label_smoothing);
+    ctx->save_for_backward({logits, target, value_or_undefined(weight), statistics, divisor});
+    ctx->saved_data["ignore_index"] = ignore_index;
+    ctx->saved_data["label_smoothing"] = label_smoothing;
+    ctx->mark_non_differentiable({statistics, divisor});
+    ctx->set_materialize_grads(false);
+    return {loss, statistics, divisor};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    if (!grads[0].defined()) return variable_list(6);
+    const variable_list saved = ctx->get_saved_variables();
+    auto [grad_logits, grad_target] = cross_entropy_backward(
+        grads[0], saved[0], saved[1], optional_of(saved[2]), saved[3], saved[4],
+        ctx->saved_data["ignore_index"].toInt(), ctx->saved_data["label_smoothing"].toDouble(),
+        {ctx->needs_input_grad(0), ctx->needs_input_grad(1)});
+    return {grad_logits, grad_target, Tensor(), Tensor(), Tensor(), Tensor()};
+  }
+};
+
+ForwardResult cross_entropy_autograd(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+                                     int64_t reduction, int64_t ignore_index, double label_smoothing) {
+  if (!must_record(logits, target, weight)) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return cross_entropy(logits, target, weight, reduction, ignore_index, label_smoothing);
+  }
+  TORCH_CHECK(!wants_gradient(weight), "cross_entropy is not differentiable with respect to argument 'weight'. "
+                                       "This input cannot have requires_grad True.");
+  const variable_list out =
+      CrossEntropyNode::apply(logits, target, weight, reduction, ignore_index, label_smoothing);
+  return {out[0], out[1], out[2]};
+}
+
+// ---- autocast: losses are computed in float32 --------------------------------------------------------------------
+
+template <c10::DispatchKey key, c10::DeviceType device>
+ForwardResult cross_entropy_autocast(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+                                     int64_t reduction, int64_t ignore_index, double label_smoothing) {
+  c10::impl::ExcludeDispatchKeyGuard guard(key);
+  const Autocast cast{at::kFloat, device};
+  return cross_entropy(cast(logits), has_class_probabilities(target) ? cast(target) : target, cast(weight), reduction,
+                       ignore_index, label_smoothing);
+}
+
+}  // namespace
+
+ForwardResult cross_entropy(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+                            int64_t reduction, int64_t ignore_index, double label_smoothing) {
+  static const auto op = find_operator<decltype(cross_entropy_cpu)>("dlkernels::cross_entropy");
+  return op.call(logits, target, weight, reduction, ignore_index, label_smoothing);
+}
+
+TORCH_LIBRARY_IMPL(dlkernels, CPU, m) {
+  m.impl("cross_entropy", &cross_entropy_cpu);
+  m.impl("cross_entropy_backward", &cross_entropy_backward_cpu);
+}
+TORCH_LIBRARY_IMPL(dlkernels, Autograd, m) {
+  m.impl("cross_entropy", &cross_entropy_autograd);
+  m.impl("cross_entropy_backward", &cross_entropy_backward_autograd);
+}
+TORCH_LIBRARY_IMPL(dlkernels, AutocastCPU, m) {
+  m.impl("cross_entropy", &cross_entropy_autocast<c10::DispatchKey::AutocastCPU, c10::DeviceType::CPU>);
+}
+TORCH_LIBRARY_IMPL(dlkernels, AutocastCUDA, m) {
+  m.impl("cross_entropy", &cross_entropy_autocast<c10::DispatchKey::AutocastCUDA, c10::DeviceType::CUDA>);
+}
+
+}  // namespace dlkernels::ops

@@ -1,0 +1,34 @@
+// Lends torch's thread pool and allocator to the kernels.
+#include "ops/runtime.h"
+
+#include <ATen/Parallel.h>
+#include <c10/core/CPUAllocator.h>
+#include <pthread.h>
+
+#include <atomic>
+
+#include "cpu/parallel.h"
+
+namespace dlkernels::ops {
+namespace {
+
+// A forked child has no worker threads, and OpenMP would wait for the parent's forever.
+std::atomic<bool> in_forked_child{false};
+
+void run_on_torch_pool(int64_t tasks, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context) {
+  if (in_forked_child.load(std::memory_order_relaxed)) return body(context, 0, tasks);
+  at::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) { body(context, begin, end); });
+}
+
+void* allocate(size_t bytes) { return c10::GetDefaultCPUAllocator()->raw_allocate(bytes); }
+
+void deallocate(void* memory) noexcept { c10::GetDefaultCPUAllocator()->raw_deallocate(memory); }
+
+}  // namespace
+
+void install_torch_runtime() {
+  install_runtime({run_on_torch_pool, allocate, deallocate});
+  pthread_atfork(nullptr, nullptr, [] { in_forked_child.store(true, std::memory_order_relaxed); });
+}
+
+}  // namespace dlkernels::ops

@@ -1,0 +1,5 @@
+"""Modules that subclass those of ``torch.nn``: same constructors, parameters and ``state_dict``; our kernels inside."""
+
+from .cross_entropy import CrossEntropyLoss
+
+__all__ = ["CrossEntropyLoss"]
