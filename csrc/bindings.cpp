@@ -54,10 +54,11 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
 
   m.def("isa", [] { return kernels().isa; });
   m.def("available_isas", &available_isa_names);
+  m.def("select_isa", [](const std::string& name) { return select_isa(name.c_str()); }, py::arg("name"));
   m.def(
       "cross_entropy",
-      [](const at::Tensor& logits, const at::Tensor& target, const std::optional<at::Tensor>& weight,
-         int64_t reduction, int64_t ignore_index, double label_smoothing) {
+      [](const at::Tensor& logits, const at::Tensor& target, const std::optional<at::Tensor>& weight, int64_t reduction,
+         int64_t ignore_index, double label_smoothing) {
         return std::get<0>(ops::cross_entropy(logits, target, weight, reduction, ignore_index, label_smoothing));
       },
       py::arg("logits"), py::arg("target"), py::arg("weight"), py::arg("reduction"), py::arg("ignore_index"),

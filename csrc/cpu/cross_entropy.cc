@@ -26,7 +26,8 @@ constexpr int64_t kTaskElements = 16384;
 // Independent running sums of a pass, to hide the latency of an addition.
 constexpr int64_t kUnroll = 4;
 
-// ---- passes over one row whose classes are contiguous ----------------------------------------------------------------
+// ---- passes over one row whose classes are contiguous
+// ----------------------------------------------------------------
 
 // Calls body(offset, count, slot): `count` lanes from `offset`, slots in rotation for independent partial results.
 template <class T, class Body>
@@ -141,7 +142,7 @@ T uniform_mass(const Problem<Scalar>& p) {
 template <class Scalar, class T = accumulate_t<Scalar>>
 T row_loss(const Problem<Scalar>& p, int64_t row, T* maximum, T* log_sum) {
   const int64_t classes = p.shape.classes;
-  const Scalar* x = p.logits + row * classes;
+  const Scalar* x = p.logits + row * p.shape.logits_outer_stride;
   *maximum = row_max(x, classes);
   *log_sum = row_log_sum(x, classes, *maximum);
   if (p.probabilities != nullptr) {
@@ -163,7 +164,7 @@ T row_loss(const Problem<Scalar>& p, int64_t row, T* maximum, T* log_sum) {
 template <class Scalar, class T = accumulate_t<Scalar>>
 void row_grad_logits(const Problem<Scalar>& p, int64_t row, T scale, T uniform, T maximum, T log_sum, Scalar* grad) {
   const int64_t classes = p.shape.classes;
-  const Scalar* x = p.logits + row * classes;
+  const Scalar* x = p.logits + row * p.shape.logits_outer_stride;
   const Scalar* q = p.probabilities == nullptr ? nullptr : p.probabilities + row * classes;
   const T per_class = p.smoothing / static_cast<T>(classes);
   const int64_t y = q == nullptr ? p.shape.target[row] : 0;
@@ -192,10 +193,10 @@ void row_grad_logits(const Problem<Scalar>& p, int64_t row, T scale, T uniform, 
 template <class Scalar, class T = accumulate_t<Scalar>>
 void row_grad_target(const Problem<Scalar>& p, int64_t row, T scale, T maximum, T log_sum, Scalar* grad) {
   const int64_t classes = p.shape.classes;
-  const Scalar* x = p.logits + row * classes;
+  const Scalar* x = p.logits + row * p.shape.logits_outer_stride;
   for_each_vector<T>(classes, [&](int64_t c, int64_t count, int64_t) {
-    Vec<T> out = ((load_lanes(x + c, count) - Vec<T>(maximum)) - Vec<T>(log_sum)) *
-                 Vec<T>(-scale * (T(1) - p.smoothing));
+    Vec<T> out =
+        ((load_lanes(x + c, count) - Vec<T>(maximum)) - Vec<T>(log_sum)) * Vec<T>(-scale * (T(1) - p.smoothing));
     if (p.weight != nullptr) out *= load_lanes(p.weight + c, count);
     store_lanes(grad + c, out, count);
   });
@@ -211,7 +212,8 @@ struct RowVector {
 
   int64_t row(int64_t lane) const { return o * p.shape.inner + i + lane; }
   int64_t element(int64_t c) const { return (o * p.shape.classes + c) * p.shape.inner + i; }
-  Vec<T> logits(int64_t c) const { return load_lanes(p.logits + element(c), count); }
+  int64_t logit(int64_t c) const { return o * p.shape.logits_outer_stride + c * p.shape.inner + i; }
+  Vec<T> logits(int64_t c) const { return load_lanes(p.logits + logit(c), count); }
   // t_c of every lane that is not ignored; `target` holds the lanes' classes, -1 where ignored.
   Vec<T> target_share(int64_t c, const int64_t* target) const {
     const T per_class = p.smoothing / static_cast<T>(p.shape.classes);
@@ -253,7 +255,7 @@ Vec<T> column_loss(const RowVector<Scalar>& rows, Vec<T>* maximum, Vec<T>* log_s
     T picked[Vec<T>::size] = {}, hit[Vec<T>::size] = {};
     for (int64_t lane = 0; lane < rows.count; ++lane) {
       if (target[lane] < 0) continue;
-      picked[lane] = load_one(p.logits + rows.element(target[lane]) + lane);
+      picked[lane] = load_one(p.logits + rows.logit(target[lane]) + lane);
       hit[lane] = p.class_weight(target[lane]);
     }
     loss = -load(hit) * ((load(picked) - best) - *log_sum);
@@ -407,6 +409,8 @@ void backward(const CrossEntropyBackwardArgs& args) {
 
 }  // namespace
 
-CrossEntropyKernels cross_entropy_kernels() { return {forward, backward}; }
+CrossEntropyKernels cross_entropy_kernels() {
+  return {forward, backward};
+}
 
 }  // namespace dlkernels::DLKERNELS_ISA

@@ -107,15 +107,16 @@ inline void pack_all(Matrix<Scalar> b, int64_t depth, int64_t columns, T* packed
     const int64_t k = task / panels * kDepthBlock;
     const int64_t j = task % panels * width;
     const int64_t block_depth = min_of(kDepthBlock, depth - k);
-    pack_rows(b.at(k, j), block_depth, min_of(width, columns - j), packed + k * panels * width + j * block_depth, width);
+    pack_rows(b.at(k, j), block_depth, min_of(width, columns - j), packed + k * panels * width + j * block_depth,
+              width);
   });
 }
 
 // The part of one output block that depth [k_begin, k_end) contributes; k_begin is a multiple of kDepthBlock.
 template <class T, class ScalarA>
 inline void multiply_block(Matrix<ScalarA> a, const T* packed_b, int64_t padded_columns, int64_t i, int64_t rows,
-                           int64_t j, int64_t columns, int64_t depth, int64_t k_begin, int64_t k_end, T* a_buffer,
-                           T* c, int64_t c_row_stride) {
+                           int64_t j, int64_t columns, int64_t depth, int64_t k_begin, int64_t k_end, T* a_buffer, T* c,
+                           int64_t c_row_stride) {
   for (int64_t k = k_begin; k < k_end; k += kDepthBlock) {
     const int64_t block_depth = min_of(kDepthBlock, depth - k);
     int64_t a_row_stride;

@@ -1,5 +1,6 @@
 #include "isa.h"
 
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -40,25 +41,41 @@ int usable_tables(const KernelTable* tables[4]) {
   return count;
 }
 
-const KernelTable& choose_table() {
+const KernelTable* find_table(const char* name) {
+  const KernelTable* tables[4];
+  const int count = usable_tables(tables);
+  for (int i = 0; i < count; ++i) {
+    if (std::strcmp(name, tables[i]->isa) == 0) return tables[i];
+  }
+  return nullptr;
+}
+
+const KernelTable* choose_table() {
   const KernelTable* tables[4];
   const int count = usable_tables(tables);
   const char* forced = std::getenv("DLKERNELS_ISA");
-  if (forced == nullptr || *forced == '\0') return *tables[count - 1];
+  if (forced == nullptr || *forced == '\0') return tables[count - 1];
+  if (const KernelTable* table = find_table(forced)) return table;
   std::string usable;
-  for (int i = 0; i < count; ++i) {
-    if (std::strcmp(forced, tables[i]->isa) == 0) return *tables[i];
-    usable += std::string(i == 0 ? "" : ", ") + tables[i]->isa;
-  }
-  throw std::runtime_error("DLKERNELS_ISA=" + std::string(forced) +
-                           " cannot be used here: expected one of " + usable);
+  for (int i = 0; i < count; ++i) usable += std::string(i == 0 ? "" : ", ") + tables[i]->isa;
+  throw std::runtime_error("DLKERNELS_ISA=" + std::string(forced) + " cannot be used here: expected one of " + usable);
+}
+
+std::atomic<const KernelTable*>& table_in_use() {
+  static std::atomic<const KernelTable*> table{choose_table()};
+  return table;
 }
 
 }  // namespace
 
 const KernelTable& kernels() {
-  static const KernelTable& chosen = choose_table();
-  return chosen;
+  return *table_in_use().load(std::memory_order_relaxed);
+}
+
+bool select_isa(const char* name) {
+  const KernelTable* table = find_table(name);
+  if (table != nullptr) table_in_use().store(table, std::memory_order_relaxed);
+  return table != nullptr;
 }
 
 int available_isas(const char* names[4]) {

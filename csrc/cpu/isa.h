@@ -9,6 +9,9 @@ struct KernelTable;  // kernels.h
 // one that DLKERNELS_ISA names. Throws std::runtime_error when DLKERNELS_ISA names one that cannot be had.
 const KernelTable& kernels();
 
+// Puts another instruction set in use, for tests and measurements; false when it cannot be had in this process.
+bool select_isa(const char* name);
+
 // Names of the instruction sets that can be used in this process, narrowest first; returns how many were written.
 int available_isas(const char* names[4]);
 

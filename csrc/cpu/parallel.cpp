@@ -17,7 +17,9 @@ void* allocate_aligned(size_t bytes) {
   return memory;
 }
 
-void free_aligned(void* memory) noexcept { std::free(memory); }
+void free_aligned(void* memory) noexcept {
+  std::free(memory);
+}
 
 Runtime active = {run_serially, allocate_aligned, free_aligned};
 
@@ -25,7 +27,9 @@ Runtime active = {run_serially, allocate_aligned, free_aligned};
 constexpr size_t kHeader = 64;
 constexpr size_t kSmallest = 4096;
 
-size_t& size_of(void* payload) { return *reinterpret_cast<size_t*>(static_cast<char*>(payload) - kHeader); }
+size_t& size_of(void* payload) {
+  return *reinterpret_cast<size_t*>(static_cast<char*>(payload) - kHeader);
+}
 
 // A thread's idle blocks. Sizes are rounded up to an eighth of a power of two, so that near misses are hits.
 class ScratchPool {
@@ -38,7 +42,8 @@ class ScratchPool {
     size_t best = idle_.size();
     for (size_t i = 0; i < idle_.size(); ++i) {
       const size_t size = size_of(idle_[i]);
-      if (size >= bytes && size <= 4 * bytes + kSmallest && (best == idle_.size() || size < size_of(idle_[best]))) best = i;
+      if (size >= bytes && size <= 4 * bytes + kSmallest && (best == idle_.size() || size < size_of(idle_[best])))
+        best = i;
     }
     if (best < idle_.size()) {
       void* payload = idle_[best];
@@ -87,10 +92,16 @@ void run_tasks(int64_t tasks, int64_t grain, void (*body)(void*, int64_t, int64_
   active.run(tasks, grain, body, context);
 }
 
-void* acquire_scratch(size_t bytes) { return pool().acquire(bytes); }
+void* acquire_scratch(size_t bytes) {
+  return pool().acquire(bytes);
+}
 
-void release_scratch(void* memory) noexcept { pool().release(memory); }
+void release_scratch(void* memory) noexcept {
+  pool().release(memory);
+}
 
-void install_runtime(const Runtime& runtime) { active = runtime; }
+void install_runtime(const Runtime& runtime) {
+  active = runtime;
+}
 
 }  // namespace dlkernels

@@ -103,13 +103,21 @@ DLKERNELS_INLINE Mask<double> compare_lanes(VecD a, VecD b) {
   return {_mm512_cmp_pd_mask(a.raw, b.raw, Predicate)};
 }
 template <class T>
-DLKERNELS_INLINE Mask<T> operator==(Vec<T> a, Vec<T> b) { return compare_lanes<compare::equal>(a, b); }
+DLKERNELS_INLINE Mask<T> operator==(Vec<T> a, Vec<T> b) {
+  return compare_lanes<compare::equal>(a, b);
+}
 template <class T>
-DLKERNELS_INLINE Mask<T> operator<(Vec<T> a, Vec<T> b) { return compare_lanes<compare::less>(a, b); }
+DLKERNELS_INLINE Mask<T> operator<(Vec<T> a, Vec<T> b) {
+  return compare_lanes<compare::less>(a, b);
+}
 template <class T>
-DLKERNELS_INLINE Mask<T> operator<=(Vec<T> a, Vec<T> b) { return compare_lanes<compare::less_equal>(a, b); }
+DLKERNELS_INLINE Mask<T> operator<=(Vec<T> a, Vec<T> b) {
+  return compare_lanes<compare::less_equal>(a, b);
+}
 template <class T>
-DLKERNELS_INLINE Mask<T> is_nan(Vec<T> a) { return compare_lanes<compare::unordered>(a, a); }
+DLKERNELS_INLINE Mask<T> is_nan(Vec<T> a) {
+  return compare_lanes<compare::unordered>(a, a);
+}
 
 DLKERNELS_INLINE VecF select(Mask<float> mask, VecF yes, VecF no) {
   return VecF(_mm512_mask_blend_ps(mask.raw, no.raw, yes.raw));
@@ -118,16 +126,26 @@ DLKERNELS_INLINE VecD select(Mask<double> mask, VecD yes, VecD no) {
   return VecD(_mm512_mask_blend_pd(static_cast<__mmask8>(mask.raw), no.raw, yes.raw));
 }
 template <class T>
-DLKERNELS_INLINE Mask<T> operator&(Mask<T> a, Mask<T> b) { return {static_cast<__mmask16>(a.raw & b.raw)}; }
+DLKERNELS_INLINE Mask<T> operator&(Mask<T> a, Mask<T> b) {
+  return {static_cast<__mmask16>(a.raw & b.raw)};
+}
 template <class T>
-DLKERNELS_INLINE Mask<T> operator|(Mask<T> a, Mask<T> b) { return {static_cast<__mmask16>(a.raw | b.raw)}; }
+DLKERNELS_INLINE Mask<T> operator|(Mask<T> a, Mask<T> b) {
+  return {static_cast<__mmask16>(a.raw | b.raw)};
+}
 template <class T>
-DLKERNELS_INLINE bool any(Mask<T> mask) { return mask.raw != 0; }
+DLKERNELS_INLINE bool any(Mask<T> mask) {
+  return mask.raw != 0;
+}
 // One bit per lane, lane 0 lowest.
 template <class T>
-DLKERNELS_INLINE uint32_t to_bits(Mask<T> mask) { return mask.raw; }
+DLKERNELS_INLINE uint32_t to_bits(Mask<T> mask) {
+  return mask.raw;
+}
 template <class T>
-DLKERNELS_INLINE Mask<T> mask_from_bits(uint32_t bits) { return {static_cast<__mmask16>(bits)}; }
+DLKERNELS_INLINE Mask<T> mask_from_bits(uint32_t bits) {
+  return {static_cast<__mmask16>(bits)};
+}
 // The first `count` lanes.
 template <class T>
 DLKERNELS_INLINE Mask<T> first_lanes(int64_t count) {
@@ -135,19 +153,33 @@ DLKERNELS_INLINE Mask<T> first_lanes(int64_t count) {
 }
 #else
 template <class T>
-DLKERNELS_INLINE Mask<T> operator==(Vec<T> a, Vec<T> b) { return {a.raw == b.raw}; }
+DLKERNELS_INLINE Mask<T> operator==(Vec<T> a, Vec<T> b) {
+  return {a.raw == b.raw};
+}
 template <class T>
-DLKERNELS_INLINE Mask<T> operator<(Vec<T> a, Vec<T> b) { return {a.raw < b.raw}; }
+DLKERNELS_INLINE Mask<T> operator<(Vec<T> a, Vec<T> b) {
+  return {a.raw < b.raw};
+}
 template <class T>
-DLKERNELS_INLINE Mask<T> operator<=(Vec<T> a, Vec<T> b) { return {a.raw <= b.raw}; }
+DLKERNELS_INLINE Mask<T> operator<=(Vec<T> a, Vec<T> b) {
+  return {a.raw <= b.raw};
+}
 template <class T>
-DLKERNELS_INLINE Mask<T> is_nan(Vec<T> a) { return {a.raw != a.raw}; }
+DLKERNELS_INLINE Mask<T> is_nan(Vec<T> a) {
+  return {a.raw != a.raw};
+}
 template <class T>
-DLKERNELS_INLINE Vec<T> select(Mask<T> mask, Vec<T> yes, Vec<T> no) { return Vec<T>(mask.raw ? yes.raw : no.raw); }
+DLKERNELS_INLINE Vec<T> select(Mask<T> mask, Vec<T> yes, Vec<T> no) {
+  return Vec<T>(mask.raw ? yes.raw : no.raw);
+}
 template <class T>
-DLKERNELS_INLINE Mask<T> operator&(Mask<T> a, Mask<T> b) { return {a.raw & b.raw}; }
+DLKERNELS_INLINE Mask<T> operator&(Mask<T> a, Mask<T> b) {
+  return {a.raw & b.raw};
+}
 template <class T>
-DLKERNELS_INLINE Mask<T> operator|(Mask<T> a, Mask<T> b) { return {a.raw | b.raw}; }
+DLKERNELS_INLINE Mask<T> operator|(Mask<T> a, Mask<T> b) {
+  return {a.raw | b.raw};
+}
 template <class T>
 DLKERNELS_INLINE uint32_t to_bits(Mask<T> mask) {
   uint32_t bits = 0;
@@ -155,7 +187,9 @@ DLKERNELS_INLINE uint32_t to_bits(Mask<T> mask) {
   return bits;
 }
 template <class T>
-DLKERNELS_INLINE bool any(Mask<T> mask) { return to_bits(mask) != 0; }
+DLKERNELS_INLINE bool any(Mask<T> mask) {
+  return to_bits(mask) != 0;
+}
 template <class T>
 DLKERNELS_INLINE Mask<T> mask_from_bits(uint32_t bits) {
   Mask<T> mask;
@@ -172,45 +206,75 @@ DLKERNELS_INLINE Mask<T> first_lanes(int64_t count) {
 
 // The larger (smaller) of the two; the second where they are unordered, so max(limit, x) keeps a NaN in x.
 template <class T>
-DLKERNELS_INLINE Vec<T> max(Vec<T> a, Vec<T> b) { return Vec<T>(a.raw > b.raw ? a.raw : b.raw); }
+DLKERNELS_INLINE Vec<T> max(Vec<T> a, Vec<T> b) {
+  return Vec<T>(a.raw > b.raw ? a.raw : b.raw);
+}
 template <class T>
-DLKERNELS_INLINE Vec<T> min(Vec<T> a, Vec<T> b) { return Vec<T>(a.raw < b.raw ? a.raw : b.raw); }
+DLKERNELS_INLINE Vec<T> min(Vec<T> a, Vec<T> b) {
+  return Vec<T>(a.raw < b.raw ? a.raw : b.raw);
+}
 
 #if defined(__AVX512F__)
 template <>
-DLKERNELS_INLINE VecF max(VecF a, VecF b) { return VecF(_mm512_max_ps(a.raw, b.raw)); }
+DLKERNELS_INLINE VecF max(VecF a, VecF b) {
+  return VecF(_mm512_max_ps(a.raw, b.raw));
+}
 template <>
-DLKERNELS_INLINE VecF min(VecF a, VecF b) { return VecF(_mm512_min_ps(a.raw, b.raw)); }
+DLKERNELS_INLINE VecF min(VecF a, VecF b) {
+  return VecF(_mm512_min_ps(a.raw, b.raw));
+}
 template <>
-DLKERNELS_INLINE VecD max(VecD a, VecD b) { return VecD(_mm512_max_pd(a.raw, b.raw)); }
+DLKERNELS_INLINE VecD max(VecD a, VecD b) {
+  return VecD(_mm512_max_pd(a.raw, b.raw));
+}
 template <>
-DLKERNELS_INLINE VecD min(VecD a, VecD b) { return VecD(_mm512_min_pd(a.raw, b.raw)); }
+DLKERNELS_INLINE VecD min(VecD a, VecD b) {
+  return VecD(_mm512_min_pd(a.raw, b.raw));
+}
 #endif
 
 // ---- arithmetic that the operators do not say --------------------------------------------------------------------
 
 // a * b + c, rounded once where the instruction set can.
 template <class T>
-DLKERNELS_INLINE Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) { return Vec<T>(a.raw * b.raw + c.raw); }
+DLKERNELS_INLINE Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
+  return Vec<T>(a.raw * b.raw + c.raw);
+}
 #if defined(__AVX512F__)
 template <>
-DLKERNELS_INLINE VecF fma(VecF a, VecF b, VecF c) { return VecF(_mm512_fmadd_ps(a.raw, b.raw, c.raw)); }
+DLKERNELS_INLINE VecF fma(VecF a, VecF b, VecF c) {
+  return VecF(_mm512_fmadd_ps(a.raw, b.raw, c.raw));
+}
 template <>
-DLKERNELS_INLINE VecD fma(VecD a, VecD b, VecD c) { return VecD(_mm512_fmadd_pd(a.raw, b.raw, c.raw)); }
+DLKERNELS_INLINE VecD fma(VecD a, VecD b, VecD c) {
+  return VecD(_mm512_fmadd_pd(a.raw, b.raw, c.raw));
+}
 #elif defined(__FMA__)
 template <>
-DLKERNELS_INLINE VecF fma(VecF a, VecF b, VecF c) { return VecF(_mm256_fmadd_ps(a.raw, b.raw, c.raw)); }
+DLKERNELS_INLINE VecF fma(VecF a, VecF b, VecF c) {
+  return VecF(_mm256_fmadd_ps(a.raw, b.raw, c.raw));
+}
 template <>
-DLKERNELS_INLINE VecD fma(VecD a, VecD b, VecD c) { return VecD(_mm256_fmadd_pd(a.raw, b.raw, c.raw)); }
+DLKERNELS_INLINE VecD fma(VecD a, VecD b, VecD c) {
+  return VecD(_mm256_fmadd_pd(a.raw, b.raw, c.raw));
+}
 #endif
 
 template <class T>
-DLKERNELS_INLINE typename Lanes<T>::bits bits_of(Vec<T> a) { return (typename Lanes<T>::bits)a.raw; }
+DLKERNELS_INLINE typename Lanes<T>::bits bits_of(Vec<T> a) {
+  return (typename Lanes<T>::bits)a.raw;
+}
 template <class T>
-DLKERNELS_INLINE Vec<T> from_bits(typename Lanes<T>::bits bits) { return Vec<T>((typename Lanes<T>::type)bits); }
+DLKERNELS_INLINE Vec<T> from_bits(typename Lanes<T>::bits bits) {
+  return Vec<T>((typename Lanes<T>::type)bits);
+}
 
-DLKERNELS_INLINE VecF abs(VecF a) { return from_bits<float>(bits_of(a) & 0x7fffffffu); }
-DLKERNELS_INLINE VecD abs(VecD a) { return from_bits<double>(bits_of(a) & 0x7fffffffffffffffull); }
+DLKERNELS_INLINE VecF abs(VecF a) {
+  return from_bits<float>(bits_of(a) & 0x7fffffffu);
+}
+DLKERNELS_INLINE VecD abs(VecD a) {
+  return from_bits<double>(bits_of(a) & 0x7fffffffffffffffull);
+}
 DLKERNELS_INLINE VecF copy_sign(VecF magnitude, VecF sign) {
   return from_bits<float>((bits_of(magnitude) & 0x7fffffffu) | (bits_of(sign) & 0x80000000u));
 }
@@ -238,21 +302,37 @@ DLKERNELS_INLINE T reduce_max(Vec<T> a) {
 }
 #if defined(__AVX512F__)
 template <>
-DLKERNELS_INLINE float reduce_add(VecF a) { return _mm512_reduce_add_ps(a.raw); }
+DLKERNELS_INLINE float reduce_add(VecF a) {
+  return _mm512_reduce_add_ps(a.raw);
+}
 template <>
-DLKERNELS_INLINE double reduce_add(VecD a) { return _mm512_reduce_add_pd(a.raw); }
+DLKERNELS_INLINE double reduce_add(VecD a) {
+  return _mm512_reduce_add_pd(a.raw);
+}
 template <>
-DLKERNELS_INLINE float reduce_max(VecF a) { return _mm512_reduce_max_ps(a.raw); }
+DLKERNELS_INLINE float reduce_max(VecF a) {
+  return _mm512_reduce_max_ps(a.raw);
+}
 template <>
-DLKERNELS_INLINE double reduce_max(VecD a) { return _mm512_reduce_max_pd(a.raw); }
+DLKERNELS_INLINE double reduce_max(VecD a) {
+  return _mm512_reduce_max_pd(a.raw);
+}
 #endif
 
 // ---- load and store ----------------------------------------------------------------------------------------------
 
-DLKERNELS_INLINE VecF load(const float* p) { return VecF(*reinterpret_cast<const Lanes<float>::unaligned*>(p)); }
-DLKERNELS_INLINE VecD load(const double* p) { return VecD(*reinterpret_cast<const Lanes<double>::unaligned*>(p)); }
-DLKERNELS_INLINE void store(float* p, VecF a) { *reinterpret_cast<Lanes<float>::unaligned*>(p) = a.raw; }
-DLKERNELS_INLINE void store(double* p, VecD a) { *reinterpret_cast<Lanes<double>::unaligned*>(p) = a.raw; }
+DLKERNELS_INLINE VecF load(const float* p) {
+  return VecF(*reinterpret_cast<const Lanes<float>::unaligned*>(p));
+}
+DLKERNELS_INLINE VecD load(const double* p) {
+  return VecD(*reinterpret_cast<const Lanes<double>::unaligned*>(p));
+}
+DLKERNELS_INLINE void store(float* p, VecF a) {
+  *reinterpret_cast<Lanes<float>::unaligned*>(p) = a.raw;
+}
+DLKERNELS_INLINE void store(double* p, VecD a) {
+  *reinterpret_cast<Lanes<double>::unaligned*>(p) = a.raw;
+}
 
 using HalfBits = Lanes<float>::half_bits;
 DLKERNELS_INLINE HalfBits load_half_bits(const void* p) {
@@ -274,12 +354,16 @@ DLKERNELS_INLINE HalfBits narrow(bfloat16, VecF a) {
   return __builtin_convertvector((rounded & ~nan) | (quiet_nan & nan), HalfBits);
 }
 #if defined(__AVX512F__)
-DLKERNELS_INLINE VecF widen(float16, HalfBits half) { return VecF(_mm512_cvtph_ps((__m256i)half)); }
+DLKERNELS_INLINE VecF widen(float16, HalfBits half) {
+  return VecF(_mm512_cvtph_ps((__m256i)half));
+}
 DLKERNELS_INLINE HalfBits narrow(float16, VecF a) {
   return (HalfBits)_mm512_cvtps_ph(a.raw, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 #elif defined(__F16C__)
-DLKERNELS_INLINE VecF widen(float16, HalfBits half) { return VecF(_mm256_cvtph_ps((__m128i)half)); }
+DLKERNELS_INLINE VecF widen(float16, HalfBits half) {
+  return VecF(_mm256_cvtph_ps((__m128i)half));
+}
 DLKERNELS_INLINE HalfBits narrow(float16, VecF a) {
   return (HalfBits)_mm256_cvtps_ph(a.raw, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
@@ -299,7 +383,7 @@ DLKERNELS_INLINE HalfBits narrow(float16, VecF a) {
   const VecF magnitude = abs(a);
   const Bits bits = bits_of(magnitude);
   const Bits normal = (bits + 0xc8000fffu + ((bits >> 13) & 1u)) >> 13;  // rebias the exponent by 15 - 127
-  const Bits subnormal = bits_of(magnitude + VecF(0.5f)) - 0x3f000000u;    // 0.5 has the ulp of a half's subnormals
+  const Bits subnormal = bits_of(magnitude + VecF(0.5f)) - 0x3f000000u;  // 0.5 has the ulp of a half's subnormals
   const Bits is_subnormal = (Bits)(bits < 0x38800000u);
   const Bits overflows = (Bits)(bits >= 0x477ff000u);  // 65520 and above round to infinity
   const Bits nan = (Bits)(bits > 0x7f800000u);
@@ -310,10 +394,18 @@ DLKERNELS_INLINE HalfBits narrow(float16, VecF a) {
 }
 #endif
 
-DLKERNELS_INLINE VecF load(const bfloat16* p) { return widen(bfloat16{}, load_half_bits(p)); }
-DLKERNELS_INLINE VecF load(const float16* p) { return widen(float16{}, load_half_bits(p)); }
-DLKERNELS_INLINE void store(bfloat16* p, VecF a) { store_half_bits(p, narrow(bfloat16{}, a)); }
-DLKERNELS_INLINE void store(float16* p, VecF a) { store_half_bits(p, narrow(float16{}, a)); }
+DLKERNELS_INLINE VecF load(const bfloat16* p) {
+  return widen(bfloat16{}, load_half_bits(p));
+}
+DLKERNELS_INLINE VecF load(const float16* p) {
+  return widen(float16{}, load_half_bits(p));
+}
+DLKERNELS_INLINE void store(bfloat16* p, VecF a) {
+  store_half_bits(p, narrow(bfloat16{}, a));
+}
+DLKERNELS_INLINE void store(float16* p, VecF a) {
+  store_half_bits(p, narrow(float16{}, a));
+}
 
 // The first `count` lanes (0 <= count <= size); lanes beyond it load as zero and are not stored. Neither touches memory
 // beyond `count` elements.
@@ -363,32 +455,60 @@ DLKERNELS_INLINE void store_half_bits(void* p, HalfBits bits, int64_t count) {
 }
 #endif
 
-DLKERNELS_INLINE VecF load(const bfloat16* p, int64_t count) { return widen(bfloat16{}, load_half_bits(p, count)); }
-DLKERNELS_INLINE VecF load(const float16* p, int64_t count) { return widen(float16{}, load_half_bits(p, count)); }
-DLKERNELS_INLINE void store(bfloat16* p, VecF a, int64_t count) { store_half_bits(p, narrow(bfloat16{}, a), count); }
-DLKERNELS_INLINE void store(float16* p, VecF a, int64_t count) { store_half_bits(p, narrow(float16{}, a), count); }
+DLKERNELS_INLINE VecF load(const bfloat16* p, int64_t count) {
+  return widen(bfloat16{}, load_half_bits(p, count));
+}
+DLKERNELS_INLINE VecF load(const float16* p, int64_t count) {
+  return widen(float16{}, load_half_bits(p, count));
+}
+DLKERNELS_INLINE void store(bfloat16* p, VecF a, int64_t count) {
+  store_half_bits(p, narrow(bfloat16{}, a), count);
+}
+DLKERNELS_INLINE void store(float16* p, VecF a, int64_t count) {
+  store_half_bits(p, narrow(float16{}, a), count);
+}
 
 // Past the caches, for results that nothing reads soon; p is aligned to the vector. Only float and double.
 #if defined(__AVX512F__)
-DLKERNELS_INLINE void stream(float* p, VecF a) { _mm512_stream_ps(p, a.raw); }
-DLKERNELS_INLINE void stream(double* p, VecD a) { _mm512_stream_pd(p, a.raw); }
+DLKERNELS_INLINE void stream(float* p, VecF a) {
+  _mm512_stream_ps(p, a.raw);
+}
+DLKERNELS_INLINE void stream(double* p, VecD a) {
+  _mm512_stream_pd(p, a.raw);
+}
 #elif defined(__AVX2__)
-DLKERNELS_INLINE void stream(float* p, VecF a) { _mm256_stream_ps(p, a.raw); }
-DLKERNELS_INLINE void stream(double* p, VecD a) { _mm256_stream_pd(p, a.raw); }
+DLKERNELS_INLINE void stream(float* p, VecF a) {
+  _mm256_stream_ps(p, a.raw);
+}
+DLKERNELS_INLINE void stream(double* p, VecD a) {
+  _mm256_stream_pd(p, a.raw);
+}
 #else
-DLKERNELS_INLINE void stream(float* p, VecF a) { store(p, a); }
-DLKERNELS_INLINE void stream(double* p, VecD a) { store(p, a); }
+DLKERNELS_INLINE void stream(float* p, VecF a) {
+  store(p, a);
+}
+DLKERNELS_INLINE void stream(double* p, VecD a) {
+  store(p, a);
+}
 #endif
 
 // One element, widened or rounded exactly as the vector forms do.
 template <class T>
-DLKERNELS_INLINE accumulate_t<T> load_one(const T* p) { return load(p, 1)[0]; }
-DLKERNELS_INLINE float load_one(const float* p) { return *p; }
-DLKERNELS_INLINE double load_one(const double* p) { return *p; }
+DLKERNELS_INLINE accumulate_t<T> load_one(const T* p) {
+  return load(p, 1)[0];
+}
+DLKERNELS_INLINE float load_one(const float* p) {
+  return *p;
+}
+DLKERNELS_INLINE double load_one(const double* p) {
+  return *p;
+}
 DLKERNELS_INLINE float load_one(const bfloat16* p) {
   return __builtin_bit_cast(float, static_cast<uint32_t>(p->bits) << 16);
 }
 template <class T>
-DLKERNELS_INLINE void store_one(T* p, accumulate_t<T> value) { store(p, Vec<accumulate_t<T>>(value), 1); }
+DLKERNELS_INLINE void store_one(T* p, accumulate_t<T> value) {
+  store(p, Vec<accumulate_t<T>>(value), 1);
+}
 
 }  // namespace dlkernels::DLKERNELS_ISA

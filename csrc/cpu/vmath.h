@@ -1,5 +1,5 @@
-// Elementary functions on vectors. float: polynomials (Cephes, S. Moshier; coefficients refitted there), largest error in
-// units in the last place, found by tests/test_vmath.py over all exponents: exp 1.1, log 1.0, tanh 1.6, sigmoid 2.5.
+// Elementary functions on vectors. float: polynomials (Cephes, S. Moshier; coefficients refitted there), largest error
+// in units in the last place, found by tests/test_vmath.py over all exponents: exp 1.1, log 1.0, tanh 1.6, sigmoid 2.5.
 // double: the C library lane by lane; it proves formulas and is not tuned.
 #pragma once
 

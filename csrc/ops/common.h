@@ -44,18 +44,28 @@ inline DType kernel_dtype(const Tensor& tensor, const char* operation, const cha
 }
 
 // The type sums are carried in: double for double, float for the rest.
-inline at::ScalarType accumulate_type(at::ScalarType type) { return type == at::kDouble ? at::kDouble : at::kFloat; }
+inline at::ScalarType accumulate_type(at::ScalarType type) {
+  return type == at::kDouble ? at::kDouble : at::kFloat;
+}
 
-inline bool is_defined(const Tensor& tensor) { return tensor.defined(); }
-inline bool is_defined(const OptionalTensor& tensor) { return tensor.has_value() && tensor->defined(); }
+inline bool is_defined(const Tensor& tensor) {
+  return tensor.defined();
+}
+inline bool is_defined(const OptionalTensor& tensor) {
+  return tensor.has_value() && tensor->defined();
+}
 
 // An optional tensor as a plain one, undefined when absent.
-inline Tensor value_or_undefined(const OptionalTensor& tensor) { return is_defined(tensor) ? *tensor : Tensor(); }
+inline Tensor value_or_undefined(const OptionalTensor& tensor) {
+  return is_defined(tensor) ? *tensor : Tensor();
+}
 inline OptionalTensor optional_of(const Tensor& tensor) {
   return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
 }
 
-inline const void* data_or_null(const Tensor& tensor) { return tensor.defined() ? tensor.const_data_ptr() : nullptr; }
+inline const void* data_or_null(const Tensor& tensor) {
+  return tensor.defined() ? tensor.const_data_ptr() : nullptr;
+}
 inline void* mutable_data_or_null(const Tensor& tensor) {
   return tensor.defined() ? tensor.mutable_data_ptr() : nullptr;
 }
@@ -63,7 +73,9 @@ inline void* mutable_data_or_null(const Tensor& tensor) {
 inline bool wants_gradient(const Tensor& tensor) {
   return tensor.defined() && (tensor.requires_grad() || tensor._fw_grad(/*level=*/0).defined());
 }
-inline bool wants_gradient(const OptionalTensor& tensor) { return tensor.has_value() && wants_gradient(*tensor); }
+inline bool wants_gradient(const OptionalTensor& tensor) {
+  return tensor.has_value() && wants_gradient(*tensor);
+}
 
 // Whether a call must be recorded. When not, the Autograd kernel goes straight on to the device.
 template <class... Tensors>
@@ -74,10 +86,9 @@ bool must_record(const Tensors&... tensors) {
 // One element type for all; the message names the argument that differs.
 inline void check_same_dtype(const char* operation, const Tensor& expected, const char* expected_name,
                              const Tensor& tensor, const char* name) {
-  TORCH_CHECK(!tensor.defined() || tensor.scalar_type() == expected.scalar_type(), operation,
-              ": expected scalar type ", toString(expected.scalar_type()), " but found ",
-              tensor.defined() ? toString(tensor.scalar_type()) : "", ": ", name, " must have the type of ",
-              expected_name);
+  TORCH_CHECK(!tensor.defined() || tensor.scalar_type() == expected.scalar_type(), operation, ": expected scalar type ",
+              toString(expected.scalar_type()), " but found ", tensor.defined() ? toString(tensor.scalar_type()) : "",
+              ": ", name, " must have the type of ", expected_name);
 }
 inline void check_same_device(const char* operation, const Tensor& expected, const char* expected_name,
                               const Tensor& tensor, const char* name) {

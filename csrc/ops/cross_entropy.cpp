@@ -15,9 +15,13 @@ constexpr const char* kName = "cross_entropy";
 using ForwardResult = std::tuple<Tensor, Tensor, Tensor>;  // loss, statistics, divisor
 using BackwardResult = std::tuple<Tensor, Tensor>;         // grad_logits, grad_target
 
-bool has_class_probabilities(const Tensor& target) { return at::isFloatingType(target.scalar_type()); }
+bool has_class_probabilities(const Tensor& target) {
+  return at::isFloatingType(target.scalar_type());
+}
 
-int64_t class_dimension(const Tensor& logits) { return logits.dim() == 1 ? 0 : 1; }
+int64_t class_dimension(const Tensor& logits) {
+  return logits.dim() == 1 ? 0 : 1;
+}
 
 // ---- argument checks ---------------------------------------------------------------------------------------------
 
@@ -50,9 +54,8 @@ void check_indices(const Tensor& logits, const Tensor& target) {
                     logits.size(0), ") to match target batch_size (", target.dim() >= 1 ? target.size(0) : 0, ").");
   at::DimVector expected(logits.sizes());
   expected.erase(expected.begin() + 1);
-  TORCH_CHECK(target.sizes() == at::IntArrayRef(expected), "Expected target size ", at::IntArrayRef(expected),
-              ", got ", target.sizes(), ": size mismatch (got input: ", logits.sizes(), " , target: ", target.sizes(),
-              ")");
+  TORCH_CHECK(target.sizes() == at::IntArrayRef(expected), "Expected target size ", at::IntArrayRef(expected), ", got ",
+              target.sizes(), ": size mismatch (got input: ", logits.sizes(), " , target: ", target.sizes(), ")");
 }
 
 void check_arguments(const Tensor& logits, const Tensor& target, const Tensor& weight, int64_t reduction,
@@ -67,10 +70,10 @@ void check_arguments(const Tensor& logits, const Tensor& target, const Tensor& w
   check_same_device(kName, logits, "input", weight, "weight");
   check_same_dtype(kName, logits, "input", weight, "weight");
   const int64_t classes = logits.size(class_dimension(logits));
-  TORCH_CHECK(!weight.defined() || (weight.dim() == 1 && weight.size(0) == classes),
-              "cross_entropy: weight tensor should be defined either for all ", classes,
-              " classes or no classes but got weight tensor of shape: ",
-              weight.defined() ? weight.sizes() : at::IntArrayRef());
+  TORCH_CHECK(
+      !weight.defined() || (weight.dim() == 1 && weight.size(0) == classes),
+      "cross_entropy: weight tensor should be defined either for all ", classes,
+      " classes or no classes but got weight tensor of shape: ", weight.defined() ? weight.sizes() : at::IntArrayRef());
   if (has_class_probabilities(target)) {
     check_probabilities(logits, target, ignore_index);
   } else {
@@ -82,12 +85,17 @@ void check_target_range(const Tensor& target, int64_t classes, int64_t ignore_in
   const int64_t* indices = target.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < target.numel(); ++i) {
     const int64_t index = indices[i];
-    TORCH_CHECK_INDEX((index >= 0 && index < classes) || index == ignore_index, "Target ", index,
-                      " is out of bounds.");
+    TORCH_CHECK_INDEX((index >= 0 && index < classes) || index == ignore_index, "Target ", index, " is out of bounds.");
   }
 }
 
 // ---- the CPU kernel ----------------------------------------------------------------------------------------------
+
+// The kernel takes any stride of the first dimension, so that row slices and expanded batches are not copied.
+Tensor dense_per_outer_index(const Tensor& logits) {
+  const bool dense = logits.dim() <= 1 || logits.size(0) == 0 || logits.select(0, 0).is_contiguous();
+  return dense && logits.dim() > 1 ? logits : logits.contiguous();
+}
 
 // Dense operands and the shape that points at them.
 struct Operands {
@@ -96,7 +104,7 @@ struct Operands {
 
   Operands(const Tensor& logits_, const Tensor& target_, const Tensor& weight_, int64_t ignore_index,
            double label_smoothing)
-      : logits(logits_.contiguous()), target(target_.contiguous()) {
+      : logits(dense_per_outer_index(logits_)), target(target_.contiguous()) {
     const bool probabilities = has_class_probabilities(target);
     if (!probabilities && target.scalar_type() != at::kLong) target = target.to(at::kLong);
     if (weight_.defined()) weight = weight_.to(accumulate_type(logits.scalar_type())).contiguous();
@@ -106,6 +114,7 @@ struct Operands {
     shape.classes = logits.size(dimension);
     shape.inner = c10::multiply_integers(logits.sizes().slice(dimension + 1));
     shape.logits = logits.const_data_ptr();
+    shape.logits_outer_stride = logits.dim() == 1 ? 0 : logits.stride(0);
     shape.target = probabilities ? nullptr : target.const_data_ptr<int64_t>();
     shape.target_probabilities = probabilities ? target.const_data_ptr() : nullptr;
     shape.weight = data_or_null(weight);
@@ -141,16 +150,17 @@ ForwardResult cross_entropy_cpu(const Tensor& logits, const Tensor& target, cons
 }
 
 BackwardResult cross_entropy_backward_cpu(const Tensor& grad_loss, const Tensor& logits, const Tensor& target,
-                                          const OptionalTensor& weight, const Tensor& statistics,
-                                          const Tensor& divisor, int64_t ignore_index, double label_smoothing,
+                                          const OptionalTensor& weight, const Tensor& statistics, const Tensor& divisor,
+                                          int64_t ignore_index, double label_smoothing,
                                           std::array<bool, 2> output_mask) {
   const Operands operands(logits, target, value_or_undefined(weight), ignore_index, label_smoothing);
   const Tensor dense_grad_loss = grad_loss.contiguous();
   const bool per_row = grad_loss.numel() == statistics.size(1);
   TORCH_CHECK(per_row || grad_loss.numel() == 1, "cross_entropy_backward: grad_loss has ", grad_loss.numel(),
               " elements, expected 1 or one for each of ", statistics.size(1), " rows");
-  Tensor grad_logits = output_mask[0] ? at::empty_like(operands.logits) : Tensor();
-  Tensor grad_target = output_mask[1] ? at::empty_like(operands.logits) : Tensor();
+  const auto options = logits.options().memory_format(std::nullopt);
+  Tensor grad_logits = output_mask[0] ? at::empty(logits.sizes(), options) : Tensor();
+  Tensor grad_target = output_mask[1] ? at::empty(logits.sizes(), options) : Tensor();
   if (!output_mask[0] && !output_mask[1]) return {grad_logits, grad_target};
   kernels().cross_entropy.backward({operands.shape, statistics.const_data_ptr(), dense_grad_loss.const_data_ptr(),
                                     per_row && grad_loss.numel() > 1 ? 1 : 0, *divisor.const_data_ptr<double>(),
@@ -229,8 +239,8 @@ BackwardResult cross_entropy_backward_autograd(const Tensor& grad_loss, const Te
                                                std::array<bool, 2> output_mask) {
   if (!must_record(grad_loss, logits, target)) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    return cross_entropy_backward(grad_loss, logits, target, weight, statistics, divisor, ignore_index,
-                                  label_smoothing, output_mask);
+    return cross_entropy_backward(grad_loss, logits, target, weight, statistics, divisor, ignore_index, label_smoothing,
+                                  output_mask);
   }
   const variable_list grads =
       without_placeholders(CrossEntropyBackwardNode::apply(grad_loss, logits, target, weight, statistics, divisor,
@@ -246,8 +256,7 @@ struct CrossEntropyNode : torch::autograd::Function<CrossEntropyNode> {
                                const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
                                double label_smoothing) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [loss, statistics, divisor] =
-        cross_entropy(logits, target, weight, reduction, ignore_index, label_smoothing);
+    auto [loss, statistics, divisor] = cross_entropy(logits, target, weight, reduction, ignore_index, label_smoothing);
     ctx->save_for_backward({logits, target, value_or_undefined(weight), statistics, divisor});
     ctx->saved_data["ignore_index"] = ignore_index;
     ctx->saved_data["label_smoothing"] = label_smoothing;
@@ -259,10 +268,10 @@ struct CrossEntropyNode : torch::autograd::Function<CrossEntropyNode> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     if (!grads[0].defined()) return variable_list(6);
     const variable_list saved = ctx->get_saved_variables();
-    auto [grad_logits, grad_target] = cross_entropy_backward(
-        grads[0], saved[0], saved[1], optional_of(saved[2]), saved[3], saved[4],
-        ctx->saved_data["ignore_index"].toInt(), ctx->saved_data["label_smoothing"].toDouble(),
-        {ctx->needs_input_grad(0), ctx->needs_input_grad(1)});
+    auto [grad_logits, grad_target] =
+        cross_entropy_backward(grads[0], saved[0], saved[1], optional_of(saved[2]), saved[3], saved[4],
+                               ctx->saved_data["ignore_index"].toInt(), ctx->saved_data["label_smoothing"].toDouble(),
+                               {ctx->needs_input_grad(0), ctx->needs_input_grad(1)});
     return {grad_logits, grad_target, Tensor(), Tensor(), Tensor(), Tensor()};
   }
 };
@@ -273,10 +282,10 @@ ForwardResult cross_entropy_autograd(const Tensor& logits, const Tensor& target,
     at::AutoDispatchBelowADInplaceOrView guard;
     return cross_entropy(logits, target, weight, reduction, ignore_index, label_smoothing);
   }
-  TORCH_CHECK(!wants_gradient(weight), "cross_entropy is not differentiable with respect to argument 'weight'. "
-                                       "This input cannot have requires_grad True.");
-  const variable_list out =
-      CrossEntropyNode::apply(logits, target, weight, reduction, ignore_index, label_smoothing);
+  TORCH_CHECK(!wants_gradient(weight),
+              "cross_entropy is not differentiable with respect to argument 'weight'. "
+              "This input cannot have requires_grad True.");
+  const variable_list out = CrossEntropyNode::apply(logits, target, weight, reduction, ignore_index, label_smoothing);
   return {out[0], out[1], out[2]};
 }
 
@@ -293,8 +302,8 @@ ForwardResult cross_entropy_autocast(const Tensor& logits, const Tensor& target,
 
 }  // namespace
 
-ForwardResult cross_entropy(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-                            int64_t reduction, int64_t ignore_index, double label_smoothing) {
+ForwardResult cross_entropy(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
+                            int64_t ignore_index, double label_smoothing) {
   static const auto op = find_operator<decltype(cross_entropy_cpu)>("dlkernels::cross_entropy");
   return op.call(logits, target, weight, reduction, ignore_index, label_smoothing);
 }

@@ -20,9 +20,13 @@ void run_on_torch_pool(int64_t tasks, int64_t grain, void (*body)(void*, int64_t
   at::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) { body(context, begin, end); });
 }
 
-void* allocate(size_t bytes) { return c10::GetDefaultCPUAllocator()->raw_allocate(bytes); }
+void* allocate(size_t bytes) {
+  return c10::GetDefaultCPUAllocator()->raw_allocate(bytes);
+}
 
-void deallocate(void* memory) noexcept { c10::GetDefaultCPUAllocator()->raw_deallocate(memory); }
+void deallocate(void* memory) noexcept {
+  c10::GetDefaultCPUAllocator()->raw_deallocate(memory);
+}
 
 }  // namespace
 

@@ -1,5 +1,5 @@
-// Second-order gradients. A backward kernel has no derivative kernel of its own: the operation is written once more as a
-// composition of differentiable operators, and that composition is differentiated twice.
+// Second-order gradients. A backward kernel has no derivative kernel of its own: the operation is written once more as
+// a composition of differentiable operators, and that composition is differentiated twice.
 #pragma once
 
 #include <ATen/ops/empty.h>
