@@ -1,0 +1,131 @@
+"""The calls that every shared suite runs: each column lists its own in a module of this package.
+
+A :class:`Case` is one way of calling one operation. Its ``build(dtype)`` makes fresh arguments from a fixed seed; the
+floating-point tensors among ``args`` are the differentiable ones, everything else goes into ``kwargs``. Build values in
+float64 and cast, so that every dtype sees the same problem.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+COLUMNS = ("cross_entropy",)
+
+
+@dataclass
+class Sample:
+    """Arguments of one call."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def differentiable(self) -> list[int]:
+        """Positions in ``args`` of the tensors that take gradients."""
+        return [i for i, a in enumerate(self.args) if isinstance(a, Tensor) and a.is_floating_point()]
+
+    def requiring_grad(self) -> Sample:
+        """The same call with fresh leaves that require gradients."""
+        chosen = set(self.differentiable())
+        args = [a.detach().clone().requires_grad_() if i in chosen else a for i, a in enumerate(self.args)]
+        return Sample(tuple(args), self.kwargs)
+
+    def to(self, dtype: torch.dtype) -> Sample:
+        """The same call with every floating-point tensor cast."""
+
+        def cast(value: Any) -> Any:
+            return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+        return Sample(tuple(map(cast, self.args)), {k: cast(v) for k, v in self.kwargs.items()})
+
+
+@dataclass
+class Case:
+    """One way of calling one operation, beside torch's own function for the same."""
+
+    column: str
+    name: str
+    function: Callable[..., Any]
+    reference: Callable[..., Any]
+    build: Callable[[torch.dtype], Sample]
+    primary: bool = False  # the one that slow suites (torch.compile, export) run
+    integers: bool = True  # small integers in give exactly representable results out
+    channels_last: bool = False  # its 4-d arguments may come in torch.channels_last
+    second_order: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.column}-{self.name}"
+
+
+@dataclass
+class OpInfoEntry:
+    """An operator of torch's own test database that a function here must satisfy in full."""
+
+    column: str
+    torch_name: str
+    function: Callable[..., Any]
+
+    def __str__(self) -> str:
+        return self.torch_name
+
+
+def column_modules() -> list[Any]:
+    """The case module of every column."""
+    return [importlib.import_module(f"{__name__}.{column}") for column in COLUMNS]
+
+
+def all_cases() -> list[Case]:
+    """Every case of every column."""
+    return [case for module in column_modules() for case in module.CASES]
+
+
+def primary_cases() -> list[Case]:
+    """The representative cases, for suites that are slow."""
+    return [case for case in all_cases() if case.primary]
+
+
+def operator_samples() -> list[tuple[str, Callable[[], tuple[Any, ...]]]]:
+    """(operator name, arguments) for every operator of the library, backward operators too."""
+    return [item for module in column_modules() for item in module.OPERATOR_SAMPLES]
+
+
+def opinfo_entries() -> list[OpInfoEntry]:
+    """Every (torch operator, function here) pair to hold against torch's own test database."""
+    return [entry for module in column_modules() for entry in module.OPINFO]
+
+
+def outputs_of(result: Any) -> list[Tensor]:
+    """The tensors of a result, flattened."""
+    return [t for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, Tensor)]
+
+
+def call(function: Callable[..., Any], sample: Sample) -> list[Tensor]:
+    """Tensors that ``function`` returns for ``sample``."""
+    return outputs_of(function(*sample.args, **sample.kwargs))
+
+
+def gradients(outputs: list[Tensor], sample: Sample, grad_outputs: list[Tensor] | None = None) -> list[Tensor]:
+    """Gradients of the differentiable arguments for fixed random ``grad_outputs``; zeros where unused."""
+    differentiable_outputs = [o for o in outputs if o.requires_grad]
+    if grad_outputs is None:
+        grad_outputs = random_like(differentiable_outputs)
+    inputs = [sample.args[i] for i in sample.differentiable()]
+    return list(
+        torch.autograd.grad(differentiable_outputs, inputs, grad_outputs, allow_unused=True, materialize_grads=True)
+    )
+
+
+def random_like(tensors: list[Tensor], seed: int = 7) -> list[Tensor]:
+    """Fixed normal values of the given shapes, the same in every dtype up to rounding."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.dtype) for t in tensors]
+
+
+def normal(*shape: int, seed: int, dtype: torch.dtype) -> Tensor:
+    """Fixed normal values, drawn in float64 and cast."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)

@@ -1,0 +1,35 @@
+"""Fixtures that every suite shares."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from dlkernels import _C
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(params=_C.available_isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test once on the kernels of every instruction set that this machine has."""
+    chosen = _C.isa()
+    assert _C.select_isa(request.param)
+    yield request.param
+    _C.select_isa(chosen)
+
+
+@pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    """Every element type that the kernels support."""
+    return request.param
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Restores torch's number of threads after the test."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

@@ -1,0 +1,86 @@
+"""The same bits from every run, number of threads, Python thread and forked child; NaN and Inf where torch has them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import threading
+
+import pytest
+import torch
+
+from .cases import Case, all_cases, call, gradients
+
+
+def run(case: Case, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    sample = case.build(dtype).requiring_grad()
+    outputs = call(case.function, sample)
+    return [*(o.detach() for o in outputs), *gradients(outputs, sample)]
+
+
+def same_bits(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("case", all_cases(), ids=str)
+def test_bits_do_not_depend_on_the_run_or_the_number_of_threads(case: Case, isa: str, threads: None) -> None:
+    expected = run(case)
+    for count in (1, 2, 3, 5):
+        torch.set_num_threads(count)
+        assert same_bits(run(case), expected), f"{count} threads"
+
+
+def test_python_threads_do_not_disturb_each_other() -> None:
+    cases = all_cases()
+    expected = {str(case): run(case) for case in cases}
+    failures: list[str] = []
+
+    def work(start: int) -> None:
+        for step in range(2 * len(cases)):
+            case = cases[(start + step) % len(cases)]
+            if not same_bits(run(case), expected[str(case)]):
+                failures.append(str(case))
+
+    workers = [threading.Thread(target=work, args=(3 * i,)) for i in range(8)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not failures
+
+
+def _in_child(connection: multiprocessing.connection.Connection) -> None:
+    with torch.no_grad():
+        results = [[o.clone() for o in call(case.function, case.build(torch.float32))] for case in all_cases()]
+    connection.send([[o.numpy() for o in result] for result in results])
+
+
+def test_a_forked_child_computes_the_same() -> None:
+    for case in all_cases():  # the pool is running when the fork happens
+        run(case)
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=_in_child, args=(sender,))
+    child.start()
+    assert receiver.poll(60), "the forked child did not answer"
+    results = receiver.recv()
+    child.join()
+    for case, result in zip(all_cases(), results, strict=True):
+        expected = call(case.function, case.build(torch.float32))
+        assert same_bits([torch.from_numpy(r) for r in result], [e.detach() for e in expected])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
+@pytest.mark.parametrize("case", all_cases(), ids=str)
+def test_nan_and_inf_appear_where_torch_has_them(case: Case, value: float, isa: str) -> None:
+    for position in case.build(torch.float32).differentiable():
+        sample = case.build(torch.float32)
+        flat = sample.args[position].view(-1)
+        flat[flat.numel() // 2] = value
+        ours, theirs = sample.requiring_grad(), sample.requiring_grad()
+        our_outputs, their_outputs = call(case.function, ours), call(case.reference, theirs)
+        pairs = [*zip(our_outputs, their_outputs, strict=True)]
+        pairs += zip(gradients(our_outputs, ours), gradients(their_outputs, theirs), strict=True)
+        for index, (a, b) in enumerate(pairs):
+            where = f"argument {position}, result {index}"
+            assert torch.equal(a.isnan(), b.isnan()), where
+            assert torch.equal(a.isposinf(), b.isposinf()) and torch.equal(a.isneginf(), b.isneginf()), where
