@@ -249,30 +249,28 @@ BackwardResult cross_entropy_backward_autograd(const Tensor& grad_loss, const Te
   return {grads[0], grads[1]};
 }
 
+// Only the loss is an output of the node; what is saved reaches the caller through `saved_outputs`, without history.
 struct CrossEntropyNode : torch::autograd::Function<CrossEntropyNode> {
   static constexpr bool is_traceable = true;
 
-  static variable_list forward(AutogradContext* ctx, const Tensor& logits, const Tensor& target,
-                               const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
-                               double label_smoothing) {
+  static Tensor forward(AutogradContext* ctx, const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+                        int64_t reduction, int64_t ignore_index, double label_smoothing, ForwardResult* saved_outputs) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [loss, statistics, divisor] = cross_entropy(logits, target, weight, reduction, ignore_index, label_smoothing);
+    *saved_outputs = cross_entropy(logits, target, weight, reduction, ignore_index, label_smoothing);
+    const auto& [loss, statistics, divisor] = *saved_outputs;
     ctx->save_for_backward({logits, target, value_or_undefined(weight), statistics, divisor});
     ctx->saved_data["ignore_index"] = ignore_index;
     ctx->saved_data["label_smoothing"] = label_smoothing;
-    ctx->mark_non_differentiable({statistics, divisor});
-    ctx->set_materialize_grads(false);
-    return {loss, statistics, divisor};
+    return loss;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    if (!grads[0].defined()) return variable_list(6);
     const variable_list saved = ctx->get_saved_variables();
     auto [grad_logits, grad_target] =
         cross_entropy_backward(grads[0], saved[0], saved[1], optional_of(saved[2]), saved[3], saved[4],
                                ctx->saved_data["ignore_index"].toInt(), ctx->saved_data["label_smoothing"].toDouble(),
                                {ctx->needs_input_grad(0), ctx->needs_input_grad(1)});
-    return {grad_logits, grad_target, Tensor(), Tensor(), Tensor(), Tensor()};
+    return {grad_logits, grad_target, Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};
   }
 };
 
@@ -285,8 +283,10 @@ ForwardResult cross_entropy_autograd(const Tensor& logits, const Tensor& target,
   TORCH_CHECK(!wants_gradient(weight),
               "cross_entropy is not differentiable with respect to argument 'weight'. "
               "This input cannot have requires_grad True.");
-  const variable_list out = CrossEntropyNode::apply(logits, target, weight, reduction, ignore_index, label_smoothing);
-  return {out[0], out[1], out[2]};
+  ForwardResult outputs;
+  std::get<0>(outputs) =
+      CrossEntropyNode::apply(logits, target, weight, reduction, ignore_index, label_smoothing, &outputs);
+  return outputs;
 }
 
 // ---- autocast: losses are computed in float32 --------------------------------------------------------------------
