@@ -1,1 +1,7 @@
-"""Hand-written CPU and CUDA kernels for PyTorch."""
+"""Hand-written convolution, batch norm, LSTM, cross-entropy and attention for PyTorch."""
+
+from . import _extension
+
+__version__ = "0.1.0"
+
+_C = _extension.load()
