@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent
 
 
 def number_of_jobs() -> int:
-    """Compilers to run at once: MAX_JOBS, or as many as there are cores and memory for (a file that includes torch needs 2 GB)."""
+    """Compilers to run at once: MAX_JOBS, else what cores and memory allow (a file that includes torch needs 2 GB)."""
     if os.environ.get("MAX_JOBS"):
         return max(1, int(os.environ["MAX_JOBS"]))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -66,8 +66,8 @@ class CMakeBuild(build_ext):
             "cuda_reason": "no CUDA kernels in this build",
         }
         self.write_build_info(target.parent / "_build_info.py", facts)
-        kernels = ", ".join(facts["instruction_sets"])
-        print(f"dlkernels {facts['dlkernels']}: CPU kernels ({kernels}) for torch {facts['torch']}; {facts['cuda_reason']}")
+        kernels = f"CPU kernels ({', '.join(facts['instruction_sets'])})"
+        print(f"dlkernels {facts['dlkernels']}: {kernels} for torch {facts['torch']}; {facts['cuda_reason']}")
 
     def run_cmake(self, build_folder: Path) -> None:
         """Configures and builds, telling CMake what only Python knows."""
@@ -100,16 +100,16 @@ class CMakeBuild(build_ext):
             sys.exit(f"dlkernels: the build stopped (exit status {error.returncode}); the messages above say where")
 
     def write_build_info(self, path: Path, facts: dict[str, object]) -> None:
-        lines = [f"    {json.dumps(name)}: {value!r}," for name, value in facts.items()]
-        text = "\n".join(["# Written by the build; compared with the running torch at import.", "BUILD_INFO = {", *lines, "}", ""])
-        path.write_text(text)
+        entries = "".join(f"    {name!r}: {value!r},\n" for name, value in facts.items())
+        comment = "# Written by the build; compared with the running torch at import."
+        path.write_text(f"{comment}\nBUILD_INFO = {{\n{entries}}}\n")
 
     def copy_extensions_to_source(self) -> None:
         """For `--inplace` and editable installs: the build facts go where the extension goes."""
         super().copy_extensions_to_source()
         for ext in self.extensions:
-            built = Path(self.build_lib, self.get_ext_filename(self.get_ext_fullname(ext.name))).parent / "_build_info.py"
-            shutil.copyfile(built, ROOT / "dlkernels" / "_build_info.py")
+            built = Path(self.build_lib, self.get_ext_filename(self.get_ext_fullname(ext.name)))
+            shutil.copyfile(built.parent / "_build_info.py", ROOT / "dlkernels" / "_build_info.py")
 
 
 setup(ext_modules=[Extension("dlkernels._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

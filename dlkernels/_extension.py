@@ -1,7 +1,8 @@
 """Loads the compiled extension, after checking that it was compiled for the torch that is running.
 
-An extension compiled for another torch stops in the dynamic linker with an undefined symbol, or crashes later. The build records
-what it was made for in `_build_info.py`; a difference is an ImportError that says which command repairs it.
+An extension compiled for another torch stops in the dynamic linker with an undefined symbol, or crashes later. The
+build records what it was made for in `_build_info.py`; a difference is an ImportError that names the repairing
+command.
 """
 
 from __future__ import annotations
@@ -50,9 +51,9 @@ def _wrong_torch(build_info: dict) -> str:
 
 
 def _not_built() -> str:
-    if _in_checkout():
-        return (
-            f"the dlkernels in {PACKAGE} has no compiled extension for this Python; run: make -C {PACKAGE.parent} dev "
-            "(or start Python in another folder to import the installed dlkernels)"
-        )
-    return f"the dlkernels in {PACKAGE} has no compiled extension for this Python; run: pip install --force-reinstall dlkernels"
+    repair = (
+        f"make -C {PACKAGE.parent} dev (or start Python in another folder to import the installed dlkernels)"
+        if _in_checkout()
+        else "pip install --force-reinstall --no-deps dlkernels"
+    )
+    return f"the dlkernels in {PACKAGE} has no compiled extension for this Python; run: {repair}"

@@ -1,9 +1,10 @@
 """The build backend: setuptools', preceded by one step that finds the torch of the environment being installed into.
 
-The extension is only good for the torch that it was compiled against. `torch` in build-system.requires would fetch the newest
-torch into pip's isolated environment and compile against that one. So here torch is looked up where it will be used: pip runs an
-isolated build with the interpreter of the target environment, hiding that environment's packages, and they are brought back
-behind the isolated ones. When there is no torch, the build stops before anything is fetched or compiled, and says what to do.
+The extension is only good for the torch that it was compiled against. `torch` in build-system.requires would fetch the
+newest torch into pip's isolated environment and compile against that one. So torch is looked up where it will be used:
+pip runs an isolated build with the interpreter of the target environment, hiding that environment's packages, and here
+they are brought back, behind the isolated ones. When there is no torch, the build stops before it compiles and says
+what to do.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ except ImportError:
     setuptools_version = "0"
 if int(setuptools_version.split(".")[0]) < 77:  # only without build isolation, which leaves the environment as it is
     sys.exit("dlkernels: building without isolation needs: pip install 'setuptools>=77' wheel cmake ninja")
+
+Config = dict[str, Any] | None
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -71,17 +74,17 @@ def find_torch() -> None:
         sys.exit(f"dlkernels: torch {version} is installed in {sys.prefix}; expected {requirement}")
 
 
-def get_requires_for_build_wheel(config_settings: dict[str, Any] | None = None) -> list[str]:
+def get_requires_for_build_wheel(config_settings: Config = None) -> list[str]:
     find_torch()
     return build_meta.get_requires_for_build_wheel(config_settings)
 
 
-def get_requires_for_build_editable(config_settings: dict[str, Any] | None = None) -> list[str]:
+def get_requires_for_build_editable(config_settings: Config = None) -> list[str]:
     find_torch()
     return build_meta.get_requires_for_build_editable(config_settings)
 
 
-def build_wheel(wheel_directory: str, config_settings: dict[str, Any] | None = None, metadata_directory: str | None = None) -> str:
+def build_wheel(wheel_directory: str, config_settings: Config = None, metadata_directory: str | None = None) -> str:
     find_torch()
     # setuptools packs whatever lies in its staging folder, modules deleted since the last build too.
     for staged in (ROOT / "build").glob("lib*"):
@@ -89,7 +92,7 @@ def build_wheel(wheel_directory: str, config_settings: dict[str, Any] | None = N
     return build_meta.build_wheel(wheel_directory, config_settings, metadata_directory)
 
 
-def build_editable(wheel_directory: str, config_settings: dict[str, Any] | None = None, metadata_directory: str | None = None) -> str:
+def build_editable(wheel_directory: str, config_settings: Config = None, metadata_directory: str | None = None) -> str:
     find_torch()
     return build_meta.build_editable(wheel_directory, config_settings, metadata_directory)
 
