@@ -4,4 +4,8 @@ from . import _extension
 
 __version__ = "0.1.0"
 
-_C = _extension.load()
+_C = _extension.load()  # first: what follows calls it
+
+from . import functional, nn  # noqa: E402
+
+__all__ = ["functional", "nn"]
