@@ -2,6 +2,7 @@
 # make test   the tests                    make test-slow   those that install the package
 # make lint   what CI checks               make format      repairs what can be repaired
 # make dev    builds the extension in place (incremental)
+# make stub   writes dlkernels/_C.pyi again, after a function of the extension was added or changed
 #
 # PYTHON=path uses a Python that has everything already; TORCH=... and PIP_INSTALL=... change what .venv is made of;
 # MAX_JOBS limits the compilers, WORKERS the test processes that run at once.
@@ -24,7 +25,7 @@ LINT_TOOLS := $(shell sed -n 's/^lint = \[\(.*\)\]/\1/p' pyproject.toml | tr -d 
 CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.cc' -o -name '*.h')
 PYTHON_FILES = setup.py $(wildcard tools dlkernels tests benchmarks examples)
 
-.PHONY: demo dev test test-slow lint format clean
+.PHONY: demo dev stub test test-slow lint format clean
 
 demo: $(DEMO_STAMP)
 	$(PYTHON) -m dlkernels train lenet --data digits
@@ -32,6 +33,9 @@ demo: $(DEMO_STAMP)
 
 dev: $(TEST_STAMP)
 	$(PYTHON) setup.py build_ext --inplace
+
+stub: dev $(LINT_STAMP)
+	$(PYTHON) tools/make_stub.py
 
 test: dev
 	$(PYTHON) -m pytest -n $(WORKERS) -m "not slow" $(PYTEST_ARGS)

@@ -4,8 +4,8 @@ from . import _extension
 
 __version__ = "0.1.0"
 
-_C = _extension.load()  # first: what follows calls it
+_extension.load()  # first: what follows calls it
 
-from . import functional, nn  # noqa: E402
+from . import _C, functional, nn  # noqa: E402
 
-__all__ = ["functional", "nn"]
+__all__ = ["_C", "functional", "nn"]

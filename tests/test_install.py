@@ -1,5 +1,6 @@
 """Building, installing, importing: which torch a build finds, what a wrong environment is told, what objects hold."""
 
+import ast
 import fcntl
 import json
 import os
@@ -212,6 +213,23 @@ def test_build_facts_describe_the_running_torch():
         "dlkernels", "torch", "cxx11_abi", "python", "compiler", "instruction_sets", "cuda", "cuda_reason",
     }  # fmt: skip
     json.dumps(BUILD_INFO)
+
+
+def parameters(definition):
+    return [argument.arg for argument in [*definition.args.args, *definition.args.kwonlyargs]]
+
+
+def test_stub_names_every_function_of_the_extension_and_its_arguments():
+    from dlkernels import _C
+
+    stub = ast.parse((ROOT / "dlkernels" / "_C.pyi").read_text())
+    stubbed = {node.name: parameters(node) for node in stub.body if isinstance(node, ast.FunctionDef)}
+    functions = {name: getattr(_C, name) for name in dir(_C) if not name.startswith("_")}
+    # pybind11 writes the signature into the first line of a function's documentation.
+    signatures = {
+        name: ast.parse(f"def {function.__doc__.splitlines()[0]}: ...") for name, function in functions.items()
+    }
+    assert stubbed == {name: parameters(module.body[0]) for name, module in signatures.items()}, "run: make stub"
 
 
 # ---- What the compiler was told, and what it made --------------------------------------------------------------------
