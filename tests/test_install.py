@@ -109,6 +109,13 @@ def test_missing_torch_is_three_lines_that_name_both_remedies(environments, over
     assert "--no-build-isolation" in lines[2]
 
 
+def test_a_tool_that_hides_the_environment_is_sent_to_pip(environments, overlay):
+    python, _ = environments("build")
+    finished = run_backend(python, overlay)
+    assert finished.returncode == 1
+    assert "Either install with pip, in an environment that has torch:  pip install ." in finished.stderr
+
+
 @pytest.mark.parametrize("version", ["2.10.2", "2.16.0", "3.0.0+cu140"])
 def test_unsupported_torch_is_refused_by_name(environments, overlay, version):
     python, site_packages = environments("target")

@@ -61,10 +61,13 @@ def find_torch() -> None:
     importlib.invalidate_caches()
     requirement = supported_torch()
     if importlib.util.find_spec("torch") is None:
+        by_pip = "PIP_BUILD_TRACKER" in os.environ
+        install_first = f"Either install torch there first:  {sys.executable} -m pip install '{requirement}'"
+        use_pip = "Either install with pip, in an environment that has torch:  pip install ."
         sys.exit(
             f"dlkernels: no torch in {sys.prefix} (Python {sys.version_info[0]}.{sys.version_info[1]}), "
             "and the extension is compiled against the torch that will run it.\n"
-            f"  Either install torch there first:  {sys.executable} -m pip install '{requirement}'\n"
+            f"  {install_first if by_pip else use_pip}\n"
             "  or build with the packages that Python already sees:  pip install --no-build-isolation ."
         )
     version = importlib.metadata.version("torch")
