@@ -156,7 +156,8 @@ def import_package(tmp_path):
         (tmp_path / "torch" / "__init__.py").write_text("__version__ = '2.13.0+cpu'\n")
         for name, text in files.items():
             (tmp_path / name).write_text(text)
-        return run([sys.executable, "-c", "import dlkernels"], PYTHONPATH=str(tmp_path))
+        # -S: an editable installation would supply whatever module the copy lacks.
+        return run([sys.executable, "-S", "-c", "import dlkernels"], PYTHONPATH=str(tmp_path))
 
     return import_copy
 
