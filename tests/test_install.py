@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -140,6 +141,18 @@ def test_torch_is_no_build_requirement():
     (requires,) = re.findall(r"^requires = \[(.*)\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     assert "setuptools" in requires
     assert "torch" not in requires
+
+
+def test_source_distribution_holds_what_a_build_needs_and_nothing_built(tmp_path):
+    code = f"import sys; sys.path.insert(0, 'tools'); import build_backend; build_backend.build_sdist({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as files:
+        packed = {name.partition("/")[2] for name in files.getnames()}
+    sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.*") if path.suffix != ".md"}
+    assert sources | {"CMakeLists.txt", "tools/build_backend.py", "dlkernels/py.typed", "dlkernels/_C.pyi"} <= packed
+    assert "dlkernels/_build_info.py" not in packed
+    assert [name for name in packed if name.endswith(".so")] == []
 
 
 # ---- Importing -------------------------------------------------------------------------------------------------------
