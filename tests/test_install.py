@@ -144,8 +144,8 @@ def test_torch_is_no_build_requirement():
 
 
 def test_source_distribution_holds_what_a_build_needs_and_nothing_built(tmp_path):
-    code = f"import sys; sys.path.insert(0, 'tools'); import build_backend; build_backend.build_sdist({str(tmp_path)!r})"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
+    code = "import sys; sys.path.insert(0, 'tools'); import build_backend; build_backend.build_sdist(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True, check=True)
     (archive,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(archive) as files:
         packed = {name.partition("/")[2] for name in files.getnames()}
