@@ -15,7 +15,6 @@ WORKERS ?= 2
 
 # An environment is made only where none was named. Each stamp stands for one finished installation step.
 ifeq ($(PYTHON),$(VENV)/bin/python)
-  TORCH_STAMP := $(VENV)/.torch-installed
   DEMO_STAMP := $(VENV)/.demo-installed
   TEST_STAMP := $(VENV)/.test-installed
   LINT_STAMP := $(VENV)/.lint-installed
