@@ -1,7 +1,78 @@
-PYTHON ?= .venv/bin/python
+# make demo   the main job and a short benchmark, from nothing but python3, g++ and make
+# make test   the tests                    make test-slow   those that install the package
+# make lint   what CI checks               make format      repairs what can be repaired
+# make dev    builds the extension in place (incremental)
+# make stub   writes dlkernels/_C.pyi again, after a function of the extension was added or changed
+#
+# PYTHON=path uses a Python that has everything already; TORCH=... and PIP_INSTALL=... change what .venv is made of;
+# MAX_JOBS limits the compilers, WORKERS the test processes that run at once.
 
-.PHONY: dev
+VENV := .venv
+PYTHON ?= $(VENV)/bin/python
+TORCH ?= torch==2.13.0
+PIP_INSTALL ?= $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet
+WORKERS ?= 2
 
-# Builds the extension in place (incremental; MAX_JOBS limits the compilers run at once).
-dev:
+# An environment is made only where none was named. Each stamp stands for one finished installation step.
+ifeq ($(PYTHON),$(VENV)/bin/python)
+  DEMO_STAMP := $(VENV)/.demo-installed
+  TEST_STAMP := $(VENV)/.test-installed
+  LINT_STAMP := $(VENV)/.lint-installed
+endif
+# The pinned versions of the `lint` extra, installed without building the package.
+LINT_TOOLS := $(shell sed -n 's/^lint = \[\(.*\)\]/\1/p' pyproject.toml | tr -d '",')
+CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.cc' -o -name '*.h')
+PYTHON_FILES = setup.py $(wildcard tools dlkernels tests benchmarks examples)
+
+.PHONY: demo dev stub test test-slow lint format clean
+
+demo: $(DEMO_STAMP)
+	$(PYTHON) -m dlkernels train lenet --data digits
+	$(PYTHON) -m dlkernels bench --quick --plot docs/bench.png
+
+dev: $(TEST_STAMP)
 	$(PYTHON) setup.py build_ext --inplace
+
+stub: dev $(LINT_STAMP)
+	$(PYTHON) tools/make_stub.py
+
+test: dev
+	$(PYTHON) -m pytest -n $(WORKERS) -m "not slow" $(PYTEST_ARGS)
+
+test-slow: dev
+	$(PYTHON) -m pytest -m slow $(PYTEST_ARGS)
+
+lint: $(LINT_STAMP)
+	$(PYTHON) -m ruff check $(PYTHON_FILES)
+	$(PYTHON) -m ruff format --check $(PYTHON_FILES)
+	$(dir $(PYTHON))clang-format --dry-run -Werror $(CXX_FILES)
+	$(PYTHON) -m mypy
+
+format: $(LINT_STAMP)
+	$(PYTHON) -m ruff check --fix $(PYTHON_FILES)
+	$(PYTHON) -m ruff format $(PYTHON_FILES)
+	$(dir $(PYTHON))clang-format -i $(CXX_FILES)
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f dlkernels/_C*.so dlkernels/_build_info.py
+
+# torch comes first and alone: what follows finds it installed, so that no resolver exchanges it for another.
+$(VENV)/.torch-installed:
+	python3 -m venv $(VENV)
+	$(PIP_INSTALL) "$(TORCH)" numpy
+	touch $@
+
+$(VENV)/.demo-installed: pyproject.toml | $(VENV)/.torch-installed
+	@echo "Compiling dlkernels into $(VENV): a few minutes."
+	$(PIP_INSTALL) --editable ".[cli,plot]"
+	touch $@
+
+$(VENV)/.test-installed: pyproject.toml | $(VENV)/.torch-installed
+	@echo "Compiling dlkernels into $(VENV): a few minutes."
+	$(PIP_INSTALL) --editable ".[test]"
+	touch $@
+
+$(VENV)/.lint-installed: pyproject.toml | $(VENV)/.torch-installed
+	$(PIP_INSTALL) $(LINT_TOOLS)
+	touch $@

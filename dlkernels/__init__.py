@@ -1,1 +1,11 @@
-"""Hand-written CPU and CUDA kernels for PyTorch."""
+"""Hand-written convolution, batch norm, LSTM, cross-entropy and attention for PyTorch."""
+
+from . import _extension
+
+__version__ = "0.1.0"
+
+_extension.load()  # first: what follows calls it
+
+from . import _C, functional, nn  # noqa: E402
+
+__all__ = ["_C", "functional", "nn"]
