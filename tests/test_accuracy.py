@@ -70,7 +70,10 @@ def test_formulas_pass_gradcheck(case: Case) -> None:
 def test_small_integers_are_exact(case: Case, isa: str) -> None:
     """Sums of small integers are exact in any order, so any difference is a wrong element and no rounding."""
     sample = case.build(torch.float32)
-    args = [(a * 2).round().clamp(-3, 3) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in sample.args]
+    args = [
+        (a * 2).round().clamp(-3, 3) if isinstance(a, torch.Tensor) and a.is_floating_point() else a
+        for a in sample.args
+    ]
     whole = type(sample)(tuple(args), sample.kwargs)
     ours, exact = whole.requiring_grad(), whole.to(torch.float64).requiring_grad()
     our_outputs, exact_outputs = call(case.function, ours), call(case.reference, exact)
