@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import multiprocessing.connection
 import threading
@@ -76,6 +77,8 @@ def test_a_forked_child_computes_the_same() -> None:
 @pytest.mark.parametrize("case", all_cases(), ids=str)
 def test_nan_and_inf_appear_where_torch_has_them(case: Case, value: float, isa: str) -> None:
     for position in case.build(torch.float32).differentiable():
+        if math.isinf(value) and case.infinite_arguments is not None and position not in case.infinite_arguments:
+            continue
         sample = case.build(torch.float32)
         flat = sample.args[position].view(-1)
         flat[flat.numel() // 2] = value

@@ -41,20 +41,6 @@ DLKERNELS_INLINE void for_each_vector(int64_t count, Body&& body) {
   if (i < count) body(i, count - i, 1);
 }
 
-template <class Scalar>
-DLKERNELS_INLINE auto load_lanes(const Scalar* p, int64_t count) {
-  return count == Vec<accumulate_t<Scalar>>::size ? load(p) : load(p, count);
-}
-template <class Scalar, class V>
-DLKERNELS_INLINE void store_lanes(Scalar* p, V value, int64_t count) {
-  count == V::size ? store(p, value) : store(p, value, count);
-}
-// value in the first `count` lanes, filler in the rest.
-template <class T>
-DLKERNELS_INLINE Vec<T> keep_lanes(Vec<T> value, T filler, int64_t count) {
-  return count == Vec<T>::size ? value : select(first_lanes<T>(count), value, Vec<T>(filler));
-}
-
 template <class T>
 DLKERNELS_INLINE T combine_sums(Vec<T> (&sums)[kUnroll]) {
   return reduce_add((sums[0] + sums[1]) + (sums[2] + sums[3]));

@@ -468,6 +468,21 @@ DLKERNELS_INLINE void store(float16* p, VecF a, int64_t count) {
   store_half_bits(p, narrow(float16{}, a), count);
 }
 
+// A whole vector, or its first `count` lanes: for loops that treat the tail like the body.
+template <class Scalar>
+DLKERNELS_INLINE Vec<accumulate_t<Scalar>> load_lanes(const Scalar* p, int64_t count) {
+  return count == Vec<accumulate_t<Scalar>>::size ? load(p) : load(p, count);
+}
+template <class Scalar>
+DLKERNELS_INLINE void store_lanes(Scalar* p, Vec<accumulate_t<Scalar>> value, int64_t count) {
+  count == Vec<accumulate_t<Scalar>>::size ? store(p, value) : store(p, value, count);
+}
+// value in the first `count` lanes, filler in the rest.
+template <class T>
+DLKERNELS_INLINE Vec<T> keep_lanes(Vec<T> value, T filler, int64_t count) {
+  return count == Vec<T>::size ? value : select(first_lanes<T>(count), value, Vec<T>(filler));
+}
+
 // Past the caches, for results that nothing reads soon; p is aligned to the vector. Only float and double.
 #if defined(__AVX512F__)
 DLKERNELS_INLINE void stream(float* p, VecF a) {

@@ -8,6 +8,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <array>
 #include <optional>
 #include <tuple>
 
@@ -81,6 +82,18 @@ inline bool wants_gradient(const OptionalTensor& tensor) {
 template <class... Tensors>
 bool must_record(const Tensors&... tensors) {
   return c10::GradMode::is_enabled() && (wants_gradient(tensors) || ...);
+}
+
+// Which of a node's tensor arguments want a gradient, asked in its backward. `present` says which of them, in order,
+// were given: an absent optional has no edge, so the edges of those after it move up.
+template <size_t count>
+std::array<bool, count> needed_gradients(AutogradContext* ctx, const std::array<bool, count>& present) {
+  std::array<bool, count> needed{};
+  size_t edge = 0;
+  for (size_t i = 0; i < count; ++i) {
+    if (present[i]) needed[i] = ctx->needs_input_grad(edge++);
+  }
+  return needed;
 }
 
 // One element type for all; the message names the argument that differs.

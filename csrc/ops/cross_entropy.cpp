@@ -269,7 +269,7 @@ struct CrossEntropyNode : torch::autograd::Function<CrossEntropyNode> {
     auto [grad_logits, grad_target] =
         cross_entropy_backward(grads[0], saved[0], saved[1], optional_of(saved[2]), saved[3], saved[4],
                                ctx->saved_data["ignore_index"].toInt(), ctx->saved_data["label_smoothing"].toDouble(),
-                               {ctx->needs_input_grad(0), ctx->needs_input_grad(1)});
+                               needed_gradients<2>(ctx, {true, true}));
     return {grad_logits, grad_target, Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};
   }
 };

@@ -1,5 +1,6 @@
 """Modules that subclass those of ``torch.nn``: same constructors, parameters and ``state_dict``; our kernels inside."""
 
+from .batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from .cross_entropy import CrossEntropyLoss
 
-__all__ = ["CrossEntropyLoss"]
+__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "CrossEntropyLoss"]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-COLUMNS = ("cross_entropy",)
+COLUMNS = ("batch_norm", "cross_entropy")
 
 
 @dataclass
@@ -57,6 +57,7 @@ class Case:
     integers: bool = True  # small integers in give exactly representable results out
     channels_last: bool = False  # its 4-d arguments may come in torch.channels_last
     second_order: bool = True
+    infinite_arguments: tuple[int, ...] | None = None  # where Inf must act as in torch; None for everywhere
 
     def __str__(self) -> str:
         return f"{self.column}-{self.name}"

@@ -1,0 +1,392 @@
+// Batch normalisation, with an optional residual and ReLU in the same pass (Ioffe and Szegedy 2015).
+//
+//   forward    y = relu(w (x - mean) / sqrt(variance + eps) + b + residual)
+//   backward   g = dy where y > 0;   dx = w / s (g - mean(g) - (x - mean) / s^2 mean(g (x - mean))),   s^2 = variance +
+//   eps
+//
+// The elements of a channel are cut into chunks, the same ones in both layouts. A chunk's mean and sum of
+// squared deviations are found in two passes over it (it is in cache for the second), never as E[x^2] - mean^2, and the
+// chunks are merged in double in their order (Chan, Golub and LeVeque 1979). The mean stays in double: elements are
+// centred on its rounding, and what was rounded away is folded into the channel's constants. Inside a chunk, position p
+// of an image is summed in lane p mod lanes: with inner positions side by side that is a vector sum; with channels side
+// by side the lanes are an array of `lanes` rows of channels. So both layouts, and any number of threads, give the same
+// bits.
+//
+// Contiguous: a task owns one channel, batch x inner elements, which usually stay in the second-level cache between the
+// statistics and the normalisation: one read and one write of memory. Channels last: one pass over chunks for the
+// statistics, one for the output, the second in reverse order to begin where the cache is warm.
+#include "batch_norm.h"
+
+#include "pack.h"
+#include "parallel.h"
+#include "simd.h"
+
+namespace dlkernels::DLKERNELS_ISA {
+namespace {
+
+// Elements of one channel in a chunk: 16 additions in each lane, so that sums round hardly more than double ones would;
+// with 512 float channels side by side half a megabyte, which stays in the second-level cache.
+template <class T>
+constexpr int64_t kChunk = 16 * Vec<T>::size;
+
+// ---- chunks ------------------------------------------------------------------------------------------------------
+
+// A run of positions [begin, end) of each of the images [first, last).
+struct Chunk {
+  int64_t first, last, begin, end;
+  int64_t count() const { return (last - first) * (end - begin); }
+};
+
+// How the batch x inner elements of a channel are cut: whole images together, or an image into parts.
+template <class T>
+struct Chunks {
+  int64_t batch, inner, images, length, parts, count;
+
+  explicit Chunks(const BatchNormShape& shape) : batch(shape.batch), inner(shape.inner) {
+    images = max_of(1, kChunk<T> / max_of(inner, 1));
+    parts = max_of(1, inner / kChunk<T>);
+    length = round_up(ceil_div(max_of(inner, 1), parts), 64);  // a multiple of every vector
+    parts = ceil_div(max_of(inner, 1), length);
+    count = ceil_div(batch, images) * parts;
+  }
+  Chunk operator[](int64_t i) const {
+    const int64_t first = i / parts * images, begin = i % parts * length;
+    return {first, min_of(first + images, batch), begin, min_of(begin + length, inner)};
+  }
+};
+
+// ---- one chunk, positions side by side ------------------------------------------------------------------------------
+
+// Calls body(offset, lanes) over a chunk of channel c, offsets into [batch][channels][inner].
+template <class T, class Body>
+DLKERNELS_INLINE void for_each_vector(const BatchNormShape& shape, const Chunk& chunk, int64_t c, Body&& body) {
+  for (int64_t n = chunk.first; n < chunk.last; ++n) {
+    const int64_t base = (n * shape.channels + c) * shape.inner;
+    int64_t p = chunk.begin;
+    for (; p + Vec<T>::size <= chunk.end; p += Vec<T>::size) body(base + p, Vec<T>::size);
+    if (p < chunk.end) body(base + p, chunk.end - p);
+  }
+}
+
+// add(sum, offset, count) over a chunk of channel c. Both layouts call the same `add`, whose multiplications are
+// explicit fma: left to the compiler, one layout would be contracted and the other not.
+template <class T, class Add>
+DLKERNELS_INLINE T sum_positions(const BatchNormShape& shape, const Chunk& chunk, int64_t c, Add&& add) {
+  Vec<T> sum = Vec<T>::zero();
+  for_each_vector<T>(shape, chunk, c, [&](int64_t at, int64_t count) {
+    const Vec<T> next = add(sum, at, count);
+    sum = count == Vec<T>::size ? next : select(first_lanes<T>(count), next, sum);
+  });
+  return reduce_add(sum);
+}
+
+// ---- one chunk, channels side by side -------------------------------------------------------------------------------
+
+// The same with add(sum, offset, c, count), for every channel at once; lanes_buffer holds lanes x channels.
+template <class T, class Add>
+DLKERNELS_INLINE void sum_rows(const BatchNormShape& shape, const Chunk& chunk, T* lanes_buffer, T* sums, Add&& add) {
+  constexpr int64_t lanes = Vec<T>::size;
+  const int64_t channels = shape.channels;
+  fill(lanes_buffer, T(0), lanes * channels);
+  for (int64_t n = chunk.first; n < chunk.last; ++n) {
+    for (int64_t p = chunk.begin; p < chunk.end; ++p) {
+      const int64_t row = (n * shape.inner + p) * channels;
+      T* lane = lanes_buffer + (p - chunk.begin) % lanes * channels;
+      int64_t c = 0;
+      for (; c + lanes <= channels; c += lanes) store(lane + c, add(load(lane + c), row + c, c, lanes));
+      if (c < channels) {
+        const int64_t count = channels - c;
+        store(lane + c, add(load(lane + c, count), row + c, c, count), count);
+      }
+    }
+  }
+  // The same tree as reduce_add.
+  for (int64_t half = lanes / 2; half > 0; half /= 2) {
+    for (int64_t i = 0; i < half; ++i) {
+      add_to(lanes_buffer + i * channels, lanes_buffer + (i + half) * channels, channels);
+    }
+  }
+  for (int64_t c = 0; c < channels; ++c) sums[c] = lanes_buffer[c];
+}
+
+// Calls body(offset, c, count) for every vector of channels of a chunk.
+template <class T, class Body>
+DLKERNELS_INLINE void for_each_row_vector(const BatchNormShape& shape, const Chunk& chunk, Body&& body) {
+  const int64_t channels = shape.channels;
+  for (int64_t n = chunk.first; n < chunk.last; ++n) {
+    for (int64_t p = chunk.begin; p < chunk.end; ++p) {
+      const int64_t row = (n * shape.inner + p) * channels;
+      int64_t c = 0;
+      for (; c + Vec<T>::size <= channels; c += Vec<T>::size) body(row + c, c, Vec<T>::size);
+      if (c < channels) body(row + c, c, channels - c);
+    }
+  }
+}
+
+// ---- statistics ----------------------------------------------------------------------------------------------------
+
+// Mean and sum of squared deviations of some elements; merging adds the deviation between the two means.
+struct Moments {
+  double count = 0, mean = 0, squares = 0;
+
+  // From sums about reference points: first about `shift`, then about `center`, the rounded mean.
+  static Moments of(double count, double shift, double sum, double center, double squares) {
+    const double mean = shift + sum / count, off = mean - center;
+    return {count, mean, squares - count * off * off};
+  }
+  Moments merged(const Moments& other) const {
+    const double total = count + other.count, delta = other.mean - mean;
+    return {total, mean + delta * other.count / total,
+            squares + other.squares + delta * delta * count * other.count / total};
+  }
+};
+
+template <class Scalar, class T = accumulate_t<Scalar>>
+Moments channel_moments(const BatchNormShape& shape, const Chunks<T>& chunks, const Scalar* x, int64_t c) {
+  Moments moments;
+  for (int64_t i = 0; i < chunks.count; ++i) {
+    const Chunk chunk = chunks[i];
+    const T shift = load_one(x + (chunk.first * shape.channels + c) * shape.inner + chunk.begin);
+    const T sum = sum_positions<T>(shape, chunk, c, [&](Vec<T> total, int64_t at, int64_t n) {
+      return total + (load_lanes(x + at, n) - Vec<T>(shift));
+    });
+    const T center = static_cast<T>(shift + static_cast<double>(sum) / static_cast<double>(chunk.count()));
+    const T squares = sum_positions<T>(shape, chunk, c, [&](Vec<T> total, int64_t at, int64_t n) {
+      const Vec<T> d = load_lanes(x + at, n) - Vec<T>(center);
+      return fma(d, d, total);
+    });
+    const Moments part = Moments::of(static_cast<double>(chunk.count()), shift, sum, center, squares);
+    moments = i == 0 ? part : moments.merged(part);
+  }
+  return moments;
+}
+
+// Moments of every channel of one chunk; buffer holds (lanes + 4) x channels.
+template <class Scalar, class T = accumulate_t<Scalar>>
+void chunk_moments(const BatchNormShape& shape, const Chunk& chunk, const Scalar* x, T* buffer, Moments* moments) {
+  const int64_t channels = shape.channels;
+  T *shift = buffer, *sum = shift + channels, *center = sum + channels, *squares = center + channels;
+  T* lanes_buffer = squares + channels;
+  widen_row(x + (chunk.first * shape.inner + chunk.begin) * channels, channels, shift);
+  sum_rows<T>(shape, chunk, lanes_buffer, sum, [&](Vec<T> total, int64_t at, int64_t c, int64_t n) {
+    return total + (load_lanes(x + at, n) - load_lanes(shift + c, n));
+  });
+  const double count = static_cast<double>(chunk.count());
+  for (int64_t c = 0; c < channels; ++c) {
+    center[c] = static_cast<T>(shift[c] + static_cast<double>(sum[c]) / count);
+  }
+  sum_rows<T>(shape, chunk, lanes_buffer, squares, [&](Vec<T> total, int64_t at, int64_t c, int64_t n) {
+    const Vec<T> d = load_lanes(x + at, n) - load_lanes(center + c, n);
+    return fma(d, d, total);
+  });
+  for (int64_t c = 0; c < channels; ++c) moments[c] = Moments::of(count, shift[c], sum[c], center[c], squares[c]);
+}
+
+// ---- forward -------------------------------------------------------------------------------------------------------
+
+template <class Scalar>
+struct Forward {
+  using T = accumulate_t<Scalar>;
+  const BatchNormForwardArgs& args;
+  const BatchNormShape& shape = args.shape;
+  const Scalar* x = static_cast<const Scalar*>(args.input);
+  const Scalar* residual = static_cast<const Scalar*>(args.residual);
+  const T* weight = static_cast<const T*>(args.weight);
+  const T* bias = static_cast<const T*>(args.bias);
+  double* mean = args.mean;
+  double* variance = args.variance;
+  Scalar* y = static_cast<Scalar*>(args.output);
+  Chunks<T> chunks{shape};
+
+  void keep(int64_t c, const Moments& moments) const {
+    mean[c] = moments.mean;
+    variance[c] = moments.squares / moments.count;
+  }
+  // y = (x - center) scale + offset, center being the rounded mean.
+  T center(int64_t c) const { return static_cast<T>(mean[c]); }
+  double exact_scale(int64_t c) const {
+    return (weight == nullptr ? 1.0 : static_cast<double>(weight[c])) / __builtin_sqrt(variance[c] + args.eps);
+  }
+  T scale(int64_t c) const { return static_cast<T>(exact_scale(c)); }
+  T offset(int64_t c) const {
+    const double rounded_away = mean[c] - static_cast<double>(center(c));
+    return static_cast<T>((bias == nullptr ? 0.0 : static_cast<double>(bias[c])) - rounded_away * exact_scale(c));
+  }
+
+  DLKERNELS_INLINE void write(int64_t at, int64_t count, Vec<T> channel_mean, Vec<T> channel_scale,
+                              Vec<T> channel_offset) const {
+    Vec<T> out = fma(load_lanes(x + at, count) - channel_mean, channel_scale, channel_offset);
+    if (residual != nullptr) out += load_lanes(residual + at, count);
+    if (shape.relu) out = max(Vec<T>::zero(), out);
+    store_lanes(y + at, out, count);
+  }
+
+  void contiguous() const {
+    parallel_for(shape.channels, max_of(1, 4096 / max_of(shape.batch * shape.inner, 1)), [&](int64_t c) {
+      if (shape.training) keep(c, channel_moments(shape, chunks, x, c));
+      const Vec<T> m = center(c), s = scale(c), b = offset(c);
+      for (int64_t i = chunks.count - 1; i >= 0; --i) {
+        for_each_vector<T>(shape, chunks[i], c, [&](int64_t at, int64_t count) { write(at, count, m, s, b); });
+      }
+    });
+  }
+
+  void channels_last() const {
+    const int64_t channels = shape.channels;
+    const int64_t grain = max_of(1, 8192 / max_of(channels * kChunk<T>, 1));
+    if (shape.training) {
+      Scratch<Moments> moments(chunks.count * channels);
+      parallel_for(chunks.count, grain, [&](int64_t i) {
+        Scratch<T> buffer((Vec<T>::size + 4) * channels);
+        chunk_moments(shape, chunks[i], x, buffer.data(), moments.data() + i * channels);
+      });
+      parallel_for(channels, 64, [&](int64_t c) {
+        Moments total = moments[c];
+        for (int64_t i = 1; i < chunks.count; ++i) total = total.merged(moments[i * channels + c]);
+        keep(c, total);
+      });
+    }
+    Scratch<T> affine(3 * channels);
+    T *centers = affine.data(), *scales = centers + channels, *offsets = scales + channels;
+    for (int64_t c = 0; c < channels; ++c) centers[c] = center(c), scales[c] = scale(c), offsets[c] = offset(c);
+    parallel_for(chunks.count, grain, [&](int64_t task) {
+      for_each_row_vector<T>(shape, chunks[chunks.count - 1 - task], [&](int64_t at, int64_t c, int64_t count) {
+        write(at, count, load_lanes(centers + c, count), load_lanes(scales + c, count), load_lanes(offsets + c, count));
+      });
+    });
+  }
+};
+
+// ---- backward ------------------------------------------------------------------------------------------------------
+
+// What the gradient of one channel's input is made of: dx = a (g - mean_g - (x - center) b).
+struct Slope {
+  double a = 0, mean_g = 0, b = 0;
+};
+
+template <class Scalar>
+struct Backward {
+  using T = accumulate_t<Scalar>;
+  const BatchNormBackwardArgs& args;
+  const BatchNormShape& shape = args.shape;
+  const Scalar* dy = static_cast<const Scalar*>(args.grad_output);
+  const Scalar* x = static_cast<const Scalar*>(args.input);
+  const Scalar* y = static_cast<const Scalar*>(args.output);
+  const T* weight = static_cast<const T*>(args.weight);
+  const double* mean = args.mean;
+  const double* variance = args.variance;
+  Scalar* dx = static_cast<Scalar*>(args.grad_input);
+  Scalar* dresidual = static_cast<Scalar*>(args.grad_residual);
+  T* dweight = static_cast<T*>(args.grad_weight);
+  T* dbias = static_cast<T*>(args.grad_bias);
+  Chunks<T> chunks{shape};
+  double count = static_cast<double>(shape.batch * shape.inner);
+
+  // The gradient behind the ReLU; NaN outputs let it pass, as torch's do.
+  DLKERNELS_INLINE Vec<T> masked(int64_t at, int64_t n) const {
+    const Vec<T> g = load_lanes(dy + at, n);
+    return shape.relu ? select(load_lanes(y + at, n) <= Vec<T>::zero(), Vec<T>::zero(), g) : g;
+  }
+  T center(int64_t c) const { return static_cast<T>(mean[c]); }
+
+  // sum_gx is the sum of g (x - center).
+  Slope finish(int64_t c, double sum_g, double sum_gx) const {
+    const double invstd = 1.0 / __builtin_sqrt(variance[c] + args.eps);
+    const double rounded_away = mean[c] - static_cast<double>(center(c));
+    sum_gx -= rounded_away * sum_g;
+    if (dweight != nullptr) dweight[c] = static_cast<T>(sum_gx * invstd);
+    if (dbias != nullptr) dbias[c] = static_cast<T>(sum_g);
+    const double a = invstd * (weight == nullptr ? 1.0 : static_cast<double>(weight[c]));
+    if (!shape.training) return {a, 0, 0};
+    const double b = sum_gx / count * invstd * invstd;
+    return {a, sum_g / count - rounded_away * b, b};
+  }
+
+  DLKERNELS_INLINE void write(int64_t at, int64_t n, Vec<T> center, Vec<T> a, Vec<T> mean_g, Vec<T> b) const {
+    const Vec<T> g = masked(at, n);
+    if (dresidual != nullptr) store_lanes(dresidual + at, g, n);
+    if (dx == nullptr) return;
+    if (!shape.training) return store_lanes(dx + at, a * g, n);
+    store_lanes(dx + at, a * fma(load_lanes(x + at, n) - center, -b, g - mean_g), n);
+  }
+
+  void contiguous() const {
+    parallel_for(shape.channels, max_of(1, 4096 / max_of(shape.batch * shape.inner, 1)), [&](int64_t c) {
+      const Vec<T> m = center(c);
+      double sum_g = 0, sum_gx = 0;
+      for (int64_t i = 0; i < chunks.count; ++i) {
+        const Chunk chunk = chunks[i];
+        sum_g += sum_positions<T>(shape, chunk, c,
+                                  [&](Vec<T> total, int64_t at, int64_t n) { return total + masked(at, n); });
+        sum_gx += sum_positions<T>(shape, chunk, c, [&](Vec<T> total, int64_t at, int64_t n) {
+          return fma(masked(at, n), load_lanes(x + at, n) - m, total);
+        });
+      }
+      const Slope slope = finish(c, sum_g, sum_gx);
+      const Vec<T> a = static_cast<T>(slope.a), mean_g = static_cast<T>(slope.mean_g), b = static_cast<T>(slope.b);
+      for (int64_t i = chunks.count - 1; i >= 0; --i) {
+        for_each_vector<T>(shape, chunks[i], c, [&](int64_t at, int64_t n) { write(at, n, m, a, mean_g, b); });
+      }
+    });
+  }
+
+  void channels_last() const {
+    const int64_t channels = shape.channels;
+    Scratch<T> centers(channels);
+    for (int64_t c = 0; c < channels; ++c) centers[c] = center(c);
+    Scratch<T> sums(2 * max_of(chunks.count, 1) * channels);
+    parallel_for(chunks.count, 1, [&](int64_t i) {
+      const Chunk chunk = chunks[i];
+      Scratch<T> lanes_buffer(Vec<T>::size * channels);
+      T* out = sums.data() + 2 * i * channels;
+      sum_rows<T>(shape, chunk, lanes_buffer.data(), out,
+                  [&](Vec<T> total, int64_t at, int64_t, int64_t n) { return total + masked(at, n); });
+      sum_rows<T>(shape, chunk, lanes_buffer.data(), out + channels,
+                  [&](Vec<T> total, int64_t at, int64_t c, int64_t n) {
+                    return fma(masked(at, n), load_lanes(x + at, n) - load_lanes(centers.data() + c, n), total);
+                  });
+    });
+    Scratch<T> slopes(3 * channels);
+    T *a = slopes.data(), *mean_g = a + channels, *b = mean_g + channels;
+    parallel_for(channels, 64, [&](int64_t c) {
+      double sum_g = 0, sum_gx = 0;
+      for (int64_t i = 0; i < chunks.count; ++i) {
+        sum_g += static_cast<double>(sums[2 * i * channels + c]);
+        sum_gx += static_cast<double>(sums[(2 * i + 1) * channels + c]);
+      }
+      const Slope slope = finish(c, sum_g, sum_gx);
+      a[c] = static_cast<T>(slope.a), mean_g[c] = static_cast<T>(slope.mean_g), b[c] = static_cast<T>(slope.b);
+    });
+    parallel_for(chunks.count, 1, [&](int64_t task) {
+      for_each_row_vector<T>(shape, chunks[chunks.count - 1 - task], [&](int64_t at, int64_t c, int64_t n) {
+        write(at, n, load_lanes(centers.data() + c, n), load_lanes(a + c, n), load_lanes(mean_g + c, n),
+              load_lanes(b + c, n));
+      });
+    });
+  }
+};
+
+// ---- launchers -----------------------------------------------------------------------------------------------------
+
+template <template <class> class Pass, class Args>
+void run(const Args& args) {
+  dispatch(args.shape.dtype, [&](auto* type) {
+    const Pass<std::remove_pointer_t<decltype(type)>> pass{args};
+    args.shape.channels_last ? pass.channels_last() : pass.contiguous();
+  });
+}
+
+void forward(const BatchNormForwardArgs& args) {
+  run<Forward>(args);
+}
+void backward(const BatchNormBackwardArgs& args) {
+  run<Backward>(args);
+}
+
+}  // namespace
+
+BatchNormKernels batch_norm_kernels() {
+  return {forward, backward};
+}
+
+}  // namespace dlkernels::DLKERNELS_ISA

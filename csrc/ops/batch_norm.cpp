@@ -1,0 +1,368 @@
+// Batch normalisation for torch: [N, C] to [N, C, D, H, W], contiguous or channels last, parameters in the input's type
+// or in float32 for half inputs, fused residual and ReLU. Saves the input, the mean and the variance of each channel,
+// and with ReLU the output. Running statistics are moved by an operator of their own, so that this one changes nothing.
+#include "ops/batch_norm.h"
+
+#include <ATen/ATen.h>
+
+#include "ops/second_order.h"
+
+namespace dlkernels::ops {
+namespace {
+
+constexpr const char* kName = "batch_norm";
+
+using ForwardResult = std::tuple<Tensor, Tensor, Tensor>;           // output, mean, variance
+using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // grad_input, grad_weight, grad_bias, grad_residual
+using OptionalType = std::optional<at::ScalarType>;
+
+// ---- argument checks ---------------------------------------------------------------------------------------------
+
+void check_parameter(const Tensor& input, const OptionalTensor& parameter, const char* name) {
+  if (!is_defined(parameter)) return;
+  check_same_device(kName, input, "input", *parameter, name);
+  TORCH_CHECK(parameter->dim() == 1 && parameter->size(0) == input.size(1), name, " should contain ", input.size(1),
+              " elements not ", parameter->numel());
+  const bool half = input.scalar_type() == at::kBFloat16 || input.scalar_type() == at::kHalf;
+  TORCH_CHECK(parameter->scalar_type() == input.scalar_type() || (half && parameter->scalar_type() == at::kFloat),
+              "batch_norm: mixed dtype: ", name, " is ", parameter->scalar_type(), ", expected ", input.scalar_type(),
+              half ? " or Float" : "");
+}
+
+void check_arguments(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                     const OptionalTensor& residual, const OptionalTensor& running_mean,
+                     const OptionalTensor& running_var, bool training, double eps) {
+  kernel_dtype(input, kName, "input");
+  if (input.numel() == 0 && input.dim() < 2) return;  // as torch: nothing to normalise, whatever the parameters
+  TORCH_CHECK(input.dim() >= 2, "batch_norm: input must have shape [N, C, ...], got ", input.sizes());
+  check_parameter(input, running_mean, "running_mean");
+  check_parameter(input, running_var, "running_var");
+  check_parameter(input, weight, "weight");
+  check_parameter(input, bias, "bias");
+  if (!training) {
+    TORCH_CHECK(is_defined(running_mean), "running_mean must be defined in evaluation mode");
+    TORCH_CHECK(is_defined(running_var), "running_var must be defined in evaluation mode");
+  }
+  TORCH_CHECK_VALUE(!training || eps > 0, "batch_norm eps must be positive during training, but got ", eps);
+  if (is_defined(residual)) {
+    check_same_device(kName, input, "input", *residual, "residual");
+    check_same_dtype(kName, input, "input", *residual, "residual");
+    TORCH_CHECK(residual->sizes() == input.sizes(), "batch_norm: residual must have the shape of input, ",
+                input.sizes(), ", got ", residual->sizes());
+  }
+  if (training && input.numel() > 0) {
+    TORCH_CHECK_VALUE(input.numel() > input.size(1),
+                      "Expected more than 1 value per channel when training, got input size torch.Size(", input.sizes(),
+                      ")");
+  }
+}
+
+// ---- the CPU kernels ---------------------------------------------------------------------------------------------
+
+int64_t channels_of(const Tensor& input) {
+  return input.dim() >= 2 ? input.size(1) : 0;
+}
+
+at::MemoryFormat dense_format(const Tensor& input) {
+  if (input.is_contiguous()) return at::MemoryFormat::Contiguous;
+  if (input.dim() == 4 && input.is_contiguous(at::MemoryFormat::ChannelsLast)) return at::MemoryFormat::ChannelsLast;
+  if (input.dim() == 5 && input.is_contiguous(at::MemoryFormat::ChannelsLast3d)) {
+    return at::MemoryFormat::ChannelsLast3d;
+  }
+  return input.suggest_memory_format();
+}
+
+BatchNormShape shape_of(const Tensor& input, at::MemoryFormat format, bool relu, bool training) {
+  const int64_t batch = input.size(0), channels = input.size(1);
+  const int64_t inner = c10::multiply_integers(input.sizes().slice(2));
+  // [N, C] is channels last with one position.
+  const bool channels_last = format != at::MemoryFormat::Contiguous || inner == 1;
+  return {kernel_dtype(input, kName, "input"), batch, channels, inner, channels_last, relu, training};
+}
+
+// A per-channel tensor in the type of the sums.
+Tensor widened(const Tensor& parameter, const Tensor& input) {
+  return parameter.defined() ? parameter.to(accumulate_type(input.scalar_type())).contiguous() : Tensor();
+}
+Tensor widened(const OptionalTensor& parameter, const Tensor& input) {
+  return widened(value_or_undefined(parameter), input);
+}
+
+ForwardResult batch_norm_cpu(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                             const OptionalTensor& residual, const OptionalTensor& running_mean,
+                             const OptionalTensor& running_var, bool training, double eps, bool relu) {
+  check_arguments(input, weight, bias, residual, running_mean, running_var, training, eps);
+  const at::MemoryFormat format = dense_format(input);
+  const Tensor dense_input = input.contiguous(format);
+  const Tensor dense_residual = is_defined(residual) ? residual->contiguous(format) : Tensor();
+  const Tensor wide_weight = widened(weight, input), wide_bias = widened(bias, input);
+  const auto options = input.options().memory_format(std::nullopt);
+  const auto statistics = options.dtype(at::kDouble);
+  Tensor output = at::empty(input.sizes(), options.memory_format(format));
+  Tensor mean = at::empty({channels_of(input)}, statistics), variance = at::empty({channels_of(input)}, statistics);
+  if (input.dim() < 2) return {output, mean, variance};
+  if (!training) {
+    mean.copy_(*running_mean);
+    variance.copy_(*running_var);
+  } else if (input.numel() == 0) {
+    mean.zero_();
+    variance.zero_();
+  }
+  if (input.numel() == 0) return {output, mean, variance};
+  kernels().batch_norm.forward({shape_of(dense_input, format, relu, training), dense_input.const_data_ptr(),
+                                data_or_null(dense_residual), data_or_null(wide_weight), data_or_null(wide_bias), eps,
+                                mean.mutable_data_ptr<double>(), variance.mutable_data_ptr<double>(),
+                                output.mutable_data_ptr()});
+  return {output, mean, variance};
+}
+
+BackwardResult batch_norm_backward_cpu(const Tensor& grad_output, const Tensor& input, const OptionalTensor& output,
+                                       const OptionalTensor& weight, const Tensor& mean, const Tensor& variance,
+                                       bool training, double eps, bool relu, OptionalType weight_type,
+                                       OptionalType bias_type, std::array<bool, 4> output_mask) {
+  TORCH_CHECK(grad_output.sizes() == input.sizes(), "batch_norm_backward: grad_output must have the shape of input, ",
+              input.sizes(), ", got ", grad_output.sizes());
+  const at::MemoryFormat format = dense_format(input);
+  const Tensor dense_input = input.contiguous(format), dense_grad = grad_output.contiguous(format);
+  const Tensor dense_output = relu ? output->contiguous(format) : Tensor();
+  const Tensor wide_weight = widened(weight, input);
+  const auto options = input.options().memory_format(format);
+  const auto parameters = mean.options().dtype(accumulate_type(input.scalar_type()));
+  const int64_t channels = channels_of(input);
+  Tensor grad_input = output_mask[0] ? at::empty(input.sizes(), options) : Tensor();
+  Tensor grad_weight = output_mask[1] ? at::empty({channels}, parameters) : Tensor();
+  Tensor grad_bias = output_mask[2] ? at::empty({channels}, parameters) : Tensor();
+  Tensor grad_residual = output_mask[3] ? at::empty(input.sizes(), options) : Tensor();
+  if (input.numel() == 0) {
+    if (grad_weight.defined()) grad_weight.zero_();
+    if (grad_bias.defined()) grad_bias.zero_();
+  } else {
+    kernels().batch_norm.backward({shape_of(dense_input, format, relu, training), dense_grad.const_data_ptr(),
+                                   dense_input.const_data_ptr(), data_or_null(dense_output), data_or_null(wide_weight),
+                                   mean.const_data_ptr<double>(), variance.const_data_ptr<double>(), eps,
+                                   mutable_data_or_null(grad_input), mutable_data_or_null(grad_residual),
+                                   mutable_data_or_null(grad_weight), mutable_data_or_null(grad_bias)});
+  }
+  if (grad_weight.defined() && weight_type) grad_weight = grad_weight.to(*weight_type);
+  if (grad_bias.defined() && bias_type) grad_bias = grad_bias.to(*bias_type);
+  return {grad_input, grad_weight, grad_bias, grad_residual};
+}
+
+// running += momentum (statistic - running), with the unbiased variance. Per-channel work, left to torch's element-wise
+// operators.
+void batch_norm_update_cpu(const Tensor& running_mean, const Tensor& running_var, const Tensor& mean,
+                           const Tensor& variance, int64_t count, double momentum) {
+  if (count <= 1) return;
+  const double unbiased = static_cast<double>(count) / static_cast<double>(count - 1);
+  running_mean.copy_(running_mean.to(mean.scalar_type()) * (1 - momentum) + mean * momentum);
+  running_var.copy_(running_var.to(variance.scalar_type()) * (1 - momentum) + variance * (momentum * unbiased));
+}
+
+// ---- autograd ----------------------------------------------------------------------------------------------------
+
+ForwardResult batch_norm(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                         const OptionalTensor& residual, const OptionalTensor& running_mean,
+                         const OptionalTensor& running_var, bool training, double eps, bool relu) {
+  static const auto op = find_operator<decltype(batch_norm_cpu)>("dlkernels::batch_norm");
+  return op.call(input, weight, bias, residual, running_mean, running_var, training, eps, relu);
+}
+
+BackwardResult batch_norm_backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& output,
+                                   const OptionalTensor& weight, const Tensor& mean, const Tensor& variance,
+                                   bool training, double eps, bool relu, OptionalType weight_type,
+                                   OptionalType bias_type, std::array<bool, 4> output_mask) {
+  static const auto op = find_operator<decltype(batch_norm_backward_cpu)>("dlkernels::batch_norm_backward");
+  return op.call(grad_output, input, output, weight, mean, variance, training, eps, relu, weight_type, bias_type,
+                 output_mask);
+}
+
+// inputs: input, weight, bias, residual. Statistics are recomputed when training, since they depend on the input.
+Tensor composed_output(const variable_list& inputs, const Tensor& mean, const Tensor& variance, bool training,
+                       double eps, bool relu) {
+  const Tensor& input = inputs[0];
+  at::DimVector reduced, broadcast(input.dim(), 1);
+  broadcast[1] = input.size(1);
+  for (int64_t d = 0; d < input.dim(); ++d) {
+    if (d != 1) reduced.push_back(d);
+  }
+  const at::ScalarType type = accumulate_type(input.scalar_type());
+  const Tensor wide = input.to(type);
+  const Tensor center = wide - (training ? wide.mean(reduced, true) : mean.to(type).reshape(broadcast));
+  const Tensor spread = training ? center.square().mean(reduced, true) : variance.to(type).reshape(broadcast);
+  Tensor output = center * (spread + eps).rsqrt();
+  if (inputs[1].defined()) output = output * inputs[1].to(type).reshape(broadcast);
+  if (inputs[2].defined()) output = output + inputs[2].to(type).reshape(broadcast);
+  if (inputs[3].defined()) output = output + inputs[3];
+  return (relu ? output.clamp_min(0) : output).to(input.scalar_type());
+}
+
+struct BatchNormBackwardNode : torch::autograd::Function<BatchNormBackwardNode> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& grad_output, const Tensor& input,
+                               const OptionalTensor& output, const OptionalTensor& weight, const Tensor& mean,
+                               const Tensor& variance, bool training, double eps, bool relu, OptionalType weight_type,
+                               OptionalType bias_type, std::array<bool, 4> output_mask) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    ctx->save_for_backward(
+        {grad_output, input, value_or_undefined(output), value_or_undefined(weight), mean, variance});
+    ctx->saved_data["training"] = training;
+    ctx->saved_data["eps"] = eps;
+    ctx->saved_data["relu"] = relu;
+    ctx->set_materialize_grads(false);
+    auto [grad_input, grad_weight, grad_bias, grad_residual] = batch_norm_backward(
+        grad_output, input, output, weight, mean, variance, training, eps, relu, weight_type, bias_type, output_mask);
+    return with_placeholders({grad_input, grad_weight, grad_bias, grad_residual}, input);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    const Tensor &grad_output = saved[0], &input = saved[1], &output = saved[2], &weight = saved[3];
+    const Tensor &mean = saved[4], &variance = saved[5];
+    const bool training = ctx->saved_data["training"].toBool();
+    const double eps = ctx->saved_data["eps"].toDouble();
+    // The ReLU is piecewise linear: behind its mask the formula is that of plain batch norm.
+    const bool relu = ctx->saved_data["relu"].toBool();
+    Tensor masked_grad = grad_output, mask;
+    if (relu) {
+      at::AutoGradMode enable(true);
+      mask = output.detach().le(0).logical_not();
+      masked_grad = grad_output * mask;
+    }
+    // The bias and the residual enter linearly: their gradients' gradients reach grad_output alone.
+    auto normalise = [&](const variable_list& inputs) -> variable_list {
+      return {composed_output({inputs[0], inputs[1], Tensor(), Tensor()}, mean, variance, training, eps, false)};
+    };
+    variable_list second = differentiate_twice(normalise, {input, weight}, {masked_grad}, {grads[0], grads[1]});
+    Tensor grad_grad_output = second[2];
+    auto accumulate = [&](const Tensor& term) {
+      if (term.defined()) grad_grad_output = grad_grad_output.defined() ? grad_grad_output + term : term;
+    };
+    if (grads[2].defined()) {
+      at::DimVector broadcast(input.dim(), 1);
+      broadcast[1] = input.size(1);
+      accumulate(grads[2].to(input.scalar_type()).reshape(broadcast).expand_as(input));
+    }
+    accumulate(grads[3]);
+    if (relu && grad_grad_output.defined()) grad_grad_output = grad_grad_output * mask;
+    variable_list result(12);
+    result[0] = grad_grad_output;
+    result[1] = second[0];
+    result[3] = second[1];
+    return result;
+  }
+};
+
+BackwardResult batch_norm_backward_autograd(const Tensor& grad_output, const Tensor& input,
+                                            const OptionalTensor& output, const OptionalTensor& weight,
+                                            const Tensor& mean, const Tensor& variance, bool training, double eps,
+                                            bool relu, OptionalType weight_type, OptionalType bias_type,
+                                            std::array<bool, 4> output_mask) {
+  if (!must_record(grad_output, input, weight)) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return batch_norm_backward(grad_output, input, output, weight, mean, variance, training, eps, relu, weight_type,
+                               bias_type, output_mask);
+  }
+  const variable_list grads =
+      without_placeholders(BatchNormBackwardNode::apply(grad_output, input, output, weight, mean, variance, training,
+                                                        eps, relu, weight_type, bias_type, output_mask),
+                           output_mask);
+  return {grads[0], grads[1], grads[2], grads[3]};
+}
+
+struct BatchNormNode : torch::autograd::Function<BatchNormNode> {
+  static constexpr bool is_traceable = true;
+
+  static Tensor forward(AutogradContext* ctx, const Tensor& input, const OptionalTensor& weight,
+                        const OptionalTensor& bias, const OptionalTensor& residual, const OptionalTensor& running_mean,
+                        const OptionalTensor& running_var, bool training, double eps, bool relu,
+                        ForwardResult* saved_outputs) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    *saved_outputs = batch_norm(input, weight, bias, residual, running_mean, running_var, training, eps, relu);
+    const auto& [output, mean, variance] = *saved_outputs;
+    ctx->save_for_backward({input, value_or_undefined(weight), mean, variance, relu ? output : Tensor()});
+    ctx->saved_data["training"] = training;
+    ctx->saved_data["eps"] = eps;
+    ctx->saved_data["relu"] = relu;
+    ctx->saved_data["has_residual"] = is_defined(residual);
+    if (is_defined(weight)) ctx->saved_data["weight_type"] = static_cast<int64_t>(weight->scalar_type());
+    if (is_defined(bias)) ctx->saved_data["bias_type"] = static_cast<int64_t>(bias->scalar_type());
+    return output;
+  }
+
+  static OptionalType saved_type(AutogradContext* ctx, const char* name) {
+    const auto found = ctx->saved_data.find(name);
+    if (found == ctx->saved_data.end()) return std::nullopt;
+    return static_cast<at::ScalarType>(found->second.toInt());
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    const OptionalType weight_type = saved_type(ctx, "weight_type"), bias_type = saved_type(ctx, "bias_type");
+    auto [grad_input, grad_weight, grad_bias, grad_residual] = batch_norm_backward(
+        grads[0], saved[0], optional_of(saved[4]), optional_of(saved[1]), saved[2], saved[3],
+        ctx->saved_data["training"].toBool(), ctx->saved_data["eps"].toDouble(), ctx->saved_data["relu"].toBool(),
+        weight_type, bias_type,
+        needed_gradients<4>(
+            ctx, {true, weight_type.has_value(), bias_type.has_value(), ctx->saved_data["has_residual"].toBool()}));
+    variable_list result(10);
+    result[0] = grad_input;
+    result[1] = grad_weight;
+    result[2] = grad_bias;
+    result[3] = grad_residual;
+    return result;
+  }
+};
+
+ForwardResult batch_norm_autograd(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                                  const OptionalTensor& residual, const OptionalTensor& running_mean,
+                                  const OptionalTensor& running_var, bool training, double eps, bool relu) {
+  TORCH_CHECK(!wants_gradient(running_mean) && !wants_gradient(running_var),
+              "batch_norm is not differentiable with respect to argument 'running_mean' or 'running_var'. "
+              "This input cannot have requires_grad True.");
+  if (!must_record(input, weight, bias, residual)) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return batch_norm(input, weight, bias, residual, running_mean, running_var, training, eps, relu);
+  }
+  ForwardResult outputs;
+  std::get<0>(outputs) =
+      BatchNormNode::apply(input, weight, bias, residual, running_mean, running_var, training, eps, relu, &outputs);
+  return outputs;
+}
+
+// Changes its arguments and returns nothing: below autograd, but in view of version counters.
+void batch_norm_update_autograd(const Tensor& running_mean, const Tensor& running_var, const Tensor& mean,
+                                const Tensor& variance, c10::SymInt count, double momentum) {
+  static const auto op =
+      find_operator<void(const Tensor&, const Tensor&, const Tensor&, const Tensor&, c10::SymInt, double)>(
+          "dlkernels::batch_norm_update_");
+  at::AutoDispatchBelowAutograd guard;
+  op.call(running_mean, running_var, mean, variance, count, momentum);
+}
+
+}  // namespace
+
+Tensor batch_norm_with_update(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                              const OptionalTensor& residual, const OptionalTensor& running_mean,
+                              const OptionalTensor& running_var, bool training, double momentum, double eps,
+                              bool relu) {
+  auto [output, mean, variance] =
+      batch_norm(input, weight, bias, residual, running_mean, running_var, training, eps, relu);
+  if (training && input.dim() >= 2 && is_defined(running_mean) && is_defined(running_var)) {
+    c10::SymInt count = input.sym_size(0);
+    for (int64_t d = 2; d < input.dim(); ++d) count *= input.sym_size(d);
+    batch_norm_update_autograd(*running_mean, *running_var, mean, variance, count, momentum);
+  }
+  return output;
+}
+
+TORCH_LIBRARY_IMPL(dlkernels, CPU, m) {
+  m.impl("batch_norm", &batch_norm_cpu);
+  m.impl("batch_norm_backward", &batch_norm_backward_cpu);
+  m.impl("batch_norm_update_", &batch_norm_update_cpu);
+}
+TORCH_LIBRARY_IMPL(dlkernels, Autograd, m) {
+  m.impl("batch_norm", &batch_norm_autograd);
+  m.impl("batch_norm_backward", &batch_norm_backward_autograd);
+  m.impl("batch_norm_update_", &batch_norm_update_autograd);
+}
+
+}  // namespace dlkernels::ops

@@ -1,0 +1,180 @@
+"""Batch normalisation (Ioffe and Szegedy 2015), with an optional residual and ReLU in the same kernel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _C
+from .registration import traced_as
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Normalises each channel; same arguments and results as ``torch.nn.functional.batch_norm``, and two more.
+
+    Args:
+        input: shape ``[N, C]`` to ``[N, C, D, H, W]``, contiguous or channels last; float32, float64, bfloat16 or float16.
+        running_mean, running_var: shape ``[C]``; used when not training, moved towards the batch's mean and unbiased
+            variance when training. May be None when training.
+        weight, bias: shape ``[C]``, None for ones and zeros. All four may be float32 when ``input`` is a half type.
+        training: whether to use the statistics of this batch.
+        momentum: how far the running statistics move.
+        eps: added to the variance, inside the root.
+        activation: ``"relu"`` applies max(0, .) to the result, in the same pass.
+        residual: a tensor like ``input``, added before the activation, in the same pass.
+
+    Raises:
+        ValueError: fewer than two values a channel when training, ``eps`` not positive, or an unknown ``activation``.
+        RuntimeError: a shape or type that does not fit.
+    """
+    if activation not in (None, "relu"):
+        raise ValueError(f"batch_norm: activation must be None or 'relu', got {activation!r}")
+    return _C.batch_norm(
+        input,
+        weight,
+        bias,
+        residual,
+        running_mean,
+        running_var,
+        training,
+        momentum,
+        eps,
+        activation == "relu",
+    )
+
+
+@traced_as(_C.batch_norm)
+def _traced(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    relu: bool,
+) -> Tensor:
+    output, mean, variance = torch.ops.dlkernels.batch_norm.default(
+        input, weight, bias, residual, running_mean, running_var, training, eps, relu
+    )
+    if training and input.dim() >= 2 and running_mean is not None and running_var is not None:
+        count = input.shape[0]
+        for size in input.shape[2:]:
+            count = count * size
+        torch.ops.dlkernels.batch_norm_update_.default(running_mean, running_var, mean, variance, count, momentum)
+    return output
+
+
+def _empty_like_kernel(input: Tensor) -> Tensor:
+    """An output with the strides that the kernel gives it: dense, in the memory format of the input."""
+    if input.is_contiguous():
+        return input.new_empty(input.shape)
+    memory_format = torch._prims_common.suggest_memory_format(input)
+    return torch.empty_like(input, memory_format=memory_format)
+
+
+@torch.library.register_fake("dlkernels::batch_norm")
+def _fake(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    eps: float,
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    statistics = [input.new_empty(input.shape[1:2], dtype=torch.float64) for _ in range(2)]
+    return _empty_like_kernel(input), statistics[0], statistics[1]
+
+
+@torch.library.register_fake("dlkernels::batch_norm_backward")
+def _fake_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    output: Tensor | None,
+    weight: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    training: bool,
+    eps: float,
+    relu: bool,
+    weight_type: torch.dtype | None,
+    bias_type: torch.dtype | None,
+    output_mask: list[bool],
+) -> tuple[Tensor | None, ...]:
+    return (
+        _empty_like_kernel(input) if output_mask[0] else None,
+        mean.new_empty(mean.shape, dtype=weight_type) if output_mask[1] else None,
+        mean.new_empty(mean.shape, dtype=bias_type) if output_mask[2] else None,
+        _empty_like_kernel(input) if output_mask[3] else None,
+    )
+
+
+@torch.library.register_fake("dlkernels::batch_norm_update_")
+def _fake_update(
+    running_mean: Tensor, running_var: Tensor, mean: Tensor, variance: Tensor, count: int, momentum: float
+) -> None:
+    return None
+
+
+class BatchNormFunction(torch.autograd.Function):
+    """Batch norm as a Python ``autograd.Function``: the same kernels, readable and composable with ``torch.func``.
+
+    ``apply(input, weight, bias, residual, running_mean, running_var, training, eps, relu)`` returns
+    ``(output, mean, variance)``; only ``output`` is differentiable, and running statistics are not moved.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        training: bool,
+        eps: float,
+        relu: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ops.dlkernels.batch_norm.default(
+            input, weight, bias, residual, running_mean, running_var, training, eps, relu
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        input, weight, bias, residual, _, _, ctx.training, ctx.eps, ctx.relu = inputs
+        result, mean, variance = output
+        ctx.mark_non_differentiable(mean, variance)
+        ctx.types = [None if parameter is None else parameter.dtype for parameter in (weight, bias)]
+        ctx.save_for_backward(input, result if ctx.relu else None, weight, mean, variance)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        grads = torch.ops.dlkernels.batch_norm_backward.default(
+            grad_output,
+            *ctx.saved_tensors,
+            ctx.training,
+            ctx.eps,
+            ctx.relu,
+            *ctx.types,
+            list(ctx.needs_input_grad[:4]),
+        )
+        return (*grads, None, None, None, None, None)
