@@ -2,7 +2,7 @@
 
 from .loop import Progress, Settings, TrainingError, evaluate, train
 from .operations import OperationTime, operation_times
-from .recipes import BACKENDS, lenet_on_digits
+from .recipes import BACKENDS, lenet_on_digits, some_steps
 
 __all__ = [
     "BACKENDS",
@@ -13,5 +13,6 @@ __all__ = [
     "evaluate",
     "lenet_on_digits",
     "operation_times",
+    "some_steps",
     "train",
 ]

@@ -25,7 +25,7 @@ class Settings:
     batch_size: int
     learning_rate: float
     optimizer: str = "sgd"
-    weight_decay: float = 5e-4
+    weight_decay: float = 5e-3
     seed: int = 0
 
 

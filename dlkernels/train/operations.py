@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -52,6 +53,7 @@ def operation_times(program: Callable[[], object], operations: tuple[str, ...] =
     """
     owner = {f"{library}::{name}": key for key in operations for name in OPERATORS[key] for library in ("dlkernels", "aten")}
     times = {name: OperationTime(name) for name in operations}
+    os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # else the profiler reports its own start and stop on standard error
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         start = time.perf_counter()
         program()
