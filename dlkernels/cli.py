@@ -118,7 +118,9 @@ def train_command(
     try:
         model, loss_function, split = train.lenet_on_digits(backend.value, seed)
     except ModuleNotFoundError as missing:
-        raise Failure(f"the digits need {missing.name}; run: {sys.executable} -m pip install 'dlkernels[cli]'") from None
+        raise Failure(
+            f"the digits need {missing.name}; run: {sys.executable} -m pip install 'dlkernels[cli]'"
+        ) from None
     console.print(
         f"{network.value} on {data.value}: {len(split.train_labels)} images to train, {len(split.test_labels)} to test; "
         f"{backend.value}, threads {threads}, seed {seed}",
@@ -175,7 +177,9 @@ def bench_command(
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write every figure to this file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the classes' ratios (png, svg or pdf).")] = None,
-    report: Annotated[Path | None, typer.Option(help="Write the tables as markdown, with the figures beside it.")] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Write the tables as markdown, with the figures beside it.")
+    ] = None,
 ) -> None:
     """Measure the operations against torch's, interleaved, on shapes of real networks."""
     from . import bench
@@ -232,7 +236,9 @@ def print_facts(facts: dict[str, Any]) -> None:
         print(f"{'build':<16}{name}: {', '.join(value) if isinstance(value, list) else value}")
     for check in facts["self_test"]:
         outcome = "ok" if check["passed"] else "FAILED"
-        error = check["message"] if check["error"] is None else f"error {check['error']:.1e}, bound {check['bound']:.0e}"
+        error = (
+            check["message"] if check["error"] is None else f"error {check['error']:.1e}, bound {check['bound']:.0e}"
+        )
         print(f"{'self-test':<16}{check['name']}: {outcome}, {error}, {1e3 * check['seconds']:.0f} ms")
 
 
@@ -245,7 +251,9 @@ def print_version(wanted: bool) -> None:
 
 @app.callback()
 def options(
-    version: Annotated[bool, typer.Option("--version", callback=print_version, is_eager=True, help="And exit.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="And exit.")
+    ] = False,
 ) -> None:
     """Hand-written deep-learning kernels for PyTorch."""
 

@@ -79,7 +79,9 @@ def evaluate(model: torch.nn.Module, images: Tensor, labels: Tensor, batch_size:
     return right / len(labels)
 
 
-def train(model: torch.nn.Module, loss_function: torch.nn.Module, data: Split, settings: Settings) -> Iterator[Progress]:
+def train(
+    model: torch.nn.Module, loss_function: torch.nn.Module, data: Split, settings: Settings
+) -> Iterator[Progress]:
     """Trains ``model`` in place, one mini-batch for each item drawn from the iterator.
 
     The same model, data and settings give the same numbers every time: the order of the examples comes from the seed.

@@ -46,12 +46,16 @@ class OperationTime:
     on_dlkernels: int = 0  # of these calls
 
 
-def operation_times(program: Callable[[], object], operations: tuple[str, ...] = tuple(OPERATORS)) -> list[OperationTime]:
+def operation_times(
+    program: Callable[[], object], operations: tuple[str, ...] = tuple(OPERATORS)
+) -> list[OperationTime]:
     """Runs ``program`` once under torch's profiler; returns the operations it used, and the rest of its time.
 
     The profiler costs about a microsecond an operator, which counts as everything else.
     """
-    owner = {f"{library}::{name}": key for key in operations for name in OPERATORS[key] for library in ("dlkernels", "aten")}
+    owner = {
+        f"{library}::{name}": key for key in operations for name in OPERATORS[key] for library in ("dlkernels", "aten")
+    }
     times = {name: OperationTime(name) for name in operations}
     os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # else the profiler reports its own start and stop on standard error
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:

@@ -30,7 +30,9 @@ def describe(progress: Progress) -> str:
 
 def end_of_epoch(progress: Progress) -> str:
     """The line printed after an epoch."""
-    return f"epoch {progress.epoch:>3}/{progress.epochs}  {describe(progress)}  test accuracy {progress.test_accuracy:.4f}"
+    return (
+        f"epoch {progress.epoch:>3}/{progress.epochs}  {describe(progress)}  test accuracy {progress.test_accuracy:.4f}"
+    )
 
 
 def shown(run: Iterable[Progress], console: Console) -> Iterator[Progress]:
@@ -54,9 +56,7 @@ def shown(run: Iterable[Progress], console: Console) -> Iterator[Progress]:
         task = bar.add_task("train", total=None, epoch="1", figures="")
         for progress in run:
             epoch = f"{progress.epoch}/{progress.epochs}"
-            bar.update(
-                task, completed=progress.step, total=progress.steps, epoch=epoch, figures=describe(progress)
-            )
+            bar.update(task, completed=progress.step, total=progress.steps, epoch=epoch, figures=describe(progress))
             if progress.test_accuracy is not None:
                 bar.console.print(end_of_epoch(progress), highlight=False)
             yield progress
