@@ -1,4 +1,4 @@
-"""Measures attention against torch's; the options are those of `dlkernels bench`. Shapes: dlkernels/bench/attention.py."""
+"""Measures attention, as `dlkernels bench attention`, whose options it takes; the shapes are in dlkernels/bench."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Measures batch_norm against torch's; the options are those of `dlkernels bench`. Shapes: dlkernels/bench/batch_norm.py."""
+"""Measures batch norm, as `dlkernels bench batch_norm`, whose options it takes; the shapes are in dlkernels/bench."""
 
 import sys
 

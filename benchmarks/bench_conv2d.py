@@ -1,4 +1,4 @@
-"""Measures conv2d against torch's; the options are those of `dlkernels bench`. Shapes: dlkernels/bench/conv2d.py."""
+"""Measures convolutions, as `dlkernels bench conv2d`, whose options it takes; the shapes are in dlkernels/bench."""
 
 import sys
 

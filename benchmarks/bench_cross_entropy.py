@@ -1,4 +1,4 @@
-"""Measures cross_entropy against torch's; the options are those of `dlkernels bench`. Shapes: dlkernels/bench/cross_entropy.py."""
+"""Measures the losses, as `dlkernels bench cross_entropy`, whose options it takes; shapes are in dlkernels/bench."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Measures lstm against torch's; the options are those of `dlkernels bench`. Shapes: dlkernels/bench/lstm.py."""
+"""Measures LSTMs, as `dlkernels bench lstm`, whose options it takes; the shapes are in dlkernels/bench."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Measures every operation and writes the report and its plot into results/. The harness: dlkernels/bench/harness.py."""
+"""Measures every operation by dlkernels/bench/harness.py; writes the report and its plot into results/."""
 
 import sys
 from pathlib import Path

@@ -122,8 +122,8 @@ def train_command(
             f"the digits need {missing.name}; run: {sys.executable} -m pip install 'dlkernels[cli]'"
         ) from None
     console.print(
-        f"{network.value} on {data.value}: {len(split.train_labels)} images to train, {len(split.test_labels)} to test; "
-        f"{backend.value}, threads {threads}, seed {seed}",
+        f"{network.value} on {data.value}: {len(split.train_labels)} images to train, {len(split.test_labels)} to "
+        f"test; {backend.value}, threads {threads}, seed {seed}",
         highlight=False,
         soft_wrap=True,
     )
@@ -150,6 +150,12 @@ def train_command(
         highlight=False,
         soft_wrap=True,
     )
+
+
+def wide_console() -> Console:
+    """Standard output; wide enough for the tables where it is not a terminal."""
+    console = Console()
+    return console if console.is_terminal else Console(width=150)
 
 
 def operations_table(used: list[Any]) -> Table:
@@ -193,8 +199,11 @@ def bench_command(
             path.parent.mkdir(parents=True, exist_ok=True)
     chosen = [operation.value] if operation else list(bench.COLUMNS)
     dtypes = [dtype.value] if dtype else [element.value for element in ElementType]
-    console = Console()
-    run = bench.run(chosen, quick=quick, dtypes=dtypes, peers=[peer.value for peer in peers or []], console=console)
+    console = wide_console()
+    try:
+        run = bench.run(chosen, quick=quick, dtypes=dtypes, peers=[peer.value for peer in peers or []], console=console)
+    except bench.BenchError as error:
+        raise Failure(str(error)) from None
     console.print(bench.summary_table(run))
     if json_file is not None:
         bench.write_json(run, json_file)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Split:
-    """Images ``[N, C, H, W]`` (float32, zero mean and unit variance over the training set) and their classes ``[N]``."""
+    """Images ``[N, C, H, W]`` (float32, normalised over the training set) and their classes ``[N]``."""
 
     train_images: Tensor
     train_labels: Tensor

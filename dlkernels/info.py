@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import __version__, _C, functional, nn
+from . import _C, __version__, functional, nn
 
 
 def processor_name() -> str:

@@ -2,7 +2,7 @@
 
 from .harness import OURS, TORCH
 from .report import PLOT_FORMATS, summary_table, write_json, write_plot, write_report
-from .runner import COLUMNS, HUGE_PAGES, Run, run
+from .runner import COLUMNS, HUGE_PAGES, BenchError, Run, run
 
 __all__ = [
     "COLUMNS",
@@ -10,6 +10,7 @@ __all__ = [
     "OURS",
     "PLOT_FORMATS",
     "TORCH",
+    "BenchError",
     "Run",
     "run",
     "summary_table",

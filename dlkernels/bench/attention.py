@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -61,6 +62,6 @@ def cases(dtypes: tuple[torch.dtype, ...], quick: bool = False) -> Iterator[Case
                     f"attention {group}",
                     f"{name} ({'x'.join(map(str, shape))})",
                     dtype,
-                    lambda shape=shape, causal=causal, dtype=dtype: problem(shape, causal, dtype),
+                    partial(problem, shape, causal, dtype),
                     *cost(*shape, causal, dtype.itemsize),
                 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -79,6 +80,6 @@ def cases(dtypes: tuple[torch.dtype, ...], quick: bool = False) -> Iterator[Case
                         f"batch norm {group}, {layout}",
                         f"{name} ({'x'.join(map(str, shape))})",
                         dtype,
-                        lambda s=shape, ly=layout, d=dtype, r=relu, e=residual: problem(s, ly, d, r, e),
+                        partial(problem, shape, layout, dtype, relu, residual),
                         *cost(elements, dtype.itemsize, residual),
                     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -136,7 +137,7 @@ def cases(dtypes: tuple[torch.dtype, ...], quick: bool = False) -> Iterator[Case
                         f"conv2d {group}, {layout}",
                         f"{shape.name} ({dims})",
                         dtype,
-                        lambda shape=shape, layout=layout, dtype=dtype: problem(shape, layout, dtype),
+                        partial(problem, shape, layout, dtype),
                         forward,
                         both,
                     )

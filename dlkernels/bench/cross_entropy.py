@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -68,7 +69,7 @@ def cases(dtypes: tuple[torch.dtype, ...], quick: bool = False) -> Iterator[Case
                     f"cross-entropy {group}",
                     f"{name} ({rows}x{classes:,})",
                     dtype,
-                    lambda rows=rows, classes=classes, dtype=dtype: problem(rows, classes, dtype),
+                    partial(problem, rows, classes, dtype),
                     Cost(moved, 4 * rows * classes),
                     Cost(3 * moved, 8 * rows * classes),
                 )
@@ -82,7 +83,7 @@ def cases(dtypes: tuple[torch.dtype, ...], quick: bool = False) -> Iterator[Case
                 "linear cross-entropy",
                 f"{name} ({rows}x{hidden} to {classes:,})",
                 torch.float32,
-                lambda rows=rows, hidden=hidden, classes=classes: linear_problem(rows, hidden, classes, torch.float32),
+                partial(linear_problem, rows, hidden, classes, torch.float32),
                 Cost(moved, products),
                 Cost(3 * moved, 3 * products),
             )

@@ -37,7 +37,7 @@ SAME = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 
 @dataclass(frozen=True)
 class Cost:
-    """What a call must at least do: bytes of the arguments read and results written, operations (a product counts two)."""
+    """What a call must at least do: bytes read and written, operations (a multiplication and a sum are two)."""
 
     bytes: float
     operations: float

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -117,6 +118,6 @@ def cases(dtypes: tuple[torch.dtype, ...], quick: bool = False) -> Iterator[Case
                         group,
                         f"{shape.name} ({sizes})",
                         dtype,
-                        lambda build=build, shape=shape, dtype=dtype: build(shape, dtype),
+                        partial(build, shape, dtype),
                         *cost(shape, dtype.itemsize),
                     )

@@ -16,6 +16,12 @@ from .harness import BOTH, FORWARD, OURS, TORCH, Result, geometric_mean
 if TYPE_CHECKING:
     from .runner import Run
 
+EXPLANATION = """\
+A ratio is the peer's median time over ours, samples taken in turns in one process; above 1 is faster than the peer.
+Each class shows the geometric mean over its shapes and the worst of them against torch. The share of the ceiling is the
+least time that the bytes or the operations need at the rates above, over our time; over 100 % the data were in cache.
+Page faults are per call: where torch has them and we have not, part of the ratio is the allocator's, and the ratio to
+`torch, huge pages` shows what is left without it."""
 PLOT_FORMATS = (".png", ".svg", ".pdf")
 
 
@@ -87,20 +93,16 @@ def summary_table(run: Run) -> Table:
     )
     summed = {(entry.label, entry.direction): entry for entry in classes(run.results)}
     peers = list(dict.fromkeys(peer for entry in summed.values() for peer in entry.ratio))
-    table.add_column("class", overflow="fold")
-    for direction in ("forward", "+ backward"):
-        for heading in (*peers, "worst", "of ceiling"):
-            table.add_column(f"{heading}\n{direction}", justify="right")
+    table.add_column("class", no_wrap=True)
+    for peer in peers:
+        table.add_column(f"{peer}\nforward / both", justify="right")
+    table.add_column("worst\nshape", justify="right")
+    table.add_column("of the\nceiling", justify="right")
     for label in dict.fromkeys(label for label, _ in summed):
-        row = [label]
-        for direction in (FORWARD, BOTH):
-            entry = summed.get((label, direction))
-            if entry is None:
-                row += [""] * (len(peers) + 2)
-                continue
-            row += [f"{entry.ratio[peer]:.2f}" if peer in entry.ratio else "" for peer in peers]
-            row += [f"{entry.worst:.2f}", f"{entry.share_of_ceiling:.0%}"]
-        table.add_row(*row)
+        both = [summed[label, direction] for direction in (FORWARD, BOTH) if (label, direction) in summed]
+        ratios = [" / ".join(f"{entry.ratio[peer]:.2f}x" for entry in both if peer in entry.ratio) for peer in peers]
+        shares = " / ".join(f"{entry.share_of_ceiling:.0%}" for entry in both)
+        table.add_row(label, *ratios, f"{min(entry.worst for entry in both):.2f}x", shares)
     return table
 
 
@@ -150,11 +152,7 @@ def write_report(run: Run, path: Path) -> None:
         f"Ceilings measured in this run: copy {run.ceilings.copy_bytes_per_second / 1e9:.1f} GB/s; "
         f"matmul rate (torch.mm) {rates}.",
         "",
-        "A ratio is the peer's median time over ours, samples taken in turns in one process; above 1 is faster than "
-        "PyTorch. Each class shows the geometric mean over its shapes and the worst of them. The share of the ceiling is "
-        "the least time that the bytes or the operations need at these ceilings, over our time; above 100 % the data were "
-        "in cache. Page faults are per call: where PyTorch has them and we have not, part of the ratio is the "
-        "allocator's, and the column `torch, huge pages` shows what is left without it.",
+        EXPLANATION,
         "",
         "## Classes",
         "",
@@ -216,7 +214,7 @@ def write_plot(run: Run, path: Path) -> None:
     summed = classes(run.results)
     labels = list(dict.fromkeys(entry.label for entry in summed))
     place = {label: index for index, label in enumerate(reversed(labels))}
-    figure, axes = pyplot.subplots(figsize=(9, 1.6 + 0.42 * max(1, len(labels))), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(9, 1.6 + 0.34 * max(1, len(labels))), layout="constrained")
     styles = {FORWARD: ("#2a6f97", 0.2), BOTH: ("#f4a259", -0.2)}
     for direction, (colour, offset) in styles.items():
         members = [entry for entry in summed if entry.direction == direction]

@@ -26,6 +26,10 @@ COLUMNS = ("conv2d", "batch_norm", "lstm", "cross_entropy", "attention")
 HUGE_PAGES = "torch, huge pages"
 
 
+class BenchError(Exception):
+    """A part of the run could not be measured; the message says which and why."""
+
+
 @dataclass
 class Run:
     """Everything that one run found."""
@@ -73,8 +77,8 @@ def run(
         columns: some of :data:`COLUMNS`.
         quick: one shape a class, and fewer samples.
         dtypes: element types to measure.
-        peers: ``"compile"`` adds torch.compile to the contenders; ``"thp"`` repeats the run in a process whose allocator
-            asks for huge pages.
+        peers: ``"compile"`` adds torch.compile to the contenders; ``"thp"`` repeats the run in a process whose
+            allocator asks for huge pages.
         console: where the progress goes; nowhere if not given.
     """
     console = console or Console(quiet=True)
@@ -103,7 +107,7 @@ def add_huge_pages(found: Run, columns: Sequence[str], dtypes: Sequence[str]) ->
     """Adds the ratios of a run in which torch's allocator, ours too, asks for huge pages.
 
     Raises:
-        RuntimeError: that run did not end well.
+        BenchError: that run did not end well.
     """
     environment = os.environ | {"THP_MEM_ALLOC_ENABLE": "1"}
     ratios = {}
@@ -117,7 +121,7 @@ def add_huge_pages(found: Run, columns: Sequence[str], dtypes: Sequence[str]) ->
             done = subprocess.run(command, env=environment, capture_output=True, text=True)
             if not path.exists():
                 last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-                raise RuntimeError(f"the run with huge pages stopped with status {done.returncode}: {last}")
+                raise BenchError(f"the run with huge pages stopped with status {done.returncode}: {last}")
             for entry in json.loads(path.read_text())["results"]:
                 key = (entry["group"], entry["name"], entry["dtype"], entry["direction"])
                 ratios[key] = entry["ratio"].get(TORCH)

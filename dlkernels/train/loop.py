@@ -103,7 +103,7 @@ def train(
     for epoch in range(1, settings.epochs + 1):
         for images, labels in shuffled_batches(data.train_images, data.train_labels, settings.batch_size, generator):
             start = time.perf_counter()
-            learning_rate = scheduler.get_last_lr()[0]
+            learning_rate = float(scheduler.get_last_lr()[0])
             logits = model(images)  # [N, classes]
             loss = loss_function(logits, labels)
             optimizer.zero_grad(set_to_none=True)
