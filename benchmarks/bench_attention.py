@@ -1,0 +1,8 @@
+"""Measures attention, as `dlkernels bench attention`, whose options it takes; the shapes are in dlkernels/bench."""
+
+import sys
+
+from dlkernels.cli import run
+
+if __name__ == "__main__":
+    sys.exit(run(["bench", "attention", *sys.argv[1:]]))

@@ -1,0 +1,5 @@
+"""``python -m dlkernels`` is the ``dlkernels`` command."""
+
+from .cli import main
+
+main()

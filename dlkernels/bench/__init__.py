@@ -1,0 +1,20 @@
+"""The operations measured against torch's: cases by column, the harness, the report."""
+
+from .harness import OURS, TORCH
+from .report import PLOT_FORMATS, summary_table, write_json, write_plot, write_report
+from .runner import COLUMNS, HUGE_PAGES, BenchError, Run, run
+
+__all__ = [
+    "COLUMNS",
+    "HUGE_PAGES",
+    "OURS",
+    "PLOT_FORMATS",
+    "TORCH",
+    "BenchError",
+    "Run",
+    "run",
+    "summary_table",
+    "write_json",
+    "write_plot",
+    "write_report",
+]

@@ -1,0 +1,85 @@
+"""Training-mode batch norms of ResNet-18/50 and MobileNetV2, alone and with the ReLU and the sum that follow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from .. import functional
+from .harness import Case, Cost, Problem
+
+# Name, [N, C, H, W]; a quick run takes the first.
+SHAPES = (
+    ("ResNet layer2", (8, 128, 28, 28)),
+    ("ResNet stem", (4, 64, 112, 112)),
+    ("ResNet-50 layer1", (8, 256, 56, 56)),
+    ("ResNet layer4", (8, 512, 7, 7)),
+    ("MobileNetV2 block 4", (8, 192, 28, 28)),
+)
+# Class, layouts, element types, whether ReLU follows, whether a residual is added before it.
+GROUPS = (
+    ("train", ("contiguous", "channels_last"), ("float32", "bfloat16"), False, False),
+    ("train + ReLU", ("contiguous", "channels_last"), ("float32",), True, False),
+    ("train + residual + ReLU", ("contiguous", "channels_last"), ("float32",), True, True),
+)
+
+
+def problem(shape: tuple[int, ...], layout: str, dtype: torch.dtype, relu: bool, residual: bool) -> Problem:
+    """Random activations; the running statistics are updated as in training, each contender's own."""
+    memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    generator = torch.Generator().manual_seed(0)
+    channels = shape[1]
+
+    def activations() -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype).to(memory_format=memory_format).requires_grad_()
+
+    weight = (1 + 0.1 * torch.randn(channels, generator=generator)).to(dtype).requires_grad_()
+    bias = (0.1 * torch.randn(channels, generator=generator)).to(dtype).requires_grad_()
+    our_statistics, peer_statistics = (
+        (torch.zeros(channels, dtype=dtype), torch.ones(channels, dtype=dtype)) for _ in range(2)
+    )
+
+    def ours(input: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
+        activation = "relu" if relu else None
+        return functional.batch_norm(
+            input, *our_statistics, weight, bias, training=True, activation=activation, residual=residual
+        )
+
+    def peer(input: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
+        out = torch.nn.functional.batch_norm(input, *peer_statistics, weight, bias, training=True)
+        if residual is not None:
+            out = out + residual
+        return torch.relu_(out) if relu else out
+
+    inputs = (activations(), weight, bias)
+    return Problem((*inputs, activations()) if residual else inputs, ours, peer)
+
+
+def cost(elements: int, element_size: int, residual: bool) -> tuple[Cost, Cost]:
+    """Forward reads the input twice (statistics, then output) and writes once; backward reads input and gradient twice
+    and writes one gradient. A residual is read once more, and its gradient written."""
+    forward = (3 + residual) * elements * element_size
+    backward = (5 + residual) * elements * element_size
+    return Cost(forward, 6 * elements), Cost(forward + backward, 16 * elements)
+
+
+def cases(dtypes: tuple[torch.dtype, ...], quick: bool = False) -> Iterator[Case]:
+    """Every shape in every layout and type of its class; only the first shape for a quick run."""
+    for group, layouts, group_dtypes, relu, residual in GROUPS:
+        for dtype in dtypes:
+            if str(dtype).removeprefix("torch.") not in group_dtypes:
+                continue
+            for layout in layouts:
+                for name, shape in SHAPES[:1] if quick else SHAPES:
+                    elements = shape[0] * shape[1] * shape[2] * shape[3]
+                    yield Case(
+                        "batch_norm",
+                        f"batch norm {group}, {layout}",
+                        f"{name} ({'x'.join(map(str, shape))})",
+                        dtype,
+                        partial(problem, shape, layout, dtype, relu, residual),
+                        *cost(elements, dtype.itemsize, residual),
+                    )

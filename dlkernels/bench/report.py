@@ -1,0 +1,258 @@
+"""What a run found: a table for the terminal, a markdown report, a JSON file, a plot."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from .harness import BOTH, FORWARD, OURS, TORCH, Result, geometric_mean
+
+if TYPE_CHECKING:
+    from .runner import Run
+
+EXPLANATION = """\
+A ratio is the peer's median time over ours, samples taken in turns in one process; above 1 is faster than the peer.
+Each class shows the geometric mean over its shapes and the worst of them against torch. The share of the ceiling is the
+least time that the bytes or the operations need at the rates above, over our time; over 100 % the data were in cache.
+Page faults are per call: where torch has them and we have not, part of the ratio is the allocator's, and the ratio to
+`torch, huge pages` shows what is left without it."""
+PLOT_FORMATS = (".png", ".svg", ".pdf")
+
+
+@dataclass(frozen=True)
+class Class:
+    """The results of one class in one type and direction, summed up."""
+
+    column: str
+    label: str
+    direction: str
+    shapes: int
+    ratio: dict[str, float]  # geometric mean over the shapes, by peer
+    worst: float  # the smallest ratio against torch
+    share_of_ceiling: float  # median over the shapes
+    page_faults: dict[str, float]  # median over the shapes, by contender
+
+
+def classes(results: Iterable[Result]) -> list[Class]:
+    """The results grouped by class, type and direction, in the order in which they came. Wrong ones do not count."""
+    groups: dict[tuple[str, str, str], list[Result]] = {}
+    for result in results:
+        if result.ratio:
+            groups.setdefault((result.column, f"{result.group}, {result.dtype}", result.direction), []).append(result)
+    summed = []
+    for (column, label, direction), members in groups.items():
+        peers = [peer for peer in members[0].ratio if all(peer in member.ratio for member in members)]
+        summed.append(
+            Class(
+                column=column,
+                label=label,
+                direction=direction,
+                shapes=len(members),
+                ratio={peer: geometric_mean(member.ratio[peer] for member in members) for peer in peers},
+                worst=min(member.ratio[TORCH] for member in members),
+                share_of_ceiling=statistics.median(member.share_of_ceiling or 0.0 for member in members),
+                page_faults={
+                    name: statistics.median(member.page_faults[name] for member in members) for name in (OURS, TORCH)
+                },
+            )
+        )
+    return summed
+
+
+def as_json(run: Run) -> dict[str, Any]:
+    """Everything, in values that JSON can hold."""
+    return {
+        "environment": run.environment,
+        "ceilings": asdict(run.ceilings),
+        "quick": run.quick,
+        "seconds": run.seconds,
+        "classes": [asdict(entry) for entry in classes(run.results)],
+        "results": [asdict(result) for result in run.results],
+    }
+
+
+def write_json(run: Run, path: Path) -> None:
+    """Every figure of the run."""
+    path.write_text(json.dumps(as_json(run), indent=1) + "\n", encoding="utf-8")
+
+
+def summary_table(run: Run) -> Table:
+    """The classes' ratios: torch's time over ours, so that above one is faster than torch."""
+    rate = ", ".join(f"{value / 1e9:,.0f} Gop/s {name}" for name, value in run.ceilings.matmul_rate.items())
+    table = Table(
+        title="Time of the peer over ours, geometric mean over the shapes of each class",
+        caption=f"ceilings: copy {run.ceilings.copy_bytes_per_second / 1e9:.1f} GB/s, matmul {rate}",
+        title_justify="left",
+        caption_justify="left",
+    )
+    summed = {(entry.label, entry.direction): entry for entry in classes(run.results)}
+    peers = list(dict.fromkeys(peer for entry in summed.values() for peer in entry.ratio))
+    table.add_column("class", no_wrap=True)
+    for peer in peers:
+        table.add_column(f"{peer}\nforward / both", justify="right")
+    table.add_column("worst\nshape", justify="right")
+    table.add_column("of the\nceiling", justify="right")
+    for label in dict.fromkeys(label for label, _ in summed):
+        both = [summed[label, direction] for direction in (FORWARD, BOTH) if (label, direction) in summed]
+        ratios = [" / ".join(f"{entry.ratio[peer]:.2f}x" for entry in both if peer in entry.ratio) for peer in peers]
+        shares = " / ".join(f"{entry.share_of_ceiling:.0%}" for entry in both)
+        table.add_row(label, *ratios, f"{min(entry.worst for entry in both):.2f}x", shares)
+    return table
+
+
+def markdown_table(headings: list[str], rows: Iterable[list[str]]) -> list[str]:
+    """The first column to the left, figures to the right."""
+    lines = ["| " + " | ".join(headings) + " |", "|---|" + "---:|" * (len(headings) - 1)]
+    return lines + ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def milliseconds(seconds: float) -> str:
+    """Three significant digits."""
+    return f"{1e3 * seconds:.3g}" if seconds < 1 else f"{1e3 * seconds:.0f}"
+
+
+def class_rows(run: Run) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows of the table of classes, a row for each class and type."""
+    summed = {(entry.label, entry.direction): entry for entry in classes(run.results)}
+    labels = list(dict.fromkeys(label for label, _ in summed))
+    peers = list(dict.fromkeys(peer for entry in summed.values() for peer in entry.ratio))
+    headings = ["class", "shapes"]
+    for direction in (FORWARD, BOTH):
+        headings += [f"{direction}: {peer}" for peer in peers] + ["worst", "of ceiling", "page faults, ours / torch"]
+    rows = []
+    for label in labels:
+        row = [label, str(max(summed[label, d].shapes for d in (FORWARD, BOTH) if (label, d) in summed))]
+        for direction in (FORWARD, BOTH):
+            entry = summed.get((label, direction))
+            if entry is None:
+                row += [""] * (len(peers) + 3)
+                continue
+            row += [f"{entry.ratio[peer]:.2f}" if peer in entry.ratio else "" for peer in peers]
+            row += [f"{entry.worst:.2f}", f"{entry.share_of_ceiling:.0%}"]
+            row += [f"{entry.page_faults[OURS]:,.0f} / {entry.page_faults[TORCH]:,.0f}"]
+        rows.append(row)
+    return headings, rows
+
+
+def write_report(run: Run, path: Path) -> None:
+    """The report at ``path`` (markdown), with every figure in a JSON file of the same name beside it."""
+    facts = run.environment
+    rates = ", ".join(f"{value / 1e9:,.0f} Gop/s {name}" for name, value in run.ceilings.matmul_rate.items())
+    lines = [
+        "# dlkernels against PyTorch",
+        "",
+        f"dlkernels {facts['dlkernels']} ({facts['isa']}), PyTorch {facts['torch']}, Python {facts['python']}, "
+        f"{facts['processor']}, {facts['threads']} threads of {facts['cores']} cores.",
+        f"Ceilings measured in this run: copy {run.ceilings.copy_bytes_per_second / 1e9:.1f} GB/s; "
+        f"matmul rate (torch.mm) {rates}.",
+        "",
+        EXPLANATION,
+        "",
+        "## Classes",
+        "",
+        *markdown_table(*class_rows(run)),
+        "",
+        "## Shapes",
+    ]
+    if run.wrong:
+        lines[-2:-2] = ["", "**Results that differ from PyTorch's, not timed:** " + "; ".join(run.wrong)]
+    for column in dict.fromkeys(result.column for result in run.results):
+        lines += ["", f"### {column}", ""]
+        headings = [
+            "shape",
+            "type",
+            "direction",
+            "ours ms",
+            "torch ms",
+            "ratio",
+            "minima",
+            "GB/s",
+            "Gop/s",
+            "of ceiling",
+        ]
+        rows = []
+        for result in run.results:
+            if result.column != column or not result.ratio:
+                continue
+            ours = result.median[OURS]
+            rows.append(
+                [
+                    f"{result.group}: {result.name}",
+                    result.dtype,
+                    result.direction,
+                    milliseconds(ours),
+                    milliseconds(result.median[TORCH]),
+                    f"{result.ratio[TORCH]:.2f}",
+                    f"{result.minimum[TORCH] / result.minimum[OURS]:.2f}",
+                    f"{result.bytes / ours / 1e9:.1f}",
+                    f"{result.operations / ours / 1e9:.0f}",
+                    f"{result.share_of_ceiling:.0%}",
+                ]
+            )
+        lines += markdown_table(headings, rows)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_json(run, path.with_suffix(".json"))
+
+
+def write_plot(run: Run, path: Path) -> None:
+    """A bar for each class and direction, on a logarithmic axis on which twice as fast mirrors half as fast.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    summed = classes(run.results)
+    labels = list(dict.fromkeys(entry.label for entry in summed))
+    place = {label: index for index, label in enumerate(reversed(labels))}
+    figure, axes = pyplot.subplots(figsize=(9, 1.6 + 0.34 * max(1, len(labels))), layout="constrained")
+    styles = {FORWARD: ("#2a6f97", 0.2), BOTH: ("#f4a259", -0.2)}
+    for direction, (colour, offset) in styles.items():
+        members = [entry for entry in summed if entry.direction == direction]
+        heights = [place[entry.label] + offset for entry in members]
+        values = [entry.ratio[TORCH] for entry in members]
+        # Bars start at one: the side shows who is faster, the length by how much.
+        axes.barh(heights, [v - 1 for v in values], left=1, height=0.38, color=colour, label=direction, zorder=2)
+        for height, value in zip(heights, values, strict=True):
+            side = 4 if value >= 1 else -4
+            axes.annotate(
+                f"{value:.2f}x" if value < 10 else f"{value:.0f}x",
+                (value, height),
+                xytext=(side, 0),
+                textcoords="offset points",
+                va="center",
+                ha="left" if value >= 1 else "right",
+                fontsize=7.5,
+                color="#444444",
+            )
+    smallest = min((entry.ratio[TORCH] for entry in summed), default=1.0)
+    largest = max((entry.ratio[TORCH] for entry in summed), default=1.0)
+    axes.set_xscale("log", base=2)
+    axes.set_xlim(min(0.5, smallest / 1.35), max(2.0, largest * 1.35))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+    axes.set_yticks(list(place.values()), list(place), fontsize=9)
+    axes.set_ylim(-0.7, len(labels) - 0.3)
+    axes.axvline(1, color="#222222", linewidth=1.2, zorder=3)
+    axes.grid(axis="x", color="#e3e3e3", zorder=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(left=False)
+    axes.set_xlabel("PyTorch's time over ours (right of the line: dlkernels is faster)")
+    facts = run.environment
+    axes.set_title(
+        f"dlkernels {facts['dlkernels']} ({facts['isa']}) and PyTorch {facts['torch']}\n"
+        f"{facts['processor']}, {facts['threads']} threads; geometric mean over each class's shapes",
+        fontsize=10,
+        loc="left",
+    )
+    figure.legend(loc="outside lower right", ncols=2, frameon=False, fontsize=9)
+    figure.savefig(path, dpi=160)
+    pyplot.close(figure)

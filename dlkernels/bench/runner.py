@@ -1,0 +1,132 @@
+"""A benchmark run: every case of the chosen columns, its peers, and what the machine could have done."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from .. import info
+from ..train.show import is_live
+from .harness import FULL, QUICK, TORCH, Case, Ceilings, Result, dtype_name, measure, measure_ceilings
+
+COLUMNS = ("conv2d", "batch_norm", "lstm", "cross_entropy", "attention")
+HUGE_PAGES = "torch, huge pages"
+
+
+class BenchError(Exception):
+    """A part of the run could not be measured; the message says which and why."""
+
+
+@dataclass
+class Run:
+    """Everything that one run found."""
+
+    environment: dict[str, Any]
+    ceilings: Ceilings
+    quick: bool
+    results: list[Result] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def wrong(self) -> list[str]:
+        """The cases whose results differ from torch's."""
+        return [
+            f"{r.group}: {r.name}, {r.dtype}, {r.direction} (relative difference {r.error:.1e})"
+            for r in self.results
+            if not r.same
+        ]
+
+
+def find_cases(columns: Sequence[str], dtypes: Sequence[torch.dtype], quick: bool) -> Iterator[Case]:
+    """The cases of the columns, each from the module of that name."""
+    for column in columns:
+        yield from importlib.import_module(f"{__package__}.{column}").cases(tuple(dtypes), quick)
+
+
+def describe(results: list[Result]) -> str:
+    """One case's outcome in a line."""
+    first = results[0]
+    ratios = ", ".join(f"{r.direction} {r.ratio[TORCH]:.2f}x" if r.same else f"{r.direction} DIFFERS" for r in results)
+    return f"{first.group}, {first.dtype}: {first.name}: {ratios}"
+
+
+def run(
+    columns: Sequence[str],
+    *,
+    quick: bool = False,
+    dtypes: Sequence[str] = ("float32", "bfloat16"),
+    peers: Sequence[str] = (),
+    console: Console | None = None,
+) -> Run:
+    """Measures every case of ``columns`` against torch as it is, and against ``peers``.
+
+    Args:
+        columns: some of :data:`COLUMNS`.
+        quick: one shape a class, and fewer samples.
+        dtypes: element types to measure.
+        peers: ``"compile"`` adds torch.compile to the contenders; ``"thp"`` repeats the run in a process whose
+            allocator asks for huge pages.
+        console: where the progress goes; nowhere if not given.
+    """
+    console = console or Console(quiet=True)
+    types = [getattr(torch, name) for name in dtypes]
+    start = time.perf_counter()
+    found = Run(info.environment(), measure_ceilings(types, quick), quick)
+    cases = list(find_cases(columns, types, quick))
+    layout = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    live = is_live(console)
+    with Progress(*layout, console=console, transient=True, disable=not live) as bar:
+        task = bar.add_task("", total=len(cases))
+        for case in cases:
+            bar.update(task, description=f"{case.group}, {dtype_name(case.dtype)}")
+            results = measure(case, found.ceilings, QUICK if quick else FULL, compiled="compile" in peers)
+            found.results += results
+            console.print(describe(results), highlight=False, soft_wrap=True)
+            bar.advance(task)
+    if "thp" in peers:
+        console.print("the same with THP_MEM_ALLOC_ENABLE=1", highlight=False)
+        add_huge_pages(found, columns, dtypes)
+    found.seconds = time.perf_counter() - start
+    return found
+
+
+def add_huge_pages(found: Run, columns: Sequence[str], dtypes: Sequence[str]) -> None:
+    """Adds the ratios of a run in which torch's allocator, ours too, asks for huge pages.
+
+    Raises:
+        BenchError: that run did not end well.
+    """
+    environment = os.environ | {"THP_MEM_ALLOC_ENABLE": "1"}
+    ratios = {}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "run.json")
+        for column in columns:
+            command = [sys.executable, "-m", "dlkernels", "bench", column, "--json", str(path)]
+            command += ["--threads", str(torch.get_num_threads())]
+            command += ["--quick"] if found.quick else []
+            command += ["--dtype", dtypes[0]] if len(dtypes) == 1 else []
+            done = subprocess.run(command, env=environment, capture_output=True, text=True)
+            if not path.exists():
+                last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+                raise BenchError(f"the run with huge pages stopped with status {done.returncode}: {last}")
+            for entry in json.loads(path.read_text())["results"]:
+                key = (entry["group"], entry["name"], entry["dtype"], entry["direction"])
+                ratios[key] = entry["ratio"].get(TORCH)
+            path.unlink()
+    for result in found.results:
+        ratio = ratios.get((result.group, result.name, result.dtype, result.direction))
+        if ratio is not None:
+            result.ratio[HUGE_PAGES] = ratio
