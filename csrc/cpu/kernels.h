@@ -3,6 +3,7 @@
 
 #include "batch_norm.h"
 #include "cross_entropy.h"
+#include "lstm.h"
 
 namespace dlkernels {
 
@@ -10,6 +11,7 @@ struct KernelTable {
   const char* isa;
   BatchNormKernels batch_norm;
   CrossEntropyKernels cross_entropy;
+  LstmKernels lstm;
 };
 
 }  // namespace dlkernels

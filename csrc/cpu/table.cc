@@ -9,6 +9,7 @@ const KernelTable table = {
     isa_name,
     batch_norm_kernels(),
     cross_entropy_kernels(),
+    lstm_kernels(),
 };
 
 }  // namespace dlkernels::DLKERNELS_ISA

@@ -2,5 +2,6 @@
 
 from .batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from .cross_entropy import CrossEntropyLoss
+from .lstm import LSTM, LSTMCell
 
-__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "CrossEntropyLoss"]
+__all__ = ["LSTM", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "CrossEntropyLoss", "LSTMCell"]

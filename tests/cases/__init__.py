@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-COLUMNS = ("batch_norm", "cross_entropy")
+COLUMNS = ("batch_norm", "cross_entropy", "lstm")
 
 
 @dataclass
