@@ -4,12 +4,12 @@
 //   i, f, o = sigmoid(a),  g = tanh(a)
 //   c_t = f c_(t-1) + i g,   r_t = o tanh(c_t),   h_t = r_t, or W_hr r_t with a projection
 //
-// The input's share of a_t is one product over all rows (all steps), written where the gates will be. The time loop then
-// needs only W_hh: it is packed once, as panels that hold the four gates of a vector of hidden units side by side, so
-// that a task multiplies a block of rows by one such panel and turns the result, still in the first-level cache, into
-// gates, cell and hidden state. Every step is one parallel loop over hidden units; a thread meets the same units, hence
-// the same slice of W_hh in its second-level cache, in every step. A call with few rows packs nothing: it takes dot
-// products with the rows of the weights as they lie.
+// The input's share of a_t is one product over all rows (all steps), written where the gates will be. The time loop
+// then needs only W_hh: it is packed once, as panels that hold the four gates of a vector of hidden units side by side,
+// so that a task multiplies a block of rows by one such panel and turns the result, still in the first-level cache,
+// into gates, cell and hidden state. Every step is one parallel loop over hidden units; a thread meets the same units,
+// hence the same slice of W_hh in its second-level cache, in every step. A call with few rows packs nothing: it takes
+// dot products with the rows of the weights as they lie.
 //
 // Backward runs the time loop the other way: dh_t = dy_t + W_hh^T da_(t+1) for a panel of hidden units, followed in the
 // same task by the cell's derivative, which gives da_t for these units. The gradients of weights, biases and input are
@@ -105,8 +105,7 @@ inline void multiply_deep(int64_t rows, int64_t columns, int64_t depth, Row&& ro
 // The packed rows of a call: sizes and places of the steps in the order in which they are taken.
 class Sequence {
  public:
-  explicit Sequence(const LstmLayer& layer)
-      : layer_(layer), offsets_(layer.batch_sizes == nullptr ? 0 : layer.steps) {
+  explicit Sequence(const LstmLayer& layer) : layer_(layer), offsets_(layer.batch_sizes == nullptr ? 0 : layer.steps) {
     int64_t offset = 0;
     for (int64_t step = 0; layer.batch_sizes != nullptr && step < layer.steps; ++step) {
       offsets_[step] = offset;
@@ -223,9 +222,8 @@ class ForwardPass {
     for (int64_t turn = 0; turn < layer_.steps; ++turn) {
       const int64_t units = ceil_div(H_, kUnits), chunks = ceil_div(sequence_.size(turn), kStepRows);
       const int64_t grain = grain_for(units * chunks, sequence_.size(turn), depth, kGates * H_);
-      parallel_for(units * chunks, grain, [&](int64_t task) {
-        step(turn, task / chunks * kUnits, task % chunks * kStepRows);
-      });
+      parallel_for(units * chunks, grain,
+                   [&](int64_t task) { step(turn, task / chunks * kUnits, task % chunks * kStepRows); });
       if (layer_.projection_size > 0) project(turn, projection.panels);
     }
     copy_last_states();
@@ -506,8 +504,8 @@ class BackwardPass {
     const int64_t place = (sequence_.offset(turn) + i) * outputs_;
     for (int64_t u = j; u < j + columns; u += Vec<T>::size) {
       const int64_t lanes = min_of(Vec<T>::size, j + columns - u);
-      store(grad_hidden_.data() + place + u, load(grad_h_.data() + i * outputs_ + u, lanes) + grad_output(place + u, lanes),
-            lanes);
+      store(grad_hidden_.data() + place + u,
+            load(grad_h_.data() + i * outputs_ + u, lanes) + grad_output(place + u, lanes), lanes);
     }
   }
 

@@ -1,6 +1,6 @@
 // Long short-term memory for torch: one step (lstm_cell) and one layer in one direction over all steps (lstm_layer).
-// Layers, directions, dropout and batch_first are composed of these in dlkernels/ops/lstm.py. Both save their inputs and
-// the gates after their nonlinearity; lstm_layer saves the cells and its output too.
+// Layers, directions, dropout and batch_first are composed of these in dlkernels/ops/lstm.py. Both save their inputs
+// and the gates after their nonlinearity; lstm_layer saves the cells and its output too.
 #include "ops/lstm.h"
 
 #include <ATen/ATen.h>
@@ -13,9 +13,9 @@ namespace {
 constexpr const char* kCell = "lstm_cell";
 constexpr const char* kLayer = "lstm";
 
-using CellResult = std::tuple<Tensor, Tensor, Tensor>;                            // h, c, gates
-using CellGrads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;     // input, hx, cx, w_ih, w_hh, bias
-using LayerResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;           // output, h_n, c_n, gates, cells
+using CellResult = std::tuple<Tensor, Tensor, Tensor>;                         // h, c, gates
+using CellGrads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;  // input, hx, cx, w_ih, w_hh, bias
+using LayerResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;        // output, h_n, c_n, gates, cells
 using LayerGrads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;  // those of the cell, w_hr
 
 // ---- argument checks ---------------------------------------------------------------------------------------------
@@ -71,8 +71,9 @@ void check_batch_sizes(const Tensor& batch_sizes, int64_t rows, int64_t batch) {
   int64_t total = 0, before = batch;
   for (int64_t step = 0; step < batch_sizes.size(0); ++step) {
     const int64_t size = batch_sizes.const_data_ptr<int64_t>()[step * batch_sizes.stride(0)];
-    TORCH_CHECK(size > 0 && size <= before, "lstm: batch_sizes must be positive and never grow, beginning with at most ",
-                batch, " sequences: got ", size, " after ", before);
+    TORCH_CHECK(size > 0 && size <= before,
+                "lstm: batch_sizes must be positive and never grow, beginning with at most ", batch, " sequences: got ",
+                size, " after ", before);
     total += size;
     before = size;
   }
@@ -87,8 +88,8 @@ void check_layer(const Tensor& input, const Tensor& h0, const Tensor& c0, const 
   const bool packed = batch_sizes.defined();
   TORCH_CHECK(input.dim() == (packed ? 2 : 3), "lstm: input must have ", packed ? 2 : 3, " dimensions, got ",
               input.dim());
-  TORCH_CHECK(input.size(-1) == w_ih.size(1),
-              "lstm: input.size(-1) must be equal to input_size. Expected ", w_ih.size(1), ", got ", input.size(-1));
+  TORCH_CHECK(input.size(-1) == w_ih.size(1), "lstm: input.size(-1) must be equal to input_size. Expected ",
+              w_ih.size(1), ", got ", input.size(-1));
   TORCH_CHECK(packed || input.size(0) > 0, "Expected sequence length to be larger than 0 in RNN");
   const int64_t batch = packed ? (h0.dim() > 0 ? h0.size(0) : 0) : input.size(1);
   check_same_device(kLayer, input, "input", h0, "hidden[0]");
@@ -321,18 +322,17 @@ variable_list composed_layer(const variable_list& inputs, const Tensor& batch_si
   const int64_t steps = batch_sizes.defined() ? batch_sizes.size(0) : input.size(0);
   const Tensor rows = batch_sizes.defined() ? input : input.flatten(0, 1);
   std::vector<int64_t> sizes(steps, inputs[1].size(0)), offsets(steps, 0);
-  if (batch_sizes.defined()) {
-    const Tensor contiguous = batch_sizes.contiguous();
-    std::copy_n(contiguous.const_data_ptr<int64_t>(), steps, sizes.begin());
+  for (int64_t step = 0; batch_sizes.defined() && step < steps; ++step) {
+    sizes[step] = batch_sizes.select(0, step).item<int64_t>();  // a fake tensor raises here: there is nothing to read
   }
   for (int64_t step = 1; step < steps; ++step) offsets[step] = offsets[step - 1] + sizes[step - 1];
   State state = {inputs[1], inputs[2]};
   std::vector<Tensor> outputs(steps);
   for (int64_t turn = 0; turn < steps; ++turn) {
     const int64_t step = reverse ? steps - 1 - turn : turn, size = sizes[step];
-    const State updated = composed_cell(rows.narrow(0, offsets[step], size),
-                                        {state.h.narrow(0, 0, size), state.c.narrow(0, 0, size)}, inputs[3], inputs[4],
-                                        inputs[5], inputs[6]);
+    const State updated =
+        composed_cell(rows.narrow(0, offsets[step], size), {state.h.narrow(0, 0, size), state.c.narrow(0, 0, size)},
+                      inputs[3], inputs[4], inputs[5], inputs[6]);
     outputs[step] = updated.h;
     state = {replace_first(updated.h, state.h), replace_first(updated.c, state.c)};
   }
@@ -366,8 +366,8 @@ struct CellBackwardNode : torch::autograd::Function<CellBackwardNode> {
                                const OptionalTensor& b_ih, const OptionalTensor& b_hh, const Tensor& gates,
                                std::array<bool, 6> output_mask) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    ctx->save_for_backward({grad_h, grad_c, input, hx, cx, w_ih, w_hh, value_or_undefined(b_ih),
-                            value_or_undefined(b_hh)});
+    ctx->save_for_backward(
+        {grad_h, grad_c, input, hx, cx, w_ih, w_hh, value_or_undefined(b_ih), value_or_undefined(b_hh)});
     ctx->set_materialize_grads(false);
     auto [grad_input, grad_hx, grad_cx, grad_w_ih, grad_w_hh, grad_bias] =
         lstm_cell_backward(grad_h, grad_c, input, hx, cx, w_ih, w_hh, b_ih, b_hh, gates, output_mask);
@@ -378,14 +378,22 @@ struct CellBackwardNode : torch::autograd::Function<CellBackwardNode> {
     const variable_list saved = ctx->get_saved_variables();
     const Tensor &b_ih = saved[7], &b_hh = saved[8];
     auto cell = [](const variable_list& inputs) -> variable_list {
-      const State state =
-          composed_cell(inputs[0], {inputs[1], inputs[2]}, inputs[3], inputs[4], inputs[5], Tensor());
+      const State state = composed_cell(inputs[0], {inputs[1], inputs[2]}, inputs[3], inputs[4], inputs[5], Tensor());
       return {state.h, state.c};
     };
     const variable_list inputs = {saved[2], saved[3], saved[4], saved[5], saved[6], sum_of_biases(b_ih, b_hh)};
     const variable_list second = differentiate_twice(cell, inputs, {saved[0], saved[1]}, grads);
-    return {second[6], second[7], second[0], second[1], second[2], second[3], second[4],
-            b_ih.defined() ? second[5] : Tensor(), b_hh.defined() ? second[5] : Tensor(), Tensor(), Tensor()};
+    return {second[6],
+            second[7],
+            second[0],
+            second[1],
+            second[2],
+            second[3],
+            second[4],
+            b_ih.defined() ? second[5] : Tensor(),
+            b_hh.defined() ? second[5] : Tensor(),
+            Tensor(),
+            Tensor()};
   }
 };
 
@@ -423,8 +431,14 @@ struct CellNode : torch::autograd::Function<CellNode> {
     auto [grad_input, grad_hx, grad_cx, grad_w_ih, grad_w_hh, grad_bias] = lstm_cell_backward(
         grads[0], grads[1], saved[0], saved[1], saved[2], saved[3], saved[4], optional_of(saved[5]),
         optional_of(saved[6]), saved[7], {wants[0], wants[1], wants[2], wants[3], wants[4], wants[5] || wants[6]});
-    return {grad_input, grad_hx, grad_cx, grad_w_ih, grad_w_hh, wants[5] ? grad_bias : Tensor(),
-            wants[6] ? grad_bias : Tensor(), Tensor()};
+    return {grad_input,
+            grad_hx,
+            grad_cx,
+            grad_w_ih,
+            grad_w_hh,
+            wants[5] ? grad_bias : Tensor(),
+            wants[6] ? grad_bias : Tensor(),
+            Tensor()};
   }
 };
 
@@ -464,8 +478,17 @@ struct LayerBackwardNode : torch::autograd::Function<LayerBackwardNode> {
     auto layer = [&](const variable_list& inputs) { return composed_layer(inputs, batch_sizes, reverse); };
     const variable_list inputs = {saved[3], saved[4], saved[5], saved[6], saved[7], sum_of_biases(b_ih, b_hh), w_hr};
     const variable_list second = differentiate_twice(layer, inputs, {saved[0], saved[1], saved[2]}, grads);
-    variable_list result = {second[7], second[8], second[9], second[0], second[1], second[2], second[3], second[4],
-                            b_ih.defined() ? second[5] : Tensor(), b_hh.defined() ? second[5] : Tensor(), second[6]};
+    variable_list result = {second[7],
+                            second[8],
+                            second[9],
+                            second[0],
+                            second[1],
+                            second[2],
+                            second[3],
+                            second[4],
+                            b_ih.defined() ? second[5] : Tensor(),
+                            b_hh.defined() ? second[5] : Tensor(),
+                            second[6]};
     result.resize(17);  // batch_sizes, reverse, output, gates, cells, output_mask
     return result;
   }
@@ -511,13 +534,22 @@ struct LayerNode : torch::autograd::Function<LayerNode> {
     WantedGrads wanted(ctx);
     std::array<bool, 8> wants;
     for (size_t i = 0; i < wants.size(); ++i) wants[i] = wanted.next(saved[i]);
-    auto [grad_input, grad_h0, grad_c0, grad_w_ih, grad_w_hh, grad_bias, grad_w_hr] = lstm_layer_backward(
-        grads[0], grads[1], grads[2], saved[0], saved[1], saved[2], saved[3], saved[4], optional_of(saved[5]),
-        optional_of(saved[6]), optional_of(saved[7]), optional_of(saved[8]), ctx->saved_data["reverse"].toBool(),
-        saved[9], saved[10], saved[11],
-        {wants[0], wants[1], wants[2], wants[3], wants[4], wants[5] || wants[6], wants[7]});
-    return {grad_input, grad_h0, grad_c0, grad_w_ih, grad_w_hh, wants[5] ? grad_bias : Tensor(),
-            wants[6] ? grad_bias : Tensor(), grad_w_hr, Tensor(), Tensor(), Tensor()};
+    auto [grad_input, grad_h0, grad_c0, grad_w_ih, grad_w_hh, grad_bias, grad_w_hr] =
+        lstm_layer_backward(grads[0], grads[1], grads[2], saved[0], saved[1], saved[2], saved[3], saved[4],
+                            optional_of(saved[5]), optional_of(saved[6]), optional_of(saved[7]), optional_of(saved[8]),
+                            ctx->saved_data["reverse"].toBool(), saved[9], saved[10], saved[11],
+                            {wants[0], wants[1], wants[2], wants[3], wants[4], wants[5] || wants[6], wants[7]});
+    return {grad_input,
+            grad_h0,
+            grad_c0,
+            grad_w_ih,
+            grad_w_hh,
+            wants[5] ? grad_bias : Tensor(),
+            wants[6] ? grad_bias : Tensor(),
+            grad_w_hr,
+            Tensor(),
+            Tensor(),
+            Tensor()};
   }
 };
 

@@ -160,7 +160,7 @@ def _check_stack(
     if runs < 1:
         raise RuntimeError("lstm: num_layers must be at least 1")
     fewest = 4 if has_biases else 2
-    if len(params) not in (runs * fewest, runs * (fewest + 1)):
+    if len(params) != runs * fewest and len(params) != runs * (fewest + 1):
         raise RuntimeError(
             f"lstm: got an incorrect number of RNN parameters: {len(params)}, expected {fewest}, or {fewest + 1} with "
             f"projections, for each of {runs} layers and directions"
@@ -169,9 +169,7 @@ def _check_stack(
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     for position, state in enumerate(hx):
         if state.dim() != 3 or state.shape[0] != runs:
-            raise RuntimeError(
-                f"Expected hidden[{position}] size ({runs}, batch, features), got {list(state.shape)}"
-            )
+            raise RuntimeError(f"Expected hidden[{position}] size ({runs}, batch, features), got {list(state.shape)}")
 
 
 @traced_as(_C.lstm_cell)

@@ -143,16 +143,17 @@ def _cell_backward_arguments() -> tuple[Any, ...]:
     return (*_grads((3, 5), (3, 5)), *leaves, gates, [True, True, True, True, True, True])
 
 
-def _layer_arguments() -> tuple[Any, ...]:
-    input, h, c, *parameters = _leaves(_sequence(4, 4, 3, 6, projection=2, batch_sizes=PACKED))
-    return (input, h[0], c[0], *parameters, torch.tensor(PACKED), True)
+def _layer_arguments(packed: bool = True) -> tuple[Any, ...]:
+    batch_sizes = PACKED if packed else None
+    input, h, c, *parameters = _leaves(_sequence(3, 4, 3, 6, projection=2, batch_sizes=batch_sizes))
+    return (input, h[0], c[0], *parameters, torch.tensor(PACKED) if packed else None, True)
 
 
 def _layer_backward_arguments() -> tuple[Any, ...]:
-    *tensors, batch_sizes, reverse = _layer_arguments()
+    *tensors, batch_sizes, reverse = _layer_arguments(packed=False)
     results = torch.ops.dlkernels.lstm_layer(*(t.detach() for t in tensors), batch_sizes, reverse)
     saved = (results[0], *results[3:])
-    grads = _grads((sum(PACKED), 2), (4, 2), (4, 6))
+    grads = _grads((3, 4, 2), (4, 2), (4, 6))
     return (*grads, *tensors, batch_sizes, reverse, *saved, [True, False, True, True, True, True, True])
 
 
