@@ -29,7 +29,7 @@ namespace {
 constexpr int64_t kStepRows = 48;
 
 // Up to this many rows, packing the weights costs more than it saves.
-constexpr int64_t kFewRows = 24;
+constexpr int64_t kFewRows = 64;
 
 // Steps (and calls of one step) with less work than this stay on one thread; in multiply-adds and weights read.
 constexpr int64_t kSerialWork = 300000;
@@ -292,16 +292,25 @@ class ForwardPass {
     }
   }
 
-  // sums = bias + x W_ih^T + h W_hh^T by dot products.
-  void multiply_few_rows(int64_t turn, int64_t unit, int64_t row, int64_t rows, const StateBefore<T>& h_before,
+  // sums = bias + x W_ih^T + h W_hh^T by dot products. The weights of a unit come from memory once and stay in the
+  // first-level cache for all rows.
+  void multiply_few_rows(int64_t turn, int64_t first_unit, int64_t row, int64_t rows, const StateBefore<T>& h_before,
                          T* sums) {
-    int64_t i = 0;
-    for (; i + kDotRows <= rows; i += kDotRows) dot_rows<kDotRows>(turn, unit, row + i, h_before, sums + i * kPanel);
-    for (; i < rows; ++i) dot_rows<1>(turn, unit, row + i, h_before, sums + i * kPanel);
+    const int64_t units = min_of(kUnits, H_ - first_unit);
+    if (units < kUnits) fill(sums, T(0), rows * kPanel);
+    for (int64_t u = 0; u < units; ++u) {
+      const int64_t unit = first_unit + u;
+      int64_t i = 0;
+      for (; i + kDotRows <= rows; i += kDotRows) {
+        dot_rows<kDotRows>(turn, unit, row + i, h_before, sums + i * kPanel + u);
+      }
+      for (; i < rows; ++i) dot_rows<1>(turn, unit, row + i, h_before, sums + i * kPanel + u);
+    }
   }
 
+  // The four pre-activations of one unit for Rows rows from `row` on.
   template <int Rows>
-  void dot_rows(int64_t turn, int64_t first_unit, int64_t row, const StateBefore<T>& h_before, T* sums) {
+  void dot_rows(int64_t turn, int64_t unit, int64_t row, const StateBefore<T>& h_before, T* sums) {
     const int64_t inputs = layer_.input_size;
     const Scalar* x[Rows];
     const T* h[Rows];
@@ -309,30 +318,22 @@ class ForwardPass {
       x[r] = static_cast<const Scalar*>(layer_.input) + (sequence_.offset(turn) + row + r) * inputs;
       h[r] = h_before(row + r);
     }
-    const int64_t units = min_of(kUnits, H_ - first_unit);
-    for (int64_t u = 0; u < units; ++u) {
-      const Scalar* from_input[kGates];
-      const Scalar* from_hidden[kGates];
-      for (int64_t g = 0; g < kGates; ++g) {
-        const int64_t weight_row = g * H_ + first_unit + u;
-        from_input[g] = static_cast<const Scalar*>(layer_.w_ih) + weight_row * inputs;
-        from_hidden[g] = static_cast<const Scalar*>(layer_.w_hh) + weight_row * outputs_;
-      }
-      Vec<T> spread[Rows][kGates];
-      for (auto& of_row : spread) {
-        for (auto& sum : of_row) sum = Vec<T>::zero();
-      }
-      accumulate_dots<Rows, T>(inputs, x, from_input, spread);
-      accumulate_dots<Rows, T>(outputs_, h, from_hidden, spread);
-      for (int r = 0; r < Rows; ++r) {
-        for (int64_t g = 0; g < kGates; ++g) {
-          sums[r * kPanel + g * kUnits + u] = reduce_add(spread[r][g]) + bias_[g * H_ + first_unit + u];
-        }
-      }
+    const Scalar* from_input[kGates];
+    const Scalar* from_hidden[kGates];
+    for (int64_t g = 0; g < kGates; ++g) {
+      from_input[g] = static_cast<const Scalar*>(layer_.w_ih) + (g * H_ + unit) * inputs;
+      from_hidden[g] = static_cast<const Scalar*>(layer_.w_hh) + (g * H_ + unit) * outputs_;
     }
-    if (units == kUnits) return;
-    for (int64_t j = 0; j < Rows * kPanel; ++j) {
-      if (j % kUnits >= units) sums[j] = T(0);
+    Vec<T> spread[Rows][kGates];
+    for (auto& of_row : spread) {
+      for (auto& sum : of_row) sum = Vec<T>::zero();
+    }
+    accumulate_dots<Rows, T>(inputs, x, from_input, spread);
+    accumulate_dots<Rows, T>(outputs_, h, from_hidden, spread);
+    for (int r = 0; r < Rows; ++r) {
+      for (int64_t g = 0; g < kGates; ++g) {
+        sums[r * kPanel + g * kUnits] = reduce_add(spread[r][g]) + bias_[g * H_ + unit];
+      }
     }
   }
 

@@ -65,7 +65,7 @@ class LSTM(torch.nn.LSTM):
         output, h_n, c_n = functional.lstm(
             input,
             hx,
-            self._flat_weights,
+            self._parameters_in_order(),
             self.bias,
             self.num_layers,
             self.dropout,
@@ -88,7 +88,7 @@ class LSTM(torch.nn.LSTM):
             data,
             batch_sizes,
             hx,
-            self._flat_weights,
+            self._parameters_in_order(),
             self.bias,
             self.num_layers,
             self.dropout,
@@ -97,6 +97,9 @@ class LSTM(torch.nn.LSTM):
         )
         packed = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
         return packed, self.permute_hidden((h_n, c_n), unsorted_indices)
+
+    def _parameters_in_order(self) -> list[Tensor]:
+        return [weight for weight in self._flat_weights if weight is not None]
 
     def _zero_state(self, like: Tensor, batch: int) -> State:
         runs = self.num_layers * (2 if self.bidirectional else 1)
