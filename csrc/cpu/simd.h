@@ -319,6 +319,28 @@ DLKERNELS_INLINE double reduce_max(VecD a) {
 }
 #endif
 
+// The sum over the lanes in double, in the same tree order.
+template <class T>
+DLKERNELS_INLINE double reduce_add_wide(Vec<T> a) {
+  constexpr int64_t half = Vec<T>::size / 2;
+  double lanes[half];
+  for (int64_t lane = 0; lane < half; ++lane) {
+    lanes[lane] = static_cast<double>(a.raw[lane]) + static_cast<double>(a.raw[lane + half]);
+  }
+  for (int64_t rest = half / 2; rest > 0; rest /= 2) {
+    for (int64_t lane = 0; lane < rest; ++lane) lanes[lane] += lanes[lane + rest];
+  }
+  return lanes[0];
+}
+#if defined(__AVX512F__)
+template <>
+DLKERNELS_INLINE double reduce_add_wide(VecF a) {
+  const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(a.raw));
+  const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(a.raw, 1));
+  return _mm512_reduce_add_pd(_mm512_add_pd(low, high));
+}
+#endif
+
 // ---- load and store ----------------------------------------------------------------------------------------------
 
 DLKERNELS_INLINE VecF load(const float* p) {
