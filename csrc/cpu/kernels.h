@@ -1,12 +1,14 @@
 // The one joint between the operations and the instruction sets: every instruction set exports one of these tables.
 #pragma once
 
+#include "conv2d.h"
 #include "cross_entropy.h"
 
 namespace dlkernels {
 
 struct KernelTable {
   const char* isa;
+  Conv2dKernels conv2d;
   CrossEntropyKernels cross_entropy;
 };
 

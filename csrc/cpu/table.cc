@@ -7,6 +7,7 @@ namespace dlkernels::DLKERNELS_ISA {
 extern const KernelTable table;
 const KernelTable table = {
     isa_name,
+    conv2d_kernels(),
     cross_entropy_kernels(),
 };
 
