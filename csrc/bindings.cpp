@@ -4,7 +4,9 @@
 
 #include "cpu/isa.h"
 #include "cpu/kernels.h"
+#include "ops/conv2d.h"
 #include "ops/cross_entropy.h"
+#include "ops/python_arguments.h"
 #include "ops/runtime.h"
 
 namespace py = pybind11;
@@ -42,6 +44,8 @@ std::vector<std::string> available_isa_names() {
 TORCH_LIBRARY(dlkernels, m) {
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
   // clang-format off
+  m.def("conv2d(Tensor input, Tensor weight, Tensor? bias, SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, SymInt groups) -> Tensor", tags);
+  m.def("conv2d_backward(Tensor grad_output, Tensor input, Tensor weight, SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, SymInt groups, bool[3] output_mask) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)", tags);
   m.def("cross_entropy(Tensor logits, Tensor target, Tensor? weight, int reduction, int ignore_index, float label_smoothing) -> (Tensor loss, Tensor statistics, Tensor divisor)", tags);
   m.def("cross_entropy_backward(Tensor grad_loss, Tensor logits, Tensor target, Tensor? weight, Tensor statistics, Tensor divisor, int ignore_index, float label_smoothing, bool[2] output_mask) -> (Tensor grad_logits, Tensor grad_target)", tags);
   // clang-format on
@@ -55,6 +59,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("isa", [] { return kernels().isa; });
   m.def("available_isas", &available_isa_names);
   m.def("select_isa", [](const std::string& name) { return select_isa(name.c_str()); }, py::arg("name"));
+  m.def("conv2d", &ops::conv2d_functional, py::arg("input"), py::arg("weight"), py::arg("bias"), py::arg("stride"),
+        py::arg("padding"), py::arg("dilation"), py::arg("groups"), Released());
   m.def(
       "cross_entropy",
       [](const at::Tensor& logits, const at::Tensor& target, const std::optional<at::Tensor>& weight, int64_t reduction,

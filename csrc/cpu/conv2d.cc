@@ -390,11 +390,11 @@ void convolve(const Convolution<Scalar>& convolution) {
 
 template <class Scalar>
 Images<Scalar> input_images(const Conv2dGeometry& g, Scalar* data) {
-  return {data, g.N, g.C, g.H, g.W, g.channels_last};
+  return {data, g.input_image_stride, g.N, g.C, g.H, g.W, g.channels_last};
 }
 template <class Scalar>
 Images<Scalar> output_images(const Conv2dGeometry& g, Scalar* data) {
-  return {data, g.N, g.K, g.output_H, g.output_W, g.channels_last};
+  return {data, g.output_image_stride, g.N, g.K, g.output_H, g.output_W, g.channels_last};
 }
 
 // One tap per kernel position, in the order of the kernel.
@@ -463,7 +463,7 @@ void input_gradient(const Conv2dBackwardArgs& args) {
                         {static_cast<const Scalar*>(args.weight), g.K / g.groups * g.weight_strides[0],
                          g.weight_strides[0], g.weight_strides[1]},
                         nullptr,
-                        input_images(g, static_cast<Scalar*>(args.grad_input)),
+                        {static_cast<Scalar*>(args.grad_input), g.C * g.H * g.W, g.N, g.C, g.H, g.W, g.channels_last},
                         g.groups,
                         input_gradient_grid(g, y, x, taps.data())});
     }
@@ -612,10 +612,10 @@ class DenseWeightGradient {
       for (int64_t product = 0; product < products; ++product) {
         for (int64_t k = 0; k < region.out_count; ++k) {
           for (int64_t tap = 0; tap < taps_per_product; ++tap, sums += region.in_count) {
-            Scalar* out = grad_weight + (region.group * out_channels_ + region.out + k) * g_.weight_strides[0] +
-                          region.in * g_.weight_strides[1] + kh * g_.weight_strides[2] +
-                          (product + tap) * g_.weight_strides[3];
-            for (int64_t c = 0; c < region.in_count; ++c) store_one(out + c * g_.weight_strides[1], sums[c]);
+            const int64_t* strides = g_.grad_weight_strides;
+            Scalar* out = grad_weight + (region.group * out_channels_ + region.out + k) * strides[0] +
+                          region.in * strides[1] + kh * strides[2] + (product + tap) * strides[3];
+            for (int64_t c = 0; c < region.in_count; ++c) store_one(out + c * strides[1], sums[c]);
           }
         }
       }
@@ -675,9 +675,11 @@ class DepthwiseWeightGradient {
                partial.data() + task / channel_blocks_ * taps * C);
     });
     for (int64_t part = 1; part < parts_; ++part) add_to(partial.data(), partial.data() + part * taps * C, taps * C);
+    const int64_t* strides = g_.grad_weight_strides;
     for (int64_t t = 0; t < taps; ++t) {
       for (int64_t c = 0; c < C; ++c) {
-        store_one(grad_weight + c * g_.weight_strides[0] + grid_.taps[t].weight_offset, partial[t * C + c]);
+        store_one(grad_weight + c * strides[0] + t / g_.kernel_W * strides[2] + t % g_.kernel_W * strides[3],
+                  partial[t * C + c]);
       }
     }
   }

@@ -17,26 +17,29 @@ struct Conv2dGeometry {
   int64_t dilation_H, dilation_W;    // >= 1
   int64_t groups;                    // divides C and K
   bool channels_last;                // input and output are [N][H][W][C] in memory, otherwise [N][C][H][W]
-  int64_t weight_strides[4];         // of weight and grad_weight, in elements: [K][C / groups][kernel_H][kernel_W]
+  int64_t input_image_stride;        // elements from one image to the next in input (not grad_input); may be 0
+  int64_t output_image_stride;       // the same in output or grad_output
+  int64_t weight_strides[4];         // of weight, in elements: [K][C / groups][kernel_H][kernel_W]
+  int64_t grad_weight_strides[4];    // of grad_weight; unused in forward
 };
 
 struct Conv2dForwardArgs {
   DType dtype;
   Conv2dGeometry geometry;
-  const void* input;   // T, dense in the layout of geometry
+  const void* input;   // T, every image dense in the layout of geometry
   const void* weight;  // T
   const void* bias;    // T [K], or null
-  void* output;        // T, dense in the layout of geometry; aliases nothing
+  void* output;        // T, in the layout of geometry; aliases nothing
 };
 
 struct Conv2dBackwardArgs {
   DType dtype;
   Conv2dGeometry geometry;
-  const void* grad_output;  // T, dense in the layout of geometry
-  const void* input;        // T, dense in the layout of geometry
+  const void* grad_output;  // T, every image dense in the layout of geometry
+  const void* input;        // T, every image dense in the layout of geometry
   const void* weight;       // T
   void* grad_input;         // T, dense in the layout of geometry, or null when not wanted
-  void* grad_weight;        // T, with the strides of the weight, or null
+  void* grad_weight;        // T, or null
   void* grad_bias;          // T [K], or null
 };
 

@@ -7,17 +7,18 @@
 
 namespace dlkernels::DLKERNELS_ISA {
 
-// A dense batch of images, [N][H][W][C] (channels_last) or [N][C][H][W].
+// A batch of dense images, [H][W][C] (channels_last) or [C][H][W], image_stride elements apart.
 template <class Scalar>
 struct Images {
   Scalar* data;
+  int64_t image_stride;
   int64_t N, C, H, W;
   bool channels_last;
 
   int64_t column_stride() const { return channels_last ? C : 1; }
   int64_t channel_stride() const { return channels_last ? 1 : H * W; }
   Scalar* at(int64_t n, int64_t c, int64_t y, int64_t x) const {
-    return channels_last ? data + ((n * H + y) * W + x) * C + c : data + ((n * C + c) * H + y) * W + x;
+    return data + n * image_stride + (channels_last ? (y * W + x) * C + c : (c * H + y) * W + x);
   }
 };
 
