@@ -106,6 +106,12 @@ struct Grid {
   int64_t tap_pixel(const Tap& tap, const Window& w) const {
     return (tap.dy - first_dy) * w.columns + tap.dx - first_dx;
   }
+  // Whether the tap of a pixel of the block lies inside an H x W image and not in its padding.
+  bool is_inside(const Tap& tap, const Block& block, int64_t pixel, int64_t H, int64_t W) const {
+    const int64_t i = pixel / block.columns % block.rows, j = pixel % block.columns;
+    const int64_t y = (block.row + i) * input_step_y + tap.dy, x = (block.column + j) * input_step_x + tap.dx;
+    return y >= 0 && y < H && x >= 0 && x < W;
+  }
 };
 
 // Matrices of the taps: element (in, out) of group g and tap t is data[g group + in * in_stride + out * out_stride + t].
@@ -148,6 +154,17 @@ int64_t channel_block(int64_t channels, int64_t most, int64_t window_pixels) {
   int64_t block = balanced(channels, most);
   while (block > 1 && block * window_pixels * static_cast<int64_t>(sizeof(T)) > kWindowBytes) block = ceil_div(block, 2);
   return block;
+}
+
+// Padding times a weight that is not finite would be NaN; such weights (only) are applied pixel by pixel, inside the image.
+template <class T>
+bool all_finite(const T* values, int64_t count) {
+  constexpr int64_t lanes = Vec<T>::size;
+  Vec<T> sum = Vec<T>::zero();  // zero times anything finite
+  int64_t i = 0;
+  for (; i + lanes <= count; i += lanes) sum = fma(load(values + i), Vec<T>::zero(), sum);
+  if (i < count) sum = fma(load(values + i, count - i), Vec<T>::zero(), sum);
+  return reduce_add(sum) == T(0);
 }
 
 // ---- dense: products over (tap, channel) -----------------------------------------------------------------------------
@@ -210,6 +227,11 @@ class DenseConvolution {
       for (int64_t t = 0; t < grid_.tap_count; ++t) {
         pack_rows(Matrix<Scalar>{source + grid_.taps[t].weight_offset, w.in_stride, w.out_stride}, channels, columns,
                   destination + t * channels * kPanel, kPanel);
+        for (int64_t c2 = 0; c2 < channels; ++c2) {
+          if (!all_finite(destination + (t * channels + c2) * kPanel, columns)) {
+            __atomic_store_n(&finite_weights_, false, __ATOMIC_RELAXED);
+          }
+        }
       }
     });
   }
@@ -232,8 +254,8 @@ class DenseConvolution {
         stage_block(conv_.input, block, g * in_channels_ + c, channels, window, staged.data());
         for (int64_t j = 0; j < out_channels; j += kPanel) {
           const T* panel = packed_panel(g, (out_channel + j) / kPanel) + c * grid_.tap_count * kPanel;
-          multiply_panel(block.pixels(), places.data(), window, channels, staged.data(), panel,
-                         min_of(kPanel, out_channels - j), sums.data() + j, out_channels);
+          multiply_panel(block, places.data(), window, channels, staged.data(), panel, min_of(kPanel, out_channels - j),
+                         sums.data() + j, out_channels);
         }
       }
     }
@@ -247,29 +269,42 @@ class DenseConvolution {
   }
 
   // sums[pixel][0 .. columns) += all taps of `channels` channels.
-  void multiply_panel(int64_t pixels, const int64_t* places, const Window& window, int64_t channels, const T* staged,
+  void multiply_panel(const Block& block, const int64_t* places, const Window& window, int64_t channels, const T* staged,
                       const T* panel, int64_t columns, T* sums, int64_t sums_stride) const {
-    const int64_t taps_per_run = max_of(1, kDepthBlock / channels);
+    const int64_t pixels = block.pixels(), taps_per_run = max_of(1, kDepthBlock / channels);
+    const int64_t pixels_together = finite_weights_ ? kTileRows : 1;
     Segment segments[kDepthBlock];
     for (int64_t t = 0; t < grid_.tap_count; t += taps_per_run) {
       const int64_t taps = min_of(taps_per_run, grid_.tap_count - t);
-      int64_t count = 0;
-      for (int64_t i = 0; i < taps; ++i) {
-        const int64_t offset = grid_.tap_pixel(grid_.taps[t + i], window) * channels;
-        if (count > 0 && segments[count - 1].a_offset + segments[count - 1].depth == offset) {
-          segments[count - 1].depth += channels;  // neighbouring taps are neighbours in the window
-        } else {
-          segments[count++] = {channels, offset, i * channels * kPanel};
-        }
-      }
       const T* run = panel + t * channels * kPanel;
-      for (int64_t p = 0; p < pixels; p += kTileRows) {
-        const int64_t rows = min_of(kTileRows, pixels - p);
+      int64_t count = 0;
+      if (finite_weights_) count = segments_of(t, taps, block, -1, window, channels, segments);
+      for (int64_t p = 0; p < pixels; p += pixels_together) {
+        const int64_t rows = min_of(pixels_together, pixels - p);
+        if (!finite_weights_) count = segments_of(t, taps, block, p, window, channels, segments);
         const T* pointers[kTileRows];
         for (int64_t r = 0; r < rows; ++r) pointers[r] = staged + places[p + r] * channels;
         multiply_tile(rows, columns, segments, count, pointers, run, kPanel, sums + p * sums_stride, sums_stride, true);
       }
     }
+  }
+
+  // Where taps [first, first + taps) read; with a pixel given, those inside the image alone.
+  int64_t segments_of(int64_t first, int64_t taps, const Block& block, int64_t pixel, const Window& window,
+                      int64_t channels, Segment* segments) const {
+    int64_t count = 0;
+    for (int64_t i = 0; i < taps; ++i) {
+      const Tap& tap = grid_.taps[first + i];
+      if (pixel >= 0 && !grid_.is_inside(tap, block, pixel, conv_.input.H, conv_.input.W)) continue;
+      const int64_t a_offset = grid_.tap_pixel(tap, window) * channels, b_offset = i * channels * kPanel;
+      Segment* last = segments + count - 1;
+      if (count > 0 && last->a_offset + last->depth == a_offset && last->b_offset + last->depth * kPanel == b_offset) {
+        last->depth += channels;  // neighbouring taps are neighbours in the window
+      } else {
+        segments[count++] = {channels, a_offset, b_offset};
+      }
+    }
+    return count;
   }
 
   const Convolution<Scalar>& conv_;
@@ -278,6 +313,7 @@ class DenseConvolution {
   Blocks blocks_;
   int64_t channel_block_, out_block_;
   T* packed_ = nullptr;
+  bool finite_weights_ = true;
 };
 
 // ---- depthwise: lanes are channels -----------------------------------------------------------------------------------
@@ -345,6 +381,8 @@ class DepthwiseConvolution {
     for (int64_t t = 0; t < taps; ++t) offsets[t] = grid_.tap_pixel(grid_.taps[t], window) * channels;
     if (taps > 0) stage_block(conv_.input, block, channel, channels, window, staged.data());
     start_sums(pixels, channel, channels, sums.data());
+    bool finite = true;
+    for (int64_t t = 0; t < taps; ++t) finite = finite && all_finite(weight + t * C, channels);
     for (int64_t c = 0; c < channels; c += Vec<T>::size) {
       const int64_t lanes = min_of(Vec<T>::size, channels - c);
       for (int64_t p = 0; p < pixels; p += kPixels) {
@@ -352,7 +390,11 @@ class DepthwiseConvolution {
         const T* pointers[kPixels];
         for (int64_t i = 0; i < count; ++i) pointers[i] = staged.data() + places[p + i] * channels + c;
         T* out = sums.data() + p * channels + c;
-        if (count == kPixels && lanes == Vec<T>::size) {
+        if (!finite) {
+          for (int64_t i = 0; i < count; ++i) {
+            add_inside_taps(block, p + i, pointers[i], offsets.data(), weight + c, lanes, out + i * channels, channels);
+          }
+        } else if (count == kPixels && lanes == Vec<T>::size) {
           add_taps<kPixels>(pointers, offsets.data(), taps, weight + c, C, Vec<T>::size, out, channels);
         } else {
           for (int64_t i = 0; i < count; ++i) {
@@ -362,6 +404,14 @@ class DepthwiseConvolution {
       }
     }
     unstage_block(conv_.output, block, channel, channels, grid_.output_window(block), sums.data());
+  }
+
+  void add_inside_taps(const Block& block, int64_t pixel, const T* source, const int64_t* offsets, const T* weight,
+                       int64_t lanes, T* sums, int64_t sums_stride) const {
+    for (int64_t t = 0; t < grid_.tap_count; ++t) {
+      if (!grid_.is_inside(grid_.taps[t], block, pixel, conv_.input.H, conv_.input.W)) continue;
+      add_taps<1>(&source, offsets + t, 1, weight + t * conv_.input.C, conv_.input.C, lanes, sums, sums_stride);
+    }
   }
 
   void start_sums(int64_t pixels, int64_t channel, int64_t channels, T* sums) const {

@@ -258,14 +258,15 @@ struct Conv2dNode : torch::autograd::Function<Conv2dNode> {
     at::AutoDispatchBelowADInplaceOrView guard;
     ctx->save_for_backward({input, weight});
     Numbers::save(ctx, stride, padding, dilation, groups);
+    ctx->saved_data["has_bias"] = is_defined(bias);
     return conv2d(input, weight, bias, stride, padding, dilation, groups);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const variable_list saved = ctx->get_saved_variables();
-    auto [grad_input, grad_weight, grad_bias] =
-        Numbers(ctx).backward(grads[0], saved[0], saved[1],
-                              {ctx->needs_input_grad(0), ctx->needs_input_grad(1), ctx->needs_input_grad(2)});
+    const bool bias_wanted = ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(2);
+    auto [grad_input, grad_weight, grad_bias] = Numbers(ctx).backward(
+        grads[0], saved[0], saved[1], {ctx->needs_input_grad(0), ctx->needs_input_grad(1), bias_wanted});
     return {grad_input, grad_weight, grad_bias, Tensor(), Tensor(), Tensor(), Tensor()};
   }
 };

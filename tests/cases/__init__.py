@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-COLUMNS = ("cross_entropy",)
+COLUMNS = ("conv2d", "cross_entropy")
 
 
 @dataclass
