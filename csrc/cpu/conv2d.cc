@@ -38,6 +38,7 @@ constexpr int64_t kDepthwisePixels = 512;
 constexpr int64_t kDepthwiseChannels = 64;
 constexpr int64_t kWindowBytes = 2 << 20;   // fewer channels at a time when a window would be larger (wide dilations)
 constexpr int64_t kPartialBytes = 32 << 20;  // bound of the gradient of the weight's partial sums
+constexpr int64_t kFewChannels = 8;         // input channels up to which they make poor lanes
 constexpr int64_t kWantedTasks = 32;
 constexpr double kSerialWork = 1 << 18;  // multiply-adds below which threads cost more than they give
 
@@ -327,20 +328,19 @@ DLKERNELS_INLINE void store_lanes(T* p, Vec<T> value, int64_t count) {
   count == Vec<T>::size ? store(p, value) : store(p, value, count);
 }
 
-// sums[pixel] += sum over taps of window[place + tap] * weight[tap], for Pixels pixels and one vector of channels.
+// out[p] = bias + sum over taps of source[p + tap] * weight[tap], for Pixels pixels and one vector of channels.
 template <int Pixels, class T>
-DLKERNELS_INLINE void add_taps(const T* const* pixels, const int64_t* tap_offsets, int64_t taps, const T* weight,
-                               int64_t weight_stride, int64_t lanes, T* sums, int64_t sums_stride) {
+DLKERNELS_INLINE void apply_taps(const T* source, int64_t source_stride, const int64_t* tap_offsets, int64_t taps,
+                                 const T* weight, int64_t weight_stride, Vec<T> bias, int64_t lanes, T* out,
+                                 int64_t out_stride) {
   Vec<T> sum[Pixels];
   for (int p = 0; p < Pixels; ++p) sum[p] = Vec<T>::zero();
   for (int64_t t = 0; t < taps; ++t) {
     const Vec<T> w = load_lanes(weight + t * weight_stride, lanes);
-    for (int p = 0; p < Pixels; ++p) sum[p] = fma(load_lanes(pixels[p] + tap_offsets[t], lanes), w, sum[p]);
+    const T* shifted = source + tap_offsets[t];
+    for (int p = 0; p < Pixels; ++p) sum[p] = fma(load_lanes(shifted + p * source_stride, lanes), w, sum[p]);
   }
-  for (int p = 0; p < Pixels; ++p) {
-    T* out = sums + p * sums_stride;
-    store_lanes(out, load_lanes(out, lanes) + sum[p], lanes);
-  }
+  for (int p = 0; p < Pixels; ++p) store_lanes(out + p * out_stride, sum[p] + bias, lanes);
 }
 
 template <class Scalar>
@@ -372,52 +372,82 @@ class DepthwiseConvolution {
 
  private:
   void run_block(const Block& block, int64_t channel, int64_t channels, const T* weight) const {
-    const Window window = grid_.input_window(block);
-    const int64_t pixels = block.pixels(), taps = grid_.tap_count, C = conv_.input.C;
+    const Window window = grid_.input_window(block), output_window = grid_.output_window(block);
+    const int64_t taps = grid_.tap_count, C = conv_.input.C;
+    // Channels-last results of the type of the sums go straight to the output.
+    constexpr bool same_type = sizeof(T) == sizeof(Scalar);
+    const bool direct = same_type && conv_.output.channels_last;
     Scratch<T> staged(block.images * window.rows * window.columns * channels);
-    Scratch<T> sums(pixels * channels);
-    Scratch<int64_t> places(pixels), offsets(max_of(taps, 1));
-    grid_.place_pixels(block, places.data());
+    Scratch<T> results(direct ? 0 : block.pixels() * channels), bias(channels);
+    Scratch<int64_t> offsets(max_of(taps, 1));
     for (int64_t t = 0; t < taps; ++t) offsets[t] = grid_.tap_pixel(grid_.taps[t], window) * channels;
     if (taps > 0) stage_block(conv_.input, block, channel, channels, window, staged.data());
-    start_sums(pixels, channel, channels, sums.data());
+    fill(bias.data(), T(0), channels);
+    if (conv_.bias != nullptr) widen_row(conv_.bias + channel, channels, bias.data());
     bool finite = true;
     for (int64_t t = 0; t < taps; ++t) finite = finite && all_finite(weight + t * C, channels);
-    for (int64_t c = 0; c < channels; c += Vec<T>::size) {
-      const int64_t lanes = min_of(Vec<T>::size, channels - c);
-      for (int64_t p = 0; p < pixels; p += kPixels) {
-        const int64_t count = min_of(kPixels, pixels - p);
-        const T* pointers[kPixels];
-        for (int64_t i = 0; i < count; ++i) pointers[i] = staged.data() + places[p + i] * channels + c;
-        T* out = sums.data() + p * channels + c;
-        if (!finite) {
-          for (int64_t i = 0; i < count; ++i) {
-            add_inside_taps(block, p + i, pointers[i], offsets.data(), weight + c, lanes, out + i * channels, channels);
-          }
-        } else if (count == kPixels && lanes == Vec<T>::size) {
-          add_taps<kPixels>(pointers, offsets.data(), taps, weight + c, C, Vec<T>::size, out, channels);
-        } else {
-          for (int64_t i = 0; i < count; ++i) {
-            add_taps<1>(pointers + i, offsets.data(), taps, weight + c, C, lanes, out + i * channels, channels);
-          }
+
+    for (int64_t row = 0; row < block.images * block.rows; ++row) {
+      const int64_t n = row / block.rows, i = row % block.rows;
+      const T* source = staged.data() + (n * window.rows + i * grid_.pixel_step_y()) * window.columns * channels;
+      T* out = results.data() + row * block.columns * channels;
+      int64_t out_stride = channels;
+      if constexpr (same_type) {
+        if (direct) {
+          out = conv_.output.at(block.image + n, channel, output_window.y + i * output_window.step_y, output_window.x);
+          out_stride = output_window.step_x * C;
+        }
+      }
+      if (finite) {
+        run_row(block.columns, channels, source, offsets.data(), weight, bias.data(), out, out_stride);
+      } else {
+        run_row_inside(block, row * block.columns, channels, source, offsets.data(), weight, bias.data(), out, out_stride);
+      }
+    }
+    if (!direct) unstage_block(conv_.output, block, channel, channels, output_window, results.data());
+  }
+
+  void run_row(int64_t columns, int64_t channels, const T* source, const int64_t* offsets, const T* weight,
+               const T* bias, T* out, int64_t out_stride) const {
+    const int64_t taps = grid_.tap_count, C = conv_.input.C, step = grid_.pixel_step_x() * channels;
+    constexpr int64_t size = Vec<T>::size;
+    int64_t j = 0;
+    for (; j + kPixels <= columns; j += kPixels) {
+      int64_t c = 0;
+      for (; c + size <= channels; c += size) {
+        apply_taps<kPixels>(source + j * step + c, step, offsets, taps, weight + c, C, load(bias + c), size,
+                            out + j * out_stride + c, out_stride);
+      }
+      if (c < channels) {
+        apply_taps<kPixels>(source + j * step + c, step, offsets, taps, weight + c, C, load(bias + c, channels - c),
+                            channels - c, out + j * out_stride + c, out_stride);
+      }
+    }
+    for (; j < columns; ++j) {
+      for (int64_t c = 0; c < channels; c += size) {
+        const int64_t lanes = min_of(size, channels - c);
+        apply_taps<1>(source + j * step + c, step, offsets, taps, weight + c, C, load_lanes(bias + c, lanes), lanes,
+                      out + j * out_stride + c, out_stride);
+      }
+    }
+  }
+
+  // The same with the taps that lie inside the image alone.
+  void run_row_inside(const Block& block, int64_t first_pixel, int64_t channels, const T* source, const int64_t* offsets,
+                      const T* weight, const T* bias, T* out, int64_t out_stride) const {
+    const int64_t C = conv_.input.C, step = grid_.pixel_step_x() * channels;
+    for (int64_t j = 0; j < block.columns; ++j) {
+      __builtin_memcpy(out + j * out_stride, bias, static_cast<size_t>(channels) * sizeof(T));
+      for (int64_t t = 0; t < grid_.tap_count; ++t) {
+        if (!grid_.is_inside(grid_.taps[t], block, first_pixel + j, conv_.input.H, conv_.input.W)) continue;
+        for (int64_t c = 0; c < channels; c += Vec<T>::size) {
+          const int64_t lanes = min_of(Vec<T>::size, channels - c);
+          T* sum = out + j * out_stride + c;
+          apply_taps<1>(source + j * step + c, step, offsets + t, 1, weight + t * C + c, C, load_lanes(sum, lanes), lanes,
+                        sum, out_stride);
         }
       }
     }
-    unstage_block(conv_.output, block, channel, channels, grid_.output_window(block), sums.data());
-  }
-
-  void add_inside_taps(const Block& block, int64_t pixel, const T* source, const int64_t* offsets, const T* weight,
-                       int64_t lanes, T* sums, int64_t sums_stride) const {
-    for (int64_t t = 0; t < grid_.tap_count; ++t) {
-      if (!grid_.is_inside(grid_.taps[t], block, pixel, conv_.input.H, conv_.input.W)) continue;
-      add_taps<1>(&source, offsets + t, 1, weight + t * conv_.input.C, conv_.input.C, lanes, sums, sums_stride);
-    }
-  }
-
-  void start_sums(int64_t pixels, int64_t channel, int64_t channels, T* sums) const {
-    if (conv_.bias == nullptr) return fill(sums, T(0), pixels * channels);
-    widen_row(conv_.bias + channel, channels, sums);
-    for (int64_t p = 1; p < pixels; ++p) __builtin_memcpy(sums + p * channels, sums, channels * sizeof(T));
   }
 
   const Convolution<Scalar>& conv_;
@@ -546,6 +576,7 @@ class DenseWeightGradient {
     out_block_ = balanced(out_channels_, pointwise ? 128 : 64);
     // Neighbouring kernel columns are neighbours in the window: one wider product for all of them.
     merged_ = g.kernel_W == 1 || (g.dilation_W == 1 && grid.window_step_x() == 1);
+    swapped_ = merged_ && in_block_ == in_channels_ && in_channels_ <= kFewChannels && out_channels_ >= Vec<T>::size;
     in_blocks_ = ceil_div(in_channels_, in_block_);
     out_blocks_ = ceil_div(out_channels_, out_block_);
     regions_ = g.groups * in_blocks_ * out_blocks_;
@@ -578,7 +609,8 @@ class DenseWeightGradient {
             min_of(out_block_, out_channels_ - out)};
   }
 
-  // sums: [kernel_H][out][kernel_W x in] when merged, otherwise [kernel_H][kernel_W][out][in].
+  // sums: [kernel_H][out][kernel_W x in] when merged, [kernel_H][kernel_W x in][out] when swapped (few input channels, so
+  // that the output channels are the lanes), otherwise [kernel_H][kernel_W][out][in].
   void run_part(int64_t part, int64_t index, T* sums) const {
     const Region region = region_at(index);
     const int64_t first = part * chunks_.count() / parts_, end = (part + 1) * chunks_.count() / parts_;
@@ -589,8 +621,14 @@ class DenseWeightGradient {
       const Block block = chunks_.at(chunk);
       const Window window = grid_.input_window(block);
       stage_block(input_, block, region.group * in_channels_ + region.in, region.in_count, window, staged.data());
-      stage_gradient(block, region, gradient.data());
-      add_chunk(block, window, region, staged.data(), gradient.data(), sums);
+      if (swapped_) {
+        stage_block(grad_output_, block, region.group * out_channels_ + region.out, region.out_count,
+                    grid_.output_window(block), gradient.data());
+        add_chunk_swapped(block, window, region, staged.data(), gradient.data(), sums);
+      } else {
+        stage_gradient(block, region, gradient.data());
+        add_chunk(block, window, region, staged.data(), gradient.data(), sums);
+      }
     }
   }
 
@@ -643,20 +681,40 @@ class DenseWeightGradient {
     }
   }
 
-  static void multiply_chunk(int64_t rows, int64_t columns, const Segment* segments, int64_t count, const T* gradient,
-                             int64_t pixels, const T* staged, int64_t column_step, T* out) {
+  void add_chunk_swapped(const Block& block, const Window& window, const Region& region, const T* staged,
+                         const T* gradient, T* sums) const {
+    const int64_t channels = region.in_count, pixels = block.pixels(), rows = g_.kernel_W * channels;
+    const int64_t column_step = grid_.pixel_step_x() * channels;
+    Scratch<T> patches(rows * pixels);  // [kernel_W x in][pixel]
+    for (int64_t kh = 0; kh < g_.kernel_H; ++kh) {
+      const T* shifted = staged + grid_.tap_pixel(grid_.taps[kh * g_.kernel_W], window) * channels;
+      for (int64_t row = 0; row < block.images * block.rows; ++row) {
+        const int64_t window_row = row / block.rows * window.rows + row % block.rows * grid_.pixel_step_y();
+        transpose(shifted + window_row * window.columns * channels, column_step, block.columns, rows,
+                  patches.data() + row * block.columns, pixels);
+      }
+      const Segment segment = {pixels, 0, 0};
+      multiply_chunk(rows, region.out_count, &segment, 1, patches.data(), pixels, gradient, region.out_count,
+                     sums + kh * rows * region.out_count);
+    }
+  }
+
+  // out[row][column] += sum over the segments' pixels of left[row][pixel] * right[pixel][column].
+  static void multiply_chunk(int64_t rows, int64_t columns, const Segment* segments, int64_t count, const T* left,
+                             int64_t pixels, const T* right, int64_t column_step, T* out) {
     for (int64_t j = 0; j < columns; j += kTileColumns<T>) {
       for (int64_t k = 0; k < rows; k += kTileRows) {
         const int64_t tile_rows = min_of(kTileRows, rows - k);
         const T* pointers[kTileRows];
-        for (int64_t r = 0; r < tile_rows; ++r) pointers[r] = gradient + (k + r) * pixels;
-        multiply_tile(tile_rows, min_of(kTileColumns<T>, columns - j), segments, count, pointers, staged + j,
+        for (int64_t r = 0; r < tile_rows; ++r) pointers[r] = left + (k + r) * pixels;
+        multiply_tile(tile_rows, min_of(kTileColumns<T>, columns - j), segments, count, pointers, right + j,
                       column_step, out + k * columns + j, columns, true);
       }
     }
   }
 
   void write_region(const Region& region, const T* sums, Scalar* grad_weight) const {
+    if (swapped_) return write_region_swapped(region, sums, grad_weight);
     const int64_t products = merged_ ? 1 : g_.kernel_W, taps_per_product = merged_ ? g_.kernel_W : 1;
     for (int64_t kh = 0; kh < g_.kernel_H; ++kh) {
       for (int64_t product = 0; product < products; ++product) {
@@ -672,13 +730,24 @@ class DenseWeightGradient {
     }
   }
 
+  void write_region_swapped(const Region& region, const T* sums, Scalar* grad_weight) const {
+    const int64_t* strides = g_.grad_weight_strides;
+    for (int64_t t = 0; t < grid_.tap_count; ++t) {
+      for (int64_t c = 0; c < region.in_count; ++c, sums += region.out_count) {
+        Scalar* out = grad_weight + (region.group * out_channels_ + region.out) * strides[0] + c * strides[1] +
+                      t / g_.kernel_W * strides[2] + t % g_.kernel_W * strides[3];
+        for (int64_t k = 0; k < region.out_count; ++k) store_one(out + k * strides[0], sums[k]);
+      }
+    }
+  }
+
   const Conv2dGeometry& g_;
   const Grid& grid_;
   Images<const Scalar> input_, grad_output_;
   int64_t in_channels_, out_channels_;
   Blocks chunks_;
   int64_t in_block_, out_block_, in_blocks_, out_blocks_, regions_, region_size_, parts_;
-  bool merged_;
+  bool merged_, swapped_;
 };
 
 // ---- gradient of the weight, depthwise -------------------------------------------------------------------------------

@@ -17,7 +17,6 @@ using BackwardResult = std::tuple<Tensor, Tensor, Tensor>;  // grad_input, grad_
 // ---- argument checks ---------------------------------------------------------------------------------------------
 
 void check_types(const Tensor& input, const Tensor& weight, const Tensor& bias) {
-  kernel_dtype(input, kName, "input");
   for (const auto& [tensor, name] : {std::pair(&weight, "weight"), std::pair(&bias, "bias")}) {
     if (!tensor->defined()) continue;
     check_same_device(kName, input, "input", *tensor, name);
@@ -25,6 +24,7 @@ void check_types(const Tensor& input, const Tensor& weight, const Tensor& bias) 
                 " type (", tensor->scalar_type(), ") should be the same; expected scalar type ",
                 toString(input.scalar_type()), " but found ", toString(tensor->scalar_type()));
   }
+  kernel_dtype(input, kName, "input");
 }
 
 void check_numbers(at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
