@@ -35,7 +35,7 @@ constexpr int64_t kPixelBlock = 192;          // output pixels of a task
 constexpr int64_t kOutputChannelBlock = 256;  // output channels of a task
 constexpr int64_t kGradientPixels = 256;      // pixels of a run of sums in the gradient of the weight
 constexpr int64_t kDepthwisePixels = 512;
-constexpr int64_t kDepthwiseChannels = 64;
+constexpr int64_t kDepthwiseChannels = 32;  // three rows of the window stay in the first-level cache
 constexpr int64_t kWindowBytes = 2 << 20;   // fewer channels at a time when a window would be larger (wide dilations)
 constexpr int64_t kPartialBytes = 32 << 20;  // bound of the gradient of the weight's partial sums
 constexpr int64_t kFewChannels = 8;         // input channels up to which they make poor lanes
@@ -90,9 +90,8 @@ struct Grid {
     return {output_y + block.row * output_step_y, output_x + block.column * output_step_x, block.rows, block.columns,
             output_step_y,                        output_step_x};
   }
-  int64_t window_pixels(const Blocks& blocks) const {
-    return blocks.images * window_rows(blocks.rows) * window_columns(blocks.columns);
-  }
+  // Of one image.
+  int64_t window_pixels(const Blocks& blocks) const { return window_rows(blocks.rows) * window_columns(blocks.columns); }
   // Window pixel of every output pixel of the block at the first tap; a tap adds tap_pixel to it.
   void place_pixels(const Block& block, int64_t* places) const {
     const Window w = input_window(block);
@@ -149,12 +148,16 @@ void unstage_block(const Images<Scalar>& images, const Block& block, int64_t cha
   }
 }
 
-// Channels staged at a time; part of the order of summation, so it follows from the shapes alone.
+// Channels staged at a time; part of the order of summation, so it follows from the shape of one image alone.
 template <class T>
 int64_t channel_block(int64_t channels, int64_t most, int64_t window_pixels) {
   int64_t block = balanced(channels, most);
   while (block > 1 && block * window_pixels * static_cast<int64_t>(sizeof(T)) > kWindowBytes) block = ceil_div(block, 2);
   return block;
+}
+template <class T>
+int64_t images_that_fit(int64_t channels, int64_t window_pixels) {
+  return kWindowBytes / (channels * window_pixels * static_cast<int64_t>(sizeof(T)));
 }
 
 // Padding times a weight that is not finite would be NaN; such weights (only) are applied pixel by pixel, inside the image.
@@ -196,6 +199,7 @@ class DenseConvolution {
       if (pixels <= 4 * kTileRows) break;
       blocks_ = Blocks(conv_.input.N, grid_.rows, grid_.columns, pixels / 2);
     }
+    blocks_.limit_images(images_that_fit<T>(channel_block_, grid_.window_pixels(blocks_)));
   }
 
   void run() {
@@ -243,35 +247,54 @@ class DenseConvolution {
     const int64_t out_channel = task % out_blocks() * out_block_;
     const int64_t out_channels = min_of(out_block_, out_channels_ - out_channel);
     const Window window = grid_.input_window(block);
+    const int64_t first_out = g * out_channels_ + out_channel;
+    const bool direct = is_one_matrix(block);
     Scratch<T> staged(block.images * window.rows * window.columns * channel_block_);
-    Scratch<T> sums(block.pixels() * out_channels);
+    Scratch<T> results(direct ? 0 : block.pixels() * out_channels);
     Scratch<int64_t> places(block.pixels());
     grid_.place_pixels(block, places.data());
-    const int64_t first_out = g * out_channels_ + out_channel;
-    start_sums(block.pixels(), first_out, out_channels, sums.data());
-    if (depth_ > 0) {
-      for (int64_t c = 0; c < in_channels_; c += channel_block_) {
-        const int64_t channels = min_of(channel_block_, in_channels_ - c);
-        stage_block(conv_.input, block, g * in_channels_ + c, channels, window, staged.data());
-        for (int64_t j = 0; j < out_channels; j += kPanel) {
-          const T* panel = packed_panel(g, (out_channel + j) / kPanel) + c * grid_.tap_count * kPanel;
-          multiply_panel(block, places.data(), window, channels, staged.data(), panel, min_of(kPanel, out_channels - j),
-                         sums.data() + j, out_channels);
-        }
+    T* sums = results.data();
+    int64_t stride = out_channels;
+    if constexpr (sizeof(T) == sizeof(Scalar)) {
+      if (direct) {
+        sums = conv_.output.at(block.image, first_out, grid_.output_y + block.row, grid_.output_x + block.column);
+        stride = conv_.output.C;
       }
     }
-    unstage_block(conv_.output, block, first_out, out_channels, grid_.output_window(block), sums.data());
+    start_sums(block.pixels(), first_out, out_channels, sums, stride);
+    for (int64_t c = 0; c < in_channels_ && depth_ > 0; c += channel_block_) {
+      const int64_t channels = min_of(channel_block_, in_channels_ - c);
+      stage_block(conv_.input, block, g * in_channels_ + c, channels, window, staged.data());
+      for (int64_t j = 0; j < out_channels; j += kPanel) {
+        const T* panel = packed_panel(g, (out_channel + j) / kPanel) + c * grid_.tap_count * kPanel;
+        multiply_panel(block, places.data(), window, channels, staged.data(), panel, min_of(kPanel, out_channels - j),
+                       sums + j, stride, c > 0 || conv_.bias != nullptr);
+      }
+    }
+    if (!direct) unstage_block(conv_.output, block, first_out, out_channels, grid_.output_window(block), sums);
   }
 
-  void start_sums(int64_t pixels, int64_t first_out, int64_t out_channels, T* sums) const {
-    if (conv_.bias == nullptr) return fill(sums, T(0), pixels * out_channels);
-    widen_row(conv_.bias + first_out, out_channels, sums);
-    for (int64_t p = 1; p < pixels; ++p) __builtin_memcpy(sums + p * out_channels, sums, out_channels * sizeof(T));
+  // Whether the block's outputs are a matrix [pixel][channel] in place, with a constant distance between pixels.
+  bool is_one_matrix(const Block& block) const {
+    return sizeof(T) == sizeof(Scalar) && conv_.output.channels_last && grid_.output_step_y == 1 &&
+           grid_.output_step_x == 1 && (block.columns == conv_.output.W || (block.rows == 1 && block.images == 1));
   }
 
-  // sums[pixel][0 .. columns) += all taps of `channels` channels.
+  // The bias; without one, nothing where the products write first.
+  void start_sums(int64_t pixels, int64_t first_out, int64_t out_channels, T* sums, int64_t stride) const {
+    if (conv_.bias == nullptr && depth_ > 0) return;
+    for (int64_t p = 0; p < pixels; ++p) {
+      if (conv_.bias == nullptr) {
+        fill(sums + p * stride, T(0), out_channels);
+      } else {
+        widen_row(conv_.bias + first_out, out_channels, sums + p * stride);
+      }
+    }
+  }
+
+  // sums[pixel][0 .. columns) (+)= all taps of `channels` channels.
   void multiply_panel(const Block& block, const int64_t* places, const Window& window, int64_t channels, const T* staged,
-                      const T* panel, int64_t columns, T* sums, int64_t sums_stride) const {
+                      const T* panel, int64_t columns, T* sums, int64_t sums_stride, bool accumulate) const {
     const int64_t pixels = block.pixels(), taps_per_run = max_of(1, kDepthBlock / channels);
     const int64_t pixels_together = finite_weights_ ? kTileRows : 1;
     Segment segments[kDepthBlock];
@@ -285,7 +308,8 @@ class DenseConvolution {
         if (!finite_weights_) count = segments_of(t, taps, block, p, window, channels, segments);
         const T* pointers[kTileRows];
         for (int64_t r = 0; r < rows; ++r) pointers[r] = staged + places[p + r] * channels;
-        multiply_tile(rows, columns, segments, count, pointers, run, kPanel, sums + p * sums_stride, sums_stride, true);
+        multiply_tile(rows, columns, segments, count, pointers, run, kPanel, sums + p * sums_stride, sums_stride,
+                      accumulate || t > 0);
       }
     }
   }
@@ -353,7 +377,9 @@ class DepthwiseConvolution {
       : conv_(convolution),
         grid_(convolution.grid),
         blocks_(conv_.input.N, grid_.rows, grid_.columns, kDepthwisePixels),
-        channels_(channel_block<T>(conv_.input.C, kDepthwiseChannels, grid_.window_pixels(blocks_))) {}
+        channels_(channel_block<T>(conv_.input.C, kDepthwiseChannels, grid_.window_pixels(blocks_))) {
+    blocks_.limit_images(images_that_fit<T>(channels_, grid_.window_pixels(blocks_)));
+  }
 
   void run() {
     const int64_t C = conv_.input.C, taps = grid_.tap_count;
@@ -573,6 +599,7 @@ class DenseWeightGradient {
         chunks_(g.N, g.output_H, g.output_W, kGradientPixels) {
     const bool pointwise = grid.tap_count == 1;
     in_block_ = channel_block<T>(in_channels_, pointwise ? 2 * kChannelBlock : kChannelBlock, grid.window_pixels(chunks_));
+    chunks_.limit_images(images_that_fit<T>(in_block_, grid.window_pixels(chunks_)));
     out_block_ = balanced(out_channels_, pointwise ? 128 : 64);
     // Neighbouring kernel columns are neighbours in the window: one wider product for all of them.
     merged_ = g.kernel_W == 1 || (g.dilation_W == 1 && grid.window_step_x() == 1);
@@ -614,7 +641,7 @@ class DenseWeightGradient {
   void run_part(int64_t part, int64_t index, T* sums) const {
     const Region region = region_at(index);
     const int64_t first = part * chunks_.count() / parts_, end = (part + 1) * chunks_.count() / parts_;
-    Scratch<T> staged(grid_.window_pixels(chunks_) * region.in_count);
+    Scratch<T> staged(chunks_.images * grid_.window_pixels(chunks_) * region.in_count);
     Scratch<T> gradient(chunks_.pixels() * region.out_count);  // [out][pixel]
     fill(sums, T(0), region_size_);
     for (int64_t chunk = first; chunk < end; ++chunk) {
@@ -781,8 +808,10 @@ class DepthwiseWeightGradient {
         grad_output_(output_images(g, grad_output)),
         chunks_(g.N, g.output_H, g.output_W, kDepthwisePixels),
         channels_(channel_block<T>(g.C, kDepthwiseChannels, grid.window_pixels(chunks_))),
-        channel_blocks_(ceil_div(g.C, channels_)),
-        parts_(part_count(chunks_.count(), channel_blocks_, grid.tap_count * g.C * static_cast<int64_t>(sizeof(T)))) {}
+        channel_blocks_(ceil_div(g.C, channels_)) {
+    chunks_.limit_images(images_that_fit<T>(channels_, grid.window_pixels(chunks_)));
+    parts_ = part_count(chunks_.count(), channel_blocks_, grid.tap_count * g.C * static_cast<int64_t>(sizeof(T)));
+  }
 
   void run(Scalar* grad_weight) {
     const int64_t taps = grid_.tap_count, C = g_.C;
@@ -807,7 +836,7 @@ class DepthwiseWeightGradient {
   void run_part(int64_t part, int64_t channel, T* partial) const {
     const int64_t channels = min_of(channels_, g_.C - channel), taps = grid_.tap_count;
     const int64_t first = part * chunks_.count() / parts_, end = (part + 1) * chunks_.count() / parts_;
-    Scratch<T> staged(grid_.window_pixels(chunks_) * channels), gradient(chunks_.pixels() * channels);
+    Scratch<T> staged(chunks_.images * grid_.window_pixels(chunks_) * channels), gradient(chunks_.pixels() * channels);
     Scratch<int64_t> places(chunks_.pixels()), offsets(taps);
     for (int64_t t = 0; t < taps; ++t) fill(partial + t * g_.C + channel, T(0), channels);
     for (int64_t chunk = first; chunk < end; ++chunk) {

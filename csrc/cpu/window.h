@@ -135,6 +135,11 @@ struct Blocks {
     row_blocks = ceil_div(H, rows);
     column_blocks = ceil_div(W, columns);
   }
+  // No more images in a block than `most`.
+  void limit_images(int64_t most) {
+    images = max_of(1, min_of(images, most));
+    image_blocks = ceil_div(N, images);
+  }
   int64_t count() const { return image_blocks * row_blocks * column_blocks; }
   int64_t pixels() const { return images * rows * columns; }
   Block at(int64_t index) const {
