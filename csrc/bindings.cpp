@@ -5,7 +5,9 @@
 #include "cpu/isa.h"
 #include "cpu/kernels.h"
 #include "ops/batch_norm.h"
+#include "ops/conv2d.h"
 #include "ops/cross_entropy.h"
+#include "ops/python_arguments.h"
 #include "ops/runtime.h"
 
 namespace py = pybind11;
@@ -46,6 +48,8 @@ TORCH_LIBRARY(dlkernels, m) {
   m.def("batch_norm(Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? running_mean, Tensor? running_var, bool training, float eps, bool relu) -> (Tensor output, Tensor mean, Tensor variance)", tags);
   m.def("batch_norm_backward(Tensor grad_output, Tensor input, Tensor? output, Tensor? weight, Tensor mean, Tensor variance, bool training, float eps, bool relu, ScalarType? weight_type, ScalarType? bias_type, bool[4] output_mask) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)", tags);
   m.def("batch_norm_update_(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor variance, SymInt count, float momentum) -> ()", tags);
+  m.def("conv2d(Tensor input, Tensor weight, Tensor? bias, SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, SymInt groups) -> Tensor", tags);
+  m.def("conv2d_backward(Tensor grad_output, Tensor input, Tensor weight, SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, SymInt groups, bool[3] output_mask) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)", tags);
   m.def("cross_entropy(Tensor logits, Tensor target, Tensor? weight, int reduction, int ignore_index, float label_smoothing) -> (Tensor loss, Tensor statistics, Tensor divisor)", tags);
   m.def("cross_entropy_backward(Tensor grad_loss, Tensor logits, Tensor target, Tensor? weight, Tensor statistics, Tensor divisor, int ignore_index, float label_smoothing, bool[2] output_mask) -> (Tensor grad_logits, Tensor grad_target)", tags);
   // clang-format on
@@ -62,6 +66,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("batch_norm", &ops::batch_norm_with_update, py::arg("input"), py::arg("weight"), py::arg("bias"),
         py::arg("residual"), py::arg("running_mean"), py::arg("running_var"), py::arg("training"), py::arg("momentum"),
         py::arg("eps"), py::arg("relu"), Released());
+  m.def("conv2d", &ops::conv2d_functional, py::arg("input"), py::arg("weight"), py::arg("bias"), py::arg("stride"),
+        py::arg("padding"), py::arg("dilation"), py::arg("groups"), Released());
   m.def(
       "cross_entropy",
       [](const at::Tensor& logits, const at::Tensor& target, const std::optional<at::Tensor>& weight, int64_t reduction,

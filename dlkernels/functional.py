@@ -4,3 +4,7 @@ from .ops.batch_norm import batch_norm
 from .ops.cross_entropy import cross_entropy
 
 __all__ = ["batch_norm", "cross_entropy"]
+from .ops.conv2d import conv2d
+from .ops.cross_entropy import cross_entropy
+
+__all__ = ["conv2d", "cross_entropy"]

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "batch_norm.h"
+#include "conv2d.h"
 #include "cross_entropy.h"
 
 namespace dlkernels {
@@ -9,6 +10,7 @@ namespace dlkernels {
 struct KernelTable {
   const char* isa;
   BatchNormKernels batch_norm;
+  Conv2dKernels conv2d;
   CrossEntropyKernels cross_entropy;
 };
 

@@ -8,6 +8,8 @@
 #include <immintrin.h>
 #endif
 
+#include <utility>
+
 #include "types.h"
 
 #define DLKERNELS_STRINGIFY_IMPL(x) #x
@@ -277,6 +279,31 @@ DLKERNELS_INLINE VecD abs(VecD a) {
 }
 DLKERNELS_INLINE VecF copy_sign(VecF magnitude, VecF sign) {
   return from_bits<float>((bits_of(magnitude) & 0x7fffffffu) | (bits_of(sign) & 0x80000000u));
+}
+
+// a0 b0 a1 b1 ... of the low (high) halves.
+template <int64_t First, class T, size_t... Lane>
+DLKERNELS_INLINE Vec<T> interleave(Vec<T> a, Vec<T> b, std::index_sequence<Lane...>) {
+  return Vec<T>(
+      __builtin_shufflevector(a.raw, b.raw, (First + static_cast<int>(Lane / 2 + Lane % 2 * Vec<T>::size))...));
+}
+
+// rows[i][j] <-> rows[j][i]. Each pass rotates the bits of (row, lane) by one place; half of them all is a transposition.
+template <class T>
+DLKERNELS_INLINE void transpose_square(Vec<T> (&rows)[Vec<T>::size]) {
+  constexpr int64_t size = Vec<T>::size;
+  constexpr auto lanes = std::make_index_sequence<size>();
+#pragma GCC unroll 4
+  for (int64_t pass = 1; pass < size; pass *= 2) {
+    Vec<T> next[size];
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < size / 2; ++i) {
+      next[2 * i] = interleave<0>(rows[i], rows[i + size / 2], lanes);
+      next[2 * i + 1] = interleave<size / 2>(rows[i], rows[i + size / 2], lanes);
+    }
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < size; ++i) rows[i] = next[i];
+  }
 }
 
 // Sum and maximum over the lanes, in a fixed tree order.

@@ -8,6 +8,7 @@ extern const KernelTable table;
 const KernelTable table = {
     isa_name,
     batch_norm_kernels(),
+    conv2d_kernels(),
     cross_entropy_kernels(),
 };
 

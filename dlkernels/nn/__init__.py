@@ -4,3 +4,7 @@ from .batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from .cross_entropy import CrossEntropyLoss
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "CrossEntropyLoss"]
+from .conv2d import Conv2d
+from .cross_entropy import CrossEntropyLoss
+
+__all__ = ["Conv2d", "CrossEntropyLoss"]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 COLUMNS = ("batch_norm", "cross_entropy")
+COLUMNS = ("conv2d", "cross_entropy")
 
 
 @dataclass
