@@ -8,6 +8,7 @@ extern const KernelTable table;
 const KernelTable table = {
     isa_name,
     cross_entropy_kernels(),
+    attention_kernels(),
 };
 
 }  // namespace dlkernels::DLKERNELS_ISA

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-COLUMNS = ("cross_entropy",)
+COLUMNS = ("cross_entropy", "attention")
 
 
 @dataclass
@@ -57,6 +57,7 @@ class Case:
     integers: bool = True  # small integers in give exactly representable results out
     channels_last: bool = False  # its 4-d arguments may come in torch.channels_last
     second_order: bool = True
+    same_nonfinite: bool = True  # NaN and Inf appear exactly where torch has them
 
     def __str__(self) -> str:
         return f"{self.column}-{self.name}"
@@ -69,6 +70,8 @@ class OpInfoEntry:
     column: str
     torch_name: str
     function: Callable[..., Any]
+    # Samples whose values depend on torch's own order of drawing; the column's tests check what they can promise.
+    is_random: Callable[[Any], bool] = lambda sample: False
 
     def __str__(self) -> str:
         return self.torch_name
