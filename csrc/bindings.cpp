@@ -6,6 +6,7 @@
 #include "cpu/kernels.h"
 #include "ops/batch_norm.h"
 #include "ops/conv2d.h"
+#include "ops/attention.h"
 #include "ops/cross_entropy.h"
 #include "ops/python_arguments.h"
 #include "ops/runtime.h"
@@ -52,6 +53,8 @@ TORCH_LIBRARY(dlkernels, m) {
   m.def("conv2d_backward(Tensor grad_output, Tensor input, Tensor weight, SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, SymInt groups, bool[3] output_mask) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)", tags);
   m.def("cross_entropy(Tensor logits, Tensor target, Tensor? weight, int reduction, int ignore_index, float label_smoothing) -> (Tensor loss, Tensor statistics, Tensor divisor)", tags);
   m.def("cross_entropy_backward(Tensor grad_loss, Tensor logits, Tensor target, Tensor? weight, Tensor statistics, Tensor divisor, int ignore_index, float label_smoothing, bool[2] output_mask) -> (Tensor grad_logits, Tensor grad_target)", tags);
+  m.def("attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, float dropout_p, bool is_causal, float? scale, bool enable_gqa) -> (Tensor output, Tensor exact_output, Tensor statistics, Tensor dropout_seed)", {at::Tag::pt2_compliant_tag, at::Tag::nondeterministic_seeded});
+  m.def("attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor output, Tensor exact_output, Tensor statistics, Tensor dropout_seed, float dropout_p, bool is_causal, float? scale, bool enable_gqa, bool[4] output_mask) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_attn_mask)", tags);
   // clang-format on
 }
 
@@ -76,4 +79,13 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       },
       py::arg("logits"), py::arg("target"), py::arg("weight"), py::arg("reduction"), py::arg("ignore_index"),
       py::arg("label_smoothing"), Released());
+  m.def(
+      "attention",
+      [](const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+         const std::optional<at::Tensor>& attn_mask, double dropout_p, bool is_causal, std::optional<double> scale,
+         bool enable_gqa) {
+        return std::get<0>(ops::attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa));
+      },
+      py::arg("query"), py::arg("key"), py::arg("value"), py::arg("attn_mask"), py::arg("dropout_p"),
+      py::arg("is_causal"), py::arg("scale"), py::arg("enable_gqa"), Released());
 }

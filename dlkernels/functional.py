@@ -8,3 +8,7 @@ from .ops.conv2d import conv2d
 from .ops.cross_entropy import cross_entropy
 
 __all__ = ["conv2d", "cross_entropy"]
+from .ops.attention import scaled_dot_product_attention
+from .ops.cross_entropy import cross_entropy
+
+__all__ = ["cross_entropy", "scaled_dot_product_attention"]

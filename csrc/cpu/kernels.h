@@ -3,6 +3,7 @@
 
 #include "batch_norm.h"
 #include "conv2d.h"
+#include "attention.h"
 #include "cross_entropy.h"
 
 namespace dlkernels {
@@ -12,6 +13,7 @@ struct KernelTable {
   BatchNormKernels batch_norm;
   Conv2dKernels conv2d;
   CrossEntropyKernels cross_entropy;
+  AttentionKernels attention;
 };
 
 }  // namespace dlkernels

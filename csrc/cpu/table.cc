@@ -10,6 +10,7 @@ const KernelTable table = {
     batch_norm_kernels(),
     conv2d_kernels(),
     cross_entropy_kernels(),
+    attention_kernels(),
 };
 
 }  // namespace dlkernels::DLKERNELS_ISA

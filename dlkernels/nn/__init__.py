@@ -8,3 +8,7 @@ from .conv2d import Conv2d
 from .cross_entropy import CrossEntropyLoss
 
 __all__ = ["Conv2d", "CrossEntropyLoss"]
+from .attention import MultiheadAttention
+from .cross_entropy import CrossEntropyLoss
+
+__all__ = ["CrossEntropyLoss", "MultiheadAttention"]

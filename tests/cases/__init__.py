@@ -17,6 +17,7 @@ from torch import Tensor
 
 COLUMNS = ("batch_norm", "cross_entropy")
 COLUMNS = ("conv2d", "cross_entropy")
+COLUMNS = ("cross_entropy", "attention")
 
 
 @dataclass
@@ -59,6 +60,7 @@ class Case:
     channels_last: bool = False  # its 4-d arguments may come in torch.channels_last
     second_order: bool = True
     infinite_arguments: tuple[int, ...] | None = None  # where Inf must act as in torch; None for everywhere
+    same_nonfinite: bool = True  # NaN and Inf appear exactly where torch has them
 
     def __str__(self) -> str:
         return f"{self.column}-{self.name}"
@@ -71,6 +73,8 @@ class OpInfoEntry:
     column: str
     torch_name: str
     function: Callable[..., Any]
+    # Samples whose values depend on torch's own order of drawing; the column's tests check what they can promise.
+    is_random: Callable[[Any], bool] = lambda sample: False
 
     def __str__(self) -> str:
         return self.torch_name
