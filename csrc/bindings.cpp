@@ -5,6 +5,7 @@
 #include "cpu/isa.h"
 #include "cpu/kernels.h"
 #include "ops/cross_entropy.h"
+#include "ops/linear_cross_entropy.h"
 #include "ops/runtime.h"
 
 namespace py = pybind11;
@@ -44,6 +45,8 @@ TORCH_LIBRARY(dlkernels, m) {
   // clang-format off
   m.def("cross_entropy(Tensor logits, Tensor target, Tensor? weight, int reduction, int ignore_index, float label_smoothing) -> (Tensor loss, Tensor statistics, Tensor divisor)", tags);
   m.def("cross_entropy_backward(Tensor grad_loss, Tensor logits, Tensor target, Tensor? weight, Tensor statistics, Tensor divisor, int ignore_index, float label_smoothing, bool[2] output_mask) -> (Tensor grad_logits, Tensor grad_target)", tags);
+  m.def("linear_cross_entropy(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight, int reduction, int ignore_index, float label_smoothing, bool wide_loss) -> (Tensor loss, Tensor statistics, Tensor divisor)", tags);
+  m.def("linear_cross_entropy_backward(Tensor grad_loss, Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight, Tensor statistics, Tensor divisor, int ignore_index, float label_smoothing, bool[4] output_mask) -> (Tensor grad_input, Tensor grad_linear_weight, Tensor grad_linear_bias, Tensor grad_target)", tags);
   // clang-format on
 }
 
@@ -63,4 +66,14 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       },
       py::arg("logits"), py::arg("target"), py::arg("weight"), py::arg("reduction"), py::arg("ignore_index"),
       py::arg("label_smoothing"), Released());
+  m.def(
+      "linear_cross_entropy",
+      [](const at::Tensor& input, const at::Tensor& linear_weight, const std::optional<at::Tensor>& linear_bias,
+         const at::Tensor& target, const std::optional<at::Tensor>& weight, int64_t reduction, int64_t ignore_index,
+         double label_smoothing, bool wide_loss) {
+        return std::get<0>(ops::linear_cross_entropy(input, linear_weight, linear_bias, target, weight, reduction,
+                                                     ignore_index, label_smoothing, wide_loss));
+      },
+      py::arg("input"), py::arg("linear_weight"), py::arg("linear_bias"), py::arg("target"), py::arg("weight"),
+      py::arg("reduction"), py::arg("ignore_index"), py::arg("label_smoothing"), py::arg("wide_loss"), Released());
 }

@@ -8,6 +8,7 @@ extern const KernelTable table;
 const KernelTable table = {
     isa_name,
     cross_entropy_kernels(),
+    linear_cross_entropy_kernels(),
 };
 
 }  // namespace dlkernels::DLKERNELS_ISA

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-COLUMNS = ("cross_entropy",)
+COLUMNS = ("cross_entropy", "linear_cross_entropy")
 
 
 @dataclass
