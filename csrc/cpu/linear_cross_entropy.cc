@@ -170,8 +170,11 @@ template <class T>
 DLKERNELS_INLINE void join(const Partials<T>& all, int64_t i, Vec<T> maximum, Vec<T> sum, Vec<T> share_sum,
                            Vec<T> mass) {
   const Vec<T> joint = max(load(all.maximum + i), maximum);
-  const Vec<T> reference = reference_of(joint);
-  const Vec<T> shift = reference_of(load(all.maximum + i)) - reference, other_shift = reference_of(maximum) - reference;
+  // From a reference of 0 that stands for -inf nothing has to be shifted: all sums are 0 or infinite.
+  auto shift_of = [&](Vec<T> own) {
+    return select(own == Vec<T>(-kInfinity<T>), Vec<T>(T(0)), own - reference_of(joint));
+  };
+  const Vec<T> shift = shift_of(load(all.maximum + i)), other_shift = shift_of(maximum);
   store(all.sum + i, load(all.sum + i) * exp(shift) + sum * exp(other_shift));
   store(all.share_sum + i, fma(load(all.mass + i), shift, load(all.share_sum + i)) + fma(mass, other_shift, share_sum));
   store(all.mass + i, load(all.mass + i) + mass);
@@ -241,7 +244,9 @@ T finish_row(const Problem<Scalar>& p, int64_t row, const Partials<T>& all, T ta
   statistics[p.shape.rows + row] = log_sum;
   T loss = 0;
   if (p.has_probabilities()) {
-    loss = mass * log_sum - share_sum;
+    // An infinite share of any log p < 0; the sums have lost the sign of the class that is the maximum.
+    const bool infinite = __builtin_isinf(mass) && __builtin_isfinite(maximum) && __builtin_isfinite(log_sum);
+    loss = infinite ? mass : mass * log_sum - share_sum;
   } else if (p.counts(row)) {
     const T hit = (T(1) - p.smoothing) * p.class_weight(p.shape.target[row]);
     loss = -hit * ((target_logit - maximum) - log_sum);
