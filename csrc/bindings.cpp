@@ -70,10 +70,10 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       "linear_cross_entropy",
       [](const at::Tensor& input, const at::Tensor& linear_weight, const std::optional<at::Tensor>& linear_bias,
          const at::Tensor& target, const std::optional<at::Tensor>& weight, int64_t reduction, int64_t ignore_index,
-         double label_smoothing, bool wide_loss) {
+         double label_smoothing) {
         return std::get<0>(ops::linear_cross_entropy(input, linear_weight, linear_bias, target, weight, reduction,
-                                                     ignore_index, label_smoothing, wide_loss));
+                                                     ignore_index, label_smoothing, false));
       },
       py::arg("input"), py::arg("linear_weight"), py::arg("linear_bias"), py::arg("target"), py::arg("weight"),
-      py::arg("reduction"), py::arg("ignore_index"), py::arg("label_smoothing"), py::arg("wide_loss"), Released());
+      py::arg("reduction"), py::arg("ignore_index"), py::arg("label_smoothing"), Released());
 }

@@ -21,6 +21,5 @@ def linear_cross_entropy(
     reduction: int,
     ignore_index: int,
     label_smoothing: float,
-    wide_loss: bool,
 ) -> torch.Tensor: ...
 def select_isa(name: str) -> bool: ...

@@ -112,6 +112,8 @@ def test_every_sample_gives_what_torch_gives(entry: ModuleInfoEntry, dtype: torc
         ours, theirs = pair(entry, sample, dtype, training)
         # Half types are held to the float64 result: torch's own may be further off than its tolerance.
         half = dtype in (torch.bfloat16, torch.float16)
+        if half and hasattr(theirs, "options"):
+            theirs.options = None  # torch cuts logits into chunks in half types only
         expected = sample.run(theirs.double() if half else theirs, widen_halves=half)
         actual = sample.run(ours)
         expected = [e if e is None else e.to(a.dtype) for a, e in zip(actual, expected, strict=True)]

@@ -63,9 +63,7 @@ def linear_cross_entropy(
         return _loss_of_many_outputs(
             input, linear_weight, linear_bias, target, weight, reduction, ignored, label_smoothing
         )
-    return _C.linear_cross_entropy(
-        input, linear_weight, linear_bias, target, weight, code, ignored, label_smoothing, False
-    )
+    return _C.linear_cross_entropy(input, linear_weight, linear_bias, target, weight, code, ignored, label_smoothing)
 
 
 def _loss_of_many_outputs(
@@ -79,6 +77,16 @@ def _loss_of_many_outputs(
     label_smoothing: float,
 ) -> Tensor:
     """A K-dimensional loss is one loss for each of the ``d1 * ... * dK`` positions of the weight."""
+    if input.dtype in (torch.bfloat16, torch.float16):  # widened: every position adds to the gradient of the input
+
+        def wide(tensor: Tensor | None) -> Tensor | None:
+            return tensor.float() if tensor is not None and tensor.dtype == input.dtype else tensor
+
+        tensors: list[Any] = [wide(t) for t in (input, linear_weight, linear_bias, target, weight)]
+        loss = _loss_of_many_outputs(*tensors, reduction, ignore_index, label_smoothing)
+        device = input.device.type
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        return loss if autocast else loss.to(input.dtype)
     classes, *positions, features = linear_weight.shape
     if input.dim() != 2:
         raise RuntimeError(
@@ -112,7 +120,6 @@ def _loss_of_many_outputs(
             0,
             ignore_index,
             label_smoothing,
-            True,
         )
         for i in range(count)
     ]
@@ -129,7 +136,7 @@ def _loss_of_many_outputs(
         if weight is not None:
             shares = counts * weight[targets.long().masked_fill(~counts, 0)]
         loss = loss.sum(dtype=torch.float64) / shares.sum(dtype=torch.float64)
-    return loss.to(torch.float32 if torch.is_autocast_enabled(input.device.type) else input.dtype)
+    return loss.to(losses[0].dtype if losses else input.dtype)
 
 
 @traced_as(_C.linear_cross_entropy)
@@ -142,10 +149,9 @@ def _traced(
     reduction: int,
     ignore_index: int,
     label_smoothing: float,
-    wide_loss: bool,
 ) -> Tensor:
     outputs = torch.ops.dlkernels.linear_cross_entropy.default(
-        input, linear_weight, linear_bias, target, weight, reduction, ignore_index, label_smoothing, wide_loss
+        input, linear_weight, linear_bias, target, weight, reduction, ignore_index, label_smoothing, False
     )
     return outputs[0]
 
