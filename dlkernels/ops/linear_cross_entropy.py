@@ -66,6 +66,11 @@ def linear_cross_entropy(
     return _C.linear_cross_entropy(input, linear_weight, linear_bias, target, weight, code, ignored, label_smoothing)
 
 
+def _widened(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """float32 in place of ``dtype``; any other type stays, for the operator to judge."""
+    return tensor.float() if tensor.dtype == dtype else tensor
+
+
 def _loss_of_many_outputs(
     input: Tensor,
     linear_weight: Tensor,
@@ -78,12 +83,16 @@ def _loss_of_many_outputs(
 ) -> Tensor:
     """A K-dimensional loss is one loss for each of the ``d1 * ... * dK`` positions of the weight."""
     if input.dtype in (torch.bfloat16, torch.float16):  # widened: every position adds to the gradient of the input
-
-        def wide(tensor: Tensor | None) -> Tensor | None:
-            return tensor.float() if tensor is not None and tensor.dtype == input.dtype else tensor
-
-        tensors: list[Any] = [wide(t) for t in (input, linear_weight, linear_bias, target, weight)]
-        loss = _loss_of_many_outputs(*tensors, reduction, ignore_index, label_smoothing)
+        loss = _loss_of_many_outputs(
+            input.float(),
+            _widened(linear_weight, input.dtype),
+            None if linear_bias is None else _widened(linear_bias, input.dtype),
+            _widened(target, input.dtype),
+            None if weight is None else _widened(weight, input.dtype),
+            reduction,
+            ignore_index,
+            label_smoothing,
+        )
         device = input.device.type
         autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         return loss if autocast else loss.to(input.dtype)
