@@ -9,6 +9,7 @@
 #include "ops/attention.h"
 #include "ops/cross_entropy.h"
 #include "ops/python_arguments.h"
+#include "ops/linear_cross_entropy.h"
 #include "ops/runtime.h"
 
 namespace py = pybind11;
@@ -55,6 +56,8 @@ TORCH_LIBRARY(dlkernels, m) {
   m.def("cross_entropy_backward(Tensor grad_loss, Tensor logits, Tensor target, Tensor? weight, Tensor statistics, Tensor divisor, int ignore_index, float label_smoothing, bool[2] output_mask) -> (Tensor grad_logits, Tensor grad_target)", tags);
   m.def("attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, float dropout_p, bool is_causal, float? scale, bool enable_gqa) -> (Tensor output, Tensor exact_output, Tensor statistics, Tensor dropout_seed)", {at::Tag::pt2_compliant_tag, at::Tag::nondeterministic_seeded});
   m.def("attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor output, Tensor exact_output, Tensor statistics, Tensor dropout_seed, float dropout_p, bool is_causal, float? scale, bool enable_gqa, bool[4] output_mask) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_attn_mask)", tags);
+  m.def("linear_cross_entropy(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight, int reduction, int ignore_index, float label_smoothing, bool wide_loss) -> (Tensor loss, Tensor statistics, Tensor divisor)", tags);
+  m.def("linear_cross_entropy_backward(Tensor grad_loss, Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight, Tensor statistics, Tensor divisor, int ignore_index, float label_smoothing, bool[4] output_mask) -> (Tensor grad_input, Tensor grad_linear_weight, Tensor grad_linear_bias, Tensor grad_target)", tags);
   // clang-format on
 }
 
@@ -88,4 +91,13 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       },
       py::arg("query"), py::arg("key"), py::arg("value"), py::arg("attn_mask"), py::arg("dropout_p"),
       py::arg("is_causal"), py::arg("scale"), py::arg("enable_gqa"), Released());
+      "linear_cross_entropy",
+      [](const at::Tensor& input, const at::Tensor& linear_weight, const std::optional<at::Tensor>& linear_bias,
+         const at::Tensor& target, const std::optional<at::Tensor>& weight, int64_t reduction, int64_t ignore_index,
+         double label_smoothing) {
+        return std::get<0>(ops::linear_cross_entropy(input, linear_weight, linear_bias, target, weight, reduction,
+                                                     ignore_index, label_smoothing, false));
+      },
+      py::arg("input"), py::arg("linear_weight"), py::arg("linear_bias"), py::arg("target"), py::arg("weight"),
+      py::arg("reduction"), py::arg("ignore_index"), py::arg("label_smoothing"), Released());
 }

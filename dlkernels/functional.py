@@ -2,6 +2,7 @@
 
 from .ops.batch_norm import batch_norm
 from .ops.cross_entropy import cross_entropy
+from .ops.linear_cross_entropy import linear_cross_entropy
 
 __all__ = ["batch_norm", "cross_entropy"]
 from .ops.conv2d import conv2d
@@ -12,3 +13,4 @@ from .ops.attention import scaled_dot_product_attention
 from .ops.cross_entropy import cross_entropy
 
 __all__ = ["cross_entropy", "scaled_dot_product_attention"]
+__all__ = ["cross_entropy", "linear_cross_entropy"]

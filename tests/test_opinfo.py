@@ -50,6 +50,8 @@ def test_every_sample_gives_what_torch_gives(entry: OpInfoEntry, dtype: torch.dt
     for number, sample in enumerate(samples):
         # Half types are held to the float64 result: torch's own may be further off than its tolerance.
         exact = sample.transform(lambda t: t.detach().double().requires_grad_(t.requires_grad) if is_half(t) else t)
+        if "options" in exact.kwargs and is_half(sample.input):
+            exact.kwargs["options"] = None  # torch cuts logits into chunks in half types only
         results = []
         for function, s in ((entry.function, sample), (op, exact)):
             with torch.random.fork_rng():

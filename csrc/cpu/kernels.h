@@ -5,6 +5,7 @@
 #include "conv2d.h"
 #include "attention.h"
 #include "cross_entropy.h"
+#include "linear_cross_entropy.h"
 
 namespace dlkernels {
 
@@ -14,6 +15,7 @@ struct KernelTable {
   Conv2dKernels conv2d;
   CrossEntropyKernels cross_entropy;
   AttentionKernels attention;
+  LinearCrossEntropyKernels linear_cross_entropy;
 };
 
 }  // namespace dlkernels

@@ -11,6 +11,7 @@ const KernelTable table = {
     conv2d_kernels(),
     cross_entropy_kernels(),
     attention_kernels(),
+    linear_cross_entropy_kernels(),
 };
 
 }  // namespace dlkernels::DLKERNELS_ISA

@@ -2,6 +2,7 @@
 
 from .batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from .cross_entropy import CrossEntropyLoss
+from .linear_cross_entropy import LinearCrossEntropyLoss
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "CrossEntropyLoss"]
 from .conv2d import Conv2d
@@ -12,3 +13,4 @@ from .attention import MultiheadAttention
 from .cross_entropy import CrossEntropyLoss
 
 __all__ = ["CrossEntropyLoss", "MultiheadAttention"]
+__all__ = ["CrossEntropyLoss", "LinearCrossEntropyLoss"]

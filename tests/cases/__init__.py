@@ -18,6 +18,7 @@ from torch import Tensor
 COLUMNS = ("batch_norm", "cross_entropy")
 COLUMNS = ("conv2d", "cross_entropy")
 COLUMNS = ("cross_entropy", "attention")
+COLUMNS = ("cross_entropy", "linear_cross_entropy")
 
 
 @dataclass
@@ -80,6 +81,18 @@ class OpInfoEntry:
         return self.torch_name
 
 
+@dataclass
+class ModuleInfoEntry:
+    """A module of torch's own test database that a module here must replace in full."""
+
+    column: str
+    torch_name: str
+    module: type[torch.nn.Module]
+
+    def __str__(self) -> str:
+        return self.torch_name
+
+
 def column_modules() -> list[Any]:
     """The case module of every column."""
     return [importlib.import_module(f"{__name__}.{column}") for column in COLUMNS]
@@ -103,6 +116,16 @@ def operator_samples() -> list[tuple[str, Callable[[], tuple[Any, ...]]]]:
 def opinfo_entries() -> list[OpInfoEntry]:
     """Every (torch operator, function here) pair to hold against torch's own test database."""
     return [entry for module in column_modules() for entry in module.OPINFO]
+
+
+def moduleinfo_entries() -> list[ModuleInfoEntry]:
+    """Every (torch module, module here) pair to hold against torch's own test database; some columns have none."""
+    return [
+        ModuleInfoEntry(module.__name__.rpartition(".")[2], name, module_class)
+        for module in column_modules()
+        for name, module_class in getattr(module, "MODULEINFO", [])
+        if hasattr(torch.nn, name.removeprefix("nn."))
+    ]
 
 
 def outputs_of(result: Any) -> list[Tensor]:
