@@ -10,6 +10,7 @@
 #include "ops/cross_entropy.h"
 #include "ops/python_arguments.h"
 #include "ops/linear_cross_entropy.h"
+#include "ops/lstm.h"
 #include "ops/runtime.h"
 
 namespace py = pybind11;
@@ -58,6 +59,11 @@ TORCH_LIBRARY(dlkernels, m) {
   m.def("attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor output, Tensor exact_output, Tensor statistics, Tensor dropout_seed, float dropout_p, bool is_causal, float? scale, bool enable_gqa, bool[4] output_mask) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_attn_mask)", tags);
   m.def("linear_cross_entropy(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight, int reduction, int ignore_index, float label_smoothing, bool wide_loss) -> (Tensor loss, Tensor statistics, Tensor divisor)", tags);
   m.def("linear_cross_entropy_backward(Tensor grad_loss, Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight, Tensor statistics, Tensor divisor, int ignore_index, float label_smoothing, bool[4] output_mask) -> (Tensor grad_input, Tensor grad_linear_weight, Tensor grad_linear_bias, Tensor grad_target)", tags);
+  m.def("lstm_cell(Tensor input, Tensor hx, Tensor cx, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh) -> (Tensor h, Tensor c, Tensor gates)", tags);
+  m.def("lstm_cell_backward(Tensor grad_h, Tensor grad_c, Tensor input, Tensor hx, Tensor cx, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor gates, bool[6] output_mask) -> (Tensor grad_input, Tensor grad_hx, Tensor grad_cx, Tensor grad_w_ih, Tensor grad_w_hh, Tensor grad_bias)", tags);
+  m.def("lstm_layer(Tensor input, Tensor h0, Tensor c0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, Tensor? batch_sizes, bool reverse) -> (Tensor output, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)", tags);
+  m.def("lstm_layer_backward(Tensor grad_output, Tensor grad_h_n, Tensor grad_c_n, Tensor input, Tensor h0, Tensor c0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, Tensor? batch_sizes, bool reverse, Tensor output, Tensor gates, Tensor cells, bool[7] output_mask) -> (Tensor grad_input, Tensor grad_h0, Tensor grad_c0, Tensor grad_w_ih, Tensor grad_w_hh, Tensor grad_bias, Tensor grad_w_hr)", tags);
+  m.def("matrix_product(Tensor a, Tensor b) -> Tensor", tags);
   // clang-format on
 }
 
@@ -100,4 +106,23 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       },
       py::arg("input"), py::arg("linear_weight"), py::arg("linear_bias"), py::arg("target"), py::arg("weight"),
       py::arg("reduction"), py::arg("ignore_index"), py::arg("label_smoothing"), Released());
+      "lstm_cell",
+      [](const at::Tensor& input, const at::Tensor& hx, const at::Tensor& cx, const at::Tensor& w_ih,
+         const at::Tensor& w_hh, const std::optional<at::Tensor>& b_ih, const std::optional<at::Tensor>& b_hh) {
+        auto [h, c, gates] = ops::lstm_cell(input, hx, cx, w_ih, w_hh, b_ih, b_hh);
+        return std::tuple(h, c);
+      },
+      py::arg("input"), py::arg("hx"), py::arg("cx"), py::arg("w_ih"), py::arg("w_hh"), py::arg("b_ih"),
+      py::arg("b_hh"), Released());
+  m.def(
+      "lstm_layer",
+      [](const at::Tensor& input, const at::Tensor& h0, const at::Tensor& c0, const at::Tensor& w_ih,
+         const at::Tensor& w_hh, const std::optional<at::Tensor>& b_ih, const std::optional<at::Tensor>& b_hh,
+         const std::optional<at::Tensor>& w_hr, const std::optional<at::Tensor>& batch_sizes, bool reverse) {
+        auto [output, h_n, c_n, gates, cells] =
+            ops::lstm_layer(input, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reverse);
+        return std::tuple(output, h_n, c_n);
+      },
+      py::arg("input"), py::arg("h0"), py::arg("c0"), py::arg("w_ih"), py::arg("w_hh"), py::arg("b_ih"),
+      py::arg("b_hh"), py::arg("w_hr"), py::arg("batch_sizes"), py::arg("reverse"), Released());
 }

@@ -14,3 +14,6 @@ from .ops.cross_entropy import cross_entropy
 
 __all__ = ["cross_entropy", "scaled_dot_product_attention"]
 __all__ = ["cross_entropy", "linear_cross_entropy"]
+from .ops.lstm import lstm, lstm_cell
+
+__all__ = ["batch_norm", "cross_entropy", "lstm", "lstm_cell"]

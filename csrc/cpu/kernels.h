@@ -6,6 +6,7 @@
 #include "attention.h"
 #include "cross_entropy.h"
 #include "linear_cross_entropy.h"
+#include "lstm.h"
 
 namespace dlkernels {
 
@@ -16,6 +17,7 @@ struct KernelTable {
   CrossEntropyKernels cross_entropy;
   AttentionKernels attention;
   LinearCrossEntropyKernels linear_cross_entropy;
+  LstmKernels lstm;
 };
 
 }  // namespace dlkernels

@@ -12,6 +12,7 @@ const KernelTable table = {
     cross_entropy_kernels(),
     attention_kernels(),
     linear_cross_entropy_kernels(),
+    lstm_kernels(),
 };
 
 }  // namespace dlkernels::DLKERNELS_ISA

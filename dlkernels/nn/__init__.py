@@ -14,3 +14,6 @@ from .cross_entropy import CrossEntropyLoss
 
 __all__ = ["CrossEntropyLoss", "MultiheadAttention"]
 __all__ = ["CrossEntropyLoss", "LinearCrossEntropyLoss"]
+from .lstm import LSTM, LSTMCell
+
+__all__ = ["LSTM", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "CrossEntropyLoss", "LSTMCell"]

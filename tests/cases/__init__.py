@@ -19,6 +19,7 @@ COLUMNS = ("batch_norm", "cross_entropy")
 COLUMNS = ("conv2d", "cross_entropy")
 COLUMNS = ("cross_entropy", "attention")
 COLUMNS = ("cross_entropy", "linear_cross_entropy")
+COLUMNS = ("batch_norm", "cross_entropy", "lstm")
 
 
 @dataclass

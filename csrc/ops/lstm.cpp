@@ -1,0 +1,629 @@
+// Long short-term memory for torch: one step (lstm_cell) and one layer in one direction over all steps (lstm_layer).
+// Layers, directions, dropout and batch_first are composed of these in dlkernels/ops/lstm.py. Both save their inputs
+// and the gates after their nonlinearity; lstm_layer saves the cells and its output too.
+#include "ops/lstm.h"
+
+#include <ATen/ATen.h>
+
+#include "ops/second_order.h"
+
+namespace dlkernels::ops {
+namespace {
+
+constexpr const char* kCell = "lstm_cell";
+constexpr const char* kLayer = "lstm";
+
+using CellResult = std::tuple<Tensor, Tensor, Tensor>;                         // h, c, gates
+using CellGrads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;  // input, hx, cx, w_ih, w_hh, bias
+using LayerResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;        // output, h_n, c_n, gates, cells
+using LayerGrads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;  // those of the cell, w_hr
+
+// ---- argument checks ---------------------------------------------------------------------------------------------
+
+void check_shape(const char* operation, const char* name, const Tensor& tensor, at::IntArrayRef expected) {
+  TORCH_CHECK(!tensor.defined() || tensor.sizes() == expected, operation, ": ", name, " has shape ",
+              tensor.defined() ? tensor.sizes() : at::IntArrayRef(), ", expected ", expected);
+}
+
+// Types, devices and shapes of the parameters, given those of w_ih.
+void check_parameters(const char* operation, const Tensor& input, const Tensor& w_ih, const Tensor& w_hh,
+                      const Tensor& b_ih, const Tensor& b_hh, const Tensor& w_hr) {
+  kernel_dtype(input, operation, "input");
+  const std::pair<const char*, const Tensor*> parameters[] = {
+      {"w_ih", &w_ih}, {"w_hh", &w_hh}, {"b_ih", &b_ih}, {"b_hh", &b_hh}, {"w_hr", &w_hr}};
+  for (const auto& [name, tensor] : parameters) {
+    check_same_device(operation, input, "input", *tensor, name);
+    check_same_dtype(operation, input, "input", *tensor, name);
+  }
+  TORCH_CHECK(w_ih.dim() == 2 && w_ih.size(0) % 4 == 0, operation, ": w_ih has shape ", w_ih.sizes(),
+              ", expected [4 * hidden_size, input_size]");
+  const int64_t gates = w_ih.size(0);
+  TORCH_CHECK(!w_hr.defined() || (w_hr.dim() == 2 && w_hr.size(1) == gates / 4), operation, ": w_hr has shape ",
+              w_hr.defined() ? w_hr.sizes() : at::IntArrayRef(), ", expected [proj_size, ", gates / 4, "]");
+  check_shape(operation, "w_hh", w_hh, {gates, w_hr.defined() ? w_hr.size(0) : gates / 4});
+  check_shape(operation, "b_ih", b_ih, {gates});
+  check_shape(operation, "b_hh", b_hh, {gates});
+}
+
+void check_cell(const Tensor& input, const Tensor& hx, const Tensor& cx, const Tensor& w_ih, const Tensor& w_hh,
+                const Tensor& b_ih, const Tensor& b_hh) {
+  check_parameters(kCell, input, w_ih, w_hh, b_ih, b_hh, Tensor());
+  TORCH_CHECK(input.dim() == 2, "lstm_cell: input must have shape [N, input_size], got ", input.sizes());
+  TORCH_CHECK(input.size(1) == w_ih.size(1), "lstm_cell: input has inconsistent input_size: got ", input.size(1),
+              " expected ", w_ih.size(1));
+  const std::pair<const char*, const Tensor*> states[] = {{"hidden0", &hx}, {"hidden1", &cx}};
+  for (const auto& [name, state] : states) {
+    check_same_device(kCell, input, "input", *state, name);
+    check_same_dtype(kCell, input, "input", *state, name);
+    TORCH_CHECK(state->dim() == 2, "lstm_cell: ", name, " must have shape [N, hidden_size], got ", state->sizes());
+    TORCH_CHECK(state->size(0) == input.size(0), "lstm_cell: Input batch size ", input.size(0), " doesn't match ", name,
+                " batch size ", state->size(0));
+    TORCH_CHECK(state->size(1) == w_hh.size(1), "lstm_cell: ", name, " has inconsistent hidden_size: got ",
+                state->size(1), ", expected ", w_hh.size(1));
+  }
+}
+
+void check_batch_sizes(const Tensor& batch_sizes, int64_t rows, int64_t batch) {
+  TORCH_CHECK(batch_sizes.dim() == 1 && batch_sizes.scalar_type() == at::kLong && batch_sizes.device().is_cpu(),
+              "lstm: batch_sizes must be a 1-d int64 tensor on the CPU, got shape ", batch_sizes.sizes(), " of ",
+              batch_sizes.scalar_type(), " on ", batch_sizes.device());
+  TORCH_CHECK(batch_sizes.size(0) > 0, "Expected sequence length to be larger than 0 in RNN");
+  int64_t total = 0, before = batch;
+  for (int64_t step = 0; step < batch_sizes.size(0); ++step) {
+    const int64_t size = batch_sizes.const_data_ptr<int64_t>()[step * batch_sizes.stride(0)];
+    TORCH_CHECK(size > 0 && size <= before,
+                "lstm: batch_sizes must be positive and never grow, beginning with at most ", batch, " sequences: got ",
+                size, " after ", before);
+    total += size;
+    before = size;
+  }
+  TORCH_CHECK(total == rows, "lstm: batch_sizes add up to ", total, ", but input has ", rows, " rows");
+  TORCH_CHECK(batch_sizes.const_data_ptr<int64_t>()[0] == batch, "lstm: hidden states are for ", batch,
+              " sequences, but batch_sizes begins with ", batch_sizes.const_data_ptr<int64_t>()[0]);
+}
+
+void check_layer(const Tensor& input, const Tensor& h0, const Tensor& c0, const Tensor& w_ih, const Tensor& w_hh,
+                 const Tensor& b_ih, const Tensor& b_hh, const Tensor& w_hr, const Tensor& batch_sizes) {
+  check_parameters(kLayer, input, w_ih, w_hh, b_ih, b_hh, w_hr);
+  const bool packed = batch_sizes.defined();
+  TORCH_CHECK(input.dim() == (packed ? 2 : 3), "lstm: input must have ", packed ? 2 : 3, " dimensions, got ",
+              input.dim());
+  TORCH_CHECK(input.size(-1) == w_ih.size(1), "lstm: input.size(-1) must be equal to input_size. Expected ",
+              w_ih.size(1), ", got ", input.size(-1));
+  TORCH_CHECK(packed || input.size(0) > 0, "Expected sequence length to be larger than 0 in RNN");
+  const int64_t batch = packed ? (h0.dim() > 0 ? h0.size(0) : 0) : input.size(1);
+  check_same_device(kLayer, input, "input", h0, "hidden[0]");
+  check_same_device(kLayer, input, "input", c0, "hidden[1]");
+  check_same_dtype(kLayer, input, "input", h0, "hidden[0]");
+  check_same_dtype(kLayer, input, "input", c0, "hidden[1]");
+  check_shape(kLayer, "hidden[0] of a layer", h0, {batch, w_hh.size(1)});
+  check_shape(kLayer, "hidden[1] of a layer", c0, {batch, w_hh.size(0) / 4});
+  if (packed) check_batch_sizes(batch_sizes, input.size(0), batch);
+}
+
+// ---- the CPU kernels ---------------------------------------------------------------------------------------------
+
+Tensor dense(const Tensor& tensor) {
+  return tensor.defined() ? tensor.contiguous() : tensor;
+}
+
+// Dense operands and the layer that points at them. A cell is a layer of one step.
+struct Operands {
+  Tensor input, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes;
+  LstmLayer layer;
+
+  Operands(const Tensor& input_, const Tensor& h0_, const Tensor& c0_, const Tensor& w_ih_, const Tensor& w_hh_,
+           const OptionalTensor& b_ih_, const OptionalTensor& b_hh_, const OptionalTensor& w_hr_,
+           const OptionalTensor& batch_sizes_, bool reverse)
+      : input(dense(input_)),
+        h0(dense(h0_)),
+        c0(dense(c0_)),
+        w_ih(dense(w_ih_)),
+        w_hh(dense(w_hh_)),
+        b_ih(dense(value_or_undefined(b_ih_))),
+        b_hh(dense(value_or_undefined(b_hh_))),
+        w_hr(dense(value_or_undefined(w_hr_))),
+        batch_sizes(dense(value_or_undefined(batch_sizes_))) {
+    layer.dtype = kernel_dtype(input, kLayer, "input");
+    layer.batch = h0.size(0);
+    layer.steps = batch_sizes.defined() ? batch_sizes.size(0) : input.dim() == 3 ? input.size(0) : 1;
+    layer.rows = batch_sizes.defined() ? input.size(0) : layer.steps * layer.batch;
+    layer.input_size = w_ih.size(1);
+    layer.hidden_size = w_ih.size(0) / 4;
+    layer.projection_size = w_hr.defined() ? w_hr.size(0) : 0;
+    layer.reverse = reverse;
+    layer.batch_sizes = batch_sizes.defined() ? batch_sizes.const_data_ptr<int64_t>() : nullptr;
+    layer.input = input.const_data_ptr();
+    layer.h0 = h0.const_data_ptr();
+    layer.c0 = c0.const_data_ptr();
+    layer.w_ih = w_ih.const_data_ptr();
+    layer.w_hh = w_hh.const_data_ptr();
+    layer.b_ih = data_or_null(b_ih);
+    layer.b_hh = data_or_null(b_hh);
+    layer.w_hr = data_or_null(w_hr);
+  }
+};
+
+CellResult lstm_cell_cpu(const Tensor& input, const Tensor& hx, const Tensor& cx, const Tensor& w_ih,
+                         const Tensor& w_hh, const OptionalTensor& b_ih, const OptionalTensor& b_hh) {
+  check_cell(input, hx, cx, w_ih, w_hh, value_or_undefined(b_ih), value_or_undefined(b_hh));
+  const Operands operands(input, hx, cx, w_ih, w_hh, b_ih, b_hh, {}, {}, false);
+  const LstmLayer& layer = operands.layer;
+  const auto options = operands.input.options();
+  const auto wide = options.dtype(accumulate_type(input.scalar_type()));
+  Tensor h = at::empty({layer.batch, layer.hidden_size}, options);
+  Tensor c = at::empty({layer.batch, layer.hidden_size}, options);
+  Tensor gates = at::empty({layer.batch, 4 * layer.hidden_size}, wide);
+  const bool rounds = wide.dtype() != options.dtype();  // the kernel keeps cells in the type of the sums
+  const Tensor cells = rounds ? at::empty(c.sizes(), wide) : c;
+  kernels().lstm.forward({layer, h.mutable_data_ptr(), nullptr, rounds ? c.mutable_data_ptr() : nullptr,
+                          gates.mutable_data_ptr(), cells.mutable_data_ptr()});
+  return {h, c, gates};
+}
+
+LayerResult lstm_layer_cpu(const Tensor& input, const Tensor& h0, const Tensor& c0, const Tensor& w_ih,
+                           const Tensor& w_hh, const OptionalTensor& b_ih, const OptionalTensor& b_hh,
+                           const OptionalTensor& w_hr, const OptionalTensor& batch_sizes, bool reverse) {
+  check_layer(input, h0, c0, w_ih, w_hh, value_or_undefined(b_ih), value_or_undefined(b_hh), value_or_undefined(w_hr),
+              value_or_undefined(batch_sizes));
+  const Operands operands(input, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reverse);
+  const LstmLayer& layer = operands.layer;
+  const auto options = operands.input.options();
+  const auto wide = options.dtype(accumulate_type(input.scalar_type()));
+  at::DimVector shape(input.sizes());
+  shape.back() = w_hh.size(1);
+  Tensor output = at::empty(shape, options);
+  Tensor h_n = at::empty(h0.sizes(), options), c_n = at::empty(c0.sizes(), options);
+  Tensor gates = at::empty({layer.rows, 4 * layer.hidden_size}, wide);
+  Tensor cells = at::empty({layer.rows, layer.hidden_size}, wide);
+  kernels().lstm.forward({layer, output.mutable_data_ptr(), h_n.mutable_data_ptr(), c_n.mutable_data_ptr(),
+                          gates.mutable_data_ptr(), cells.mutable_data_ptr()});
+  return {output, h_n, c_n, gates, cells};
+}
+
+Tensor empty_when(bool wanted, const Tensor& like) {
+  return wanted ? at::empty(like.sizes(), like.options()) : Tensor();
+}
+
+CellGrads lstm_cell_backward_cpu(const Tensor& grad_h, const Tensor& grad_c, const Tensor& input, const Tensor& hx,
+                                 const Tensor& cx, const Tensor& w_ih, const Tensor& w_hh, const OptionalTensor& b_ih,
+                                 const OptionalTensor& b_hh, const Tensor& gates, std::array<bool, 6> output_mask) {
+  const Operands operands(input, hx, cx, w_ih, w_hh, b_ih, b_hh, {}, {}, false);
+  const Tensor dense_grad_h = grad_h.contiguous(), dense_grad_c = grad_c.contiguous(), dense_gates = gates.contiguous();
+  check_shape(kCell, "grad_h", grad_h, hx.sizes());
+  check_shape(kCell, "grad_c", grad_c, cx.sizes());
+  check_shape(kCell, "gates", gates, {input.size(0), w_ih.size(0)});
+  Tensor grad_input = empty_when(output_mask[0], operands.input), grad_hx = empty_when(output_mask[1], operands.h0);
+  Tensor grad_cx = empty_when(output_mask[2], operands.c0), grad_w_ih = empty_when(output_mask[3], operands.w_ih);
+  Tensor grad_w_hh = empty_when(output_mask[4], operands.w_hh);
+  Tensor grad_bias = output_mask[5] ? at::empty({w_ih.size(0)}, w_ih.options()) : Tensor();
+  kernels().lstm.backward({operands.layer, dense_grad_h.const_data_ptr(), nullptr, dense_grad_c.const_data_ptr(),
+                           nullptr, dense_gates.const_data_ptr(), nullptr, mutable_data_or_null(grad_input),
+                           mutable_data_or_null(grad_hx), mutable_data_or_null(grad_cx),
+                           mutable_data_or_null(grad_w_ih), mutable_data_or_null(grad_w_hh),
+                           mutable_data_or_null(grad_bias), nullptr});
+  return {grad_input, grad_hx, grad_cx, grad_w_ih, grad_w_hh, grad_bias};
+}
+
+LayerGrads lstm_layer_backward_cpu(const Tensor& grad_output, const Tensor& grad_h_n, const Tensor& grad_c_n,
+                                   const Tensor& input, const Tensor& h0, const Tensor& c0, const Tensor& w_ih,
+                                   const Tensor& w_hh, const OptionalTensor& b_ih, const OptionalTensor& b_hh,
+                                   const OptionalTensor& w_hr, const OptionalTensor& batch_sizes, bool reverse,
+                                   const Tensor& output, const Tensor& gates, const Tensor& cells,
+                                   std::array<bool, 7> output_mask) {
+  const Operands operands(input, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reverse);
+  const LstmLayer& layer = operands.layer;
+  check_shape(kLayer, "grad_output", grad_output, output.sizes());
+  check_shape(kLayer, "grad_h_n", grad_h_n, h0.sizes());
+  check_shape(kLayer, "grad_c_n", grad_c_n, c0.sizes());
+  check_shape(kLayer, "gates", gates, {layer.rows, 4 * layer.hidden_size});
+  check_shape(kLayer, "cells", cells, {layer.rows, layer.hidden_size});
+  const Tensor dense_grad_output = grad_output.contiguous(), dense_grad_h_n = grad_h_n.contiguous();
+  const Tensor dense_grad_c_n = grad_c_n.contiguous(), dense_output = output.contiguous();
+  const Tensor dense_gates = gates.contiguous(), dense_cells = cells.contiguous();
+  Tensor grad_input = empty_when(output_mask[0], operands.input), grad_h0 = empty_when(output_mask[1], operands.h0);
+  Tensor grad_c0 = empty_when(output_mask[2], operands.c0), grad_w_ih = empty_when(output_mask[3], operands.w_ih);
+  Tensor grad_w_hh = empty_when(output_mask[4], operands.w_hh);
+  Tensor grad_bias = output_mask[5] ? at::empty({w_ih.size(0)}, w_ih.options()) : Tensor();
+  Tensor grad_w_hr = empty_when(output_mask[6] && operands.w_hr.defined(), operands.w_hr);
+  kernels().lstm.backward({layer, dense_grad_output.const_data_ptr(), dense_grad_h_n.const_data_ptr(),
+                           dense_grad_c_n.const_data_ptr(), dense_output.const_data_ptr(), dense_gates.const_data_ptr(),
+                           dense_cells.const_data_ptr(), mutable_data_or_null(grad_input),
+                           mutable_data_or_null(grad_h0), mutable_data_or_null(grad_c0),
+                           mutable_data_or_null(grad_w_ih), mutable_data_or_null(grad_w_hh),
+                           mutable_data_or_null(grad_bias), mutable_data_or_null(grad_w_hr)});
+  return {grad_input, grad_h0, grad_c0, grad_w_ih, grad_w_hh, grad_bias, grad_w_hr};
+}
+
+// a b^T, from which gradients of gradients are composed.
+Tensor matrix_product_cpu(const Tensor& a, const Tensor& b) {
+  const DType dtype = kernel_dtype(a, "matrix_product", "a");
+  check_same_dtype("matrix_product", a, "a", b, "b");
+  TORCH_CHECK(a.dim() == 2 && b.dim() == 2 && a.size(1) == b.size(1), "matrix_product: expected a of shape [M, K] and ",
+              "b of shape [N, K], got ", a.sizes(), " and ", b.sizes());
+  Tensor product = at::empty({a.size(0), b.size(0)}, a.options());
+  kernels().lstm.product({dtype, a.size(0), b.size(0), a.size(1), a.const_data_ptr(), a.stride(0), a.stride(1),
+                          b.const_data_ptr(), b.stride(0), b.stride(1), product.mutable_data_ptr()});
+  return product;
+}
+
+// ---- through the dispatcher ----------------------------------------------------------------------------------------
+
+Tensor matrix_product(const Tensor& a, const Tensor& b) {
+  static const auto op = find_operator<decltype(matrix_product_cpu)>("dlkernels::matrix_product");
+  return op.call(a, b);
+}
+
+CellGrads lstm_cell_backward(const Tensor& grad_h, const Tensor& grad_c, const Tensor& input, const Tensor& hx,
+                             const Tensor& cx, const Tensor& w_ih, const Tensor& w_hh, const OptionalTensor& b_ih,
+                             const OptionalTensor& b_hh, const Tensor& gates, std::array<bool, 6> output_mask) {
+  static const auto op = find_operator<decltype(lstm_cell_backward_cpu)>("dlkernels::lstm_cell_backward");
+  return op.call(grad_h, grad_c, input, hx, cx, w_ih, w_hh, b_ih, b_hh, gates, output_mask);
+}
+
+LayerGrads lstm_layer_backward(const Tensor& grad_output, const Tensor& grad_h_n, const Tensor& grad_c_n,
+                               const Tensor& input, const Tensor& h0, const Tensor& c0, const Tensor& w_ih,
+                               const Tensor& w_hh, const OptionalTensor& b_ih, const OptionalTensor& b_hh,
+                               const OptionalTensor& w_hr, const OptionalTensor& batch_sizes, bool reverse,
+                               const Tensor& output, const Tensor& gates, const Tensor& cells,
+                               std::array<bool, 7> output_mask) {
+  static const auto op = find_operator<decltype(lstm_layer_backward_cpu)>("dlkernels::lstm_layer_backward");
+  return op.call(grad_output, grad_h_n, grad_c_n, input, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reverse,
+                 output, gates, cells, output_mask);
+}
+
+// ---- composed of differentiable operators, for gradients of gradients --------------------------------------------
+
+struct MatrixProductNode : torch::autograd::Function<MatrixProductNode> {
+  static constexpr bool is_traceable = true;
+
+  static Tensor forward(AutogradContext* ctx, const Tensor& a, const Tensor& b) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    ctx->save_for_backward({a, b});
+    return matrix_product(a, b);
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    return {ctx->needs_input_grad(0) ? matrix_product(grads[0], saved[1].t()) : Tensor(),
+            ctx->needs_input_grad(1) ? matrix_product(grads[0].t(), saved[0].t()) : Tensor()};
+  }
+};
+
+Tensor matrix_product_autograd(const Tensor& a, const Tensor& b) {
+  if (must_record(a, b)) return MatrixProductNode::apply(a, b);
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return matrix_product(a, b);
+}
+
+struct State {
+  Tensor h, c;
+};
+
+// `bias`, `w_hr` may be undefined.
+State composed_cell(const Tensor& input, const State& before, const Tensor& w_ih, const Tensor& w_hh,
+                    const Tensor& bias, const Tensor& w_hr) {
+  Tensor a = matrix_product(input, w_ih) + matrix_product(before.h, w_hh);
+  if (bias.defined()) a = a + bias;
+  const auto gates = a.chunk(4, 1);
+  const Tensor c = gates[1].sigmoid() * before.c + gates[0].sigmoid() * gates[2].tanh();
+  const Tensor h = gates[3].sigmoid() * c.tanh();
+  return {w_hr.defined() ? matrix_product(h, w_hr) : h, c};
+}
+
+// The state of all sequences after the first of them were updated.
+Tensor replace_first(const Tensor& updated, const Tensor& all) {
+  const int64_t count = updated.size(0), rest = all.size(0) - count;
+  return rest == 0 ? updated : at::cat({updated, all.narrow(0, count, rest)});
+}
+
+// inputs: input, h0, c0, w_ih, w_hh, bias, w_hr; returns output, h_n, c_n.
+variable_list composed_layer(const variable_list& inputs, const Tensor& batch_sizes, bool reverse) {
+  const Tensor& input = inputs[0];
+  const int64_t steps = batch_sizes.defined() ? batch_sizes.size(0) : input.size(0);
+  const Tensor rows = batch_sizes.defined() ? input : input.flatten(0, 1);
+  std::vector<int64_t> sizes(steps, inputs[1].size(0)), offsets(steps, 0);
+  for (int64_t step = 0; batch_sizes.defined() && step < steps; ++step) {
+    sizes[step] = batch_sizes.select(0, step).item<int64_t>();  // a fake tensor raises here: there is nothing to read
+  }
+  for (int64_t step = 1; step < steps; ++step) offsets[step] = offsets[step - 1] + sizes[step - 1];
+  State state = {inputs[1], inputs[2]};
+  std::vector<Tensor> outputs(steps);
+  for (int64_t turn = 0; turn < steps; ++turn) {
+    const int64_t step = reverse ? steps - 1 - turn : turn, size = sizes[step];
+    const State updated =
+        composed_cell(rows.narrow(0, offsets[step], size), {state.h.narrow(0, 0, size), state.c.narrow(0, 0, size)},
+                      inputs[3], inputs[4], inputs[5], inputs[6]);
+    outputs[step] = updated.h;
+    state = {replace_first(updated.h, state.h), replace_first(updated.c, state.c)};
+  }
+  const Tensor output = batch_sizes.defined() ? at::cat(outputs) : at::stack(outputs);
+  return {output, state.h, state.c};
+}
+
+// b_ih + b_hh as one variable: their gradients are the same.
+Tensor sum_of_biases(const Tensor& b_ih, const Tensor& b_hh) {
+  at::AutoGradMode enable(true);
+  if (!b_ih.defined() || !b_hh.defined()) return b_ih.defined() ? b_ih : b_hh;
+  return b_ih + b_hh;
+}
+
+// ---- autograd ----------------------------------------------------------------------------------------------------
+
+// Answers, argument by argument, whether an input wants its gradient: absent optional arguments have no edge.
+class WantedGrads {
+ public:
+  explicit WantedGrads(AutogradContext* ctx) : ctx_(ctx) {}
+  bool next(const Tensor& argument) { return argument.defined() && ctx_->needs_input_grad(edge_++); }
+
+ private:
+  AutogradContext* ctx_;
+  size_t edge_ = 0;
+};
+
+struct CellBackwardNode : torch::autograd::Function<CellBackwardNode> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& grad_h, const Tensor& grad_c, const Tensor& input,
+                               const Tensor& hx, const Tensor& cx, const Tensor& w_ih, const Tensor& w_hh,
+                               const OptionalTensor& b_ih, const OptionalTensor& b_hh, const Tensor& gates,
+                               std::array<bool, 6> output_mask) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    ctx->save_for_backward(
+        {grad_h, grad_c, input, hx, cx, w_ih, w_hh, value_or_undefined(b_ih), value_or_undefined(b_hh)});
+    ctx->set_materialize_grads(false);
+    auto [grad_input, grad_hx, grad_cx, grad_w_ih, grad_w_hh, grad_bias] =
+        lstm_cell_backward(grad_h, grad_c, input, hx, cx, w_ih, w_hh, b_ih, b_hh, gates, output_mask);
+    return with_placeholders({grad_input, grad_hx, grad_cx, grad_w_ih, grad_w_hh, grad_bias}, input);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    const Tensor &b_ih = saved[7], &b_hh = saved[8];
+    auto cell = [](const variable_list& inputs) -> variable_list {
+      const State state = composed_cell(inputs[0], {inputs[1], inputs[2]}, inputs[3], inputs[4], inputs[5], Tensor());
+      return {state.h, state.c};
+    };
+    const variable_list inputs = {saved[2], saved[3], saved[4], saved[5], saved[6], sum_of_biases(b_ih, b_hh)};
+    const variable_list second = differentiate_twice(cell, inputs, {saved[0], saved[1]}, grads);
+    return {second[6],
+            second[7],
+            second[0],
+            second[1],
+            second[2],
+            second[3],
+            second[4],
+            b_ih.defined() ? second[5] : Tensor(),
+            b_hh.defined() ? second[5] : Tensor(),
+            Tensor(),
+            Tensor()};
+  }
+};
+
+CellGrads lstm_cell_backward_autograd(const Tensor& grad_h, const Tensor& grad_c, const Tensor& input, const Tensor& hx,
+                                      const Tensor& cx, const Tensor& w_ih, const Tensor& w_hh,
+                                      const OptionalTensor& b_ih, const OptionalTensor& b_hh, const Tensor& gates,
+                                      std::array<bool, 6> output_mask) {
+  if (!must_record(grad_h, grad_c, input, hx, cx, w_ih, w_hh, b_ih, b_hh)) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return lstm_cell_backward(grad_h, grad_c, input, hx, cx, w_ih, w_hh, b_ih, b_hh, gates, output_mask);
+  }
+  const variable_list g = without_placeholders(
+      CellBackwardNode::apply(grad_h, grad_c, input, hx, cx, w_ih, w_hh, b_ih, b_hh, gates, output_mask), output_mask);
+  return {g[0], g[1], g[2], g[3], g[4], g[5]};
+}
+
+struct CellNode : torch::autograd::Function<CellNode> {
+  static constexpr bool is_traceable = true;
+
+  static variable_list forward(AutogradContext* ctx, const Tensor& input, const Tensor& hx, const Tensor& cx,
+                               const Tensor& w_ih, const Tensor& w_hh, const OptionalTensor& b_ih,
+                               const OptionalTensor& b_hh, Tensor* gates) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    Tensor h, c;
+    std::tie(h, c, *gates) = lstm_cell(input, hx, cx, w_ih, w_hh, b_ih, b_hh);
+    ctx->save_for_backward({input, hx, cx, w_ih, w_hh, value_or_undefined(b_ih), value_or_undefined(b_hh), *gates});
+    return {h, c};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    WantedGrads wanted(ctx);
+    std::array<bool, 7> wants;
+    for (size_t i = 0; i < wants.size(); ++i) wants[i] = wanted.next(saved[i]);
+    auto [grad_input, grad_hx, grad_cx, grad_w_ih, grad_w_hh, grad_bias] = lstm_cell_backward(
+        grads[0], grads[1], saved[0], saved[1], saved[2], saved[3], saved[4], optional_of(saved[5]),
+        optional_of(saved[6]), saved[7], {wants[0], wants[1], wants[2], wants[3], wants[4], wants[5] || wants[6]});
+    return {grad_input,
+            grad_hx,
+            grad_cx,
+            grad_w_ih,
+            grad_w_hh,
+            wants[5] ? grad_bias : Tensor(),
+            wants[6] ? grad_bias : Tensor(),
+            Tensor()};
+  }
+};
+
+CellResult lstm_cell_autograd(const Tensor& input, const Tensor& hx, const Tensor& cx, const Tensor& w_ih,
+                              const Tensor& w_hh, const OptionalTensor& b_ih, const OptionalTensor& b_hh) {
+  if (!must_record(input, hx, cx, w_ih, w_hh, b_ih, b_hh)) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return lstm_cell(input, hx, cx, w_ih, w_hh, b_ih, b_hh);
+  }
+  Tensor gates;
+  const variable_list outputs = CellNode::apply(input, hx, cx, w_ih, w_hh, b_ih, b_hh, &gates);
+  return {outputs[0], outputs[1], gates};
+}
+
+struct LayerBackwardNode : torch::autograd::Function<LayerBackwardNode> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& grad_output, const Tensor& grad_h_n,
+                               const Tensor& grad_c_n, const Tensor& input, const Tensor& h0, const Tensor& c0,
+                               const Tensor& w_ih, const Tensor& w_hh, const OptionalTensor& b_ih,
+                               const OptionalTensor& b_hh, const OptionalTensor& w_hr,
+                               const OptionalTensor& batch_sizes, bool reverse, const Tensor& output,
+                               const Tensor& gates, const Tensor& cells, std::array<bool, 7> output_mask) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    ctx->save_for_backward({grad_output, grad_h_n, grad_c_n, input, h0, c0, w_ih, w_hh, value_or_undefined(b_ih),
+                            value_or_undefined(b_hh), value_or_undefined(w_hr), value_or_undefined(batch_sizes)});
+    ctx->saved_data["reverse"] = reverse;
+    ctx->set_materialize_grads(false);
+    auto [grad_input, grad_h0, grad_c0, grad_w_ih, grad_w_hh, grad_bias, grad_w_hr] =
+        lstm_layer_backward(grad_output, grad_h_n, grad_c_n, input, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes,
+                            reverse, output, gates, cells, output_mask);
+    return with_placeholders({grad_input, grad_h0, grad_c0, grad_w_ih, grad_w_hh, grad_bias, grad_w_hr}, input);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    const Tensor &b_ih = saved[8], &b_hh = saved[9], &w_hr = saved[10], &batch_sizes = saved[11];
+    const bool reverse = ctx->saved_data["reverse"].toBool();
+    auto layer = [&](const variable_list& inputs) { return composed_layer(inputs, batch_sizes, reverse); };
+    const variable_list inputs = {saved[3], saved[4], saved[5], saved[6], saved[7], sum_of_biases(b_ih, b_hh), w_hr};
+    const variable_list second = differentiate_twice(layer, inputs, {saved[0], saved[1], saved[2]}, grads);
+    variable_list result = {second[7],
+                            second[8],
+                            second[9],
+                            second[0],
+                            second[1],
+                            second[2],
+                            second[3],
+                            second[4],
+                            b_ih.defined() ? second[5] : Tensor(),
+                            b_hh.defined() ? second[5] : Tensor(),
+                            second[6]};
+    result.resize(17);  // batch_sizes, reverse, output, gates, cells, output_mask
+    return result;
+  }
+};
+
+LayerGrads lstm_layer_backward_autograd(const Tensor& grad_output, const Tensor& grad_h_n, const Tensor& grad_c_n,
+                                        const Tensor& input, const Tensor& h0, const Tensor& c0, const Tensor& w_ih,
+                                        const Tensor& w_hh, const OptionalTensor& b_ih, const OptionalTensor& b_hh,
+                                        const OptionalTensor& w_hr, const OptionalTensor& batch_sizes, bool reverse,
+                                        const Tensor& output, const Tensor& gates, const Tensor& cells,
+                                        std::array<bool, 7> output_mask) {
+  if (!must_record(grad_output, grad_h_n, grad_c_n, input, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return lstm_layer_backward(grad_output, grad_h_n, grad_c_n, input, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr,
+                               batch_sizes, reverse, output, gates, cells, output_mask);
+  }
+  const variable_list g = without_placeholders(
+      LayerBackwardNode::apply(grad_output, grad_h_n, grad_c_n, input, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr,
+                               batch_sizes, reverse, output, gates, cells, output_mask),
+      output_mask);
+  return {g[0], g[1], g[2], g[3], g[4], g[5], g[6]};
+}
+
+// Gates and cells have no history; they reach the caller through `saved_outputs`.
+struct LayerNode : torch::autograd::Function<LayerNode> {
+  static constexpr bool is_traceable = true;
+
+  static variable_list forward(AutogradContext* ctx, const Tensor& input, const Tensor& h0, const Tensor& c0,
+                               const Tensor& w_ih, const Tensor& w_hh, const OptionalTensor& b_ih,
+                               const OptionalTensor& b_hh, const OptionalTensor& w_hr,
+                               const OptionalTensor& batch_sizes, bool reverse, LayerResult* saved_outputs) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    *saved_outputs = lstm_layer(input, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reverse);
+    const auto& [output, h_n, c_n, gates, cells] = *saved_outputs;
+    ctx->save_for_backward({input, h0, c0, w_ih, w_hh, value_or_undefined(b_ih), value_or_undefined(b_hh),
+                            value_or_undefined(w_hr), value_or_undefined(batch_sizes), output, gates, cells});
+    ctx->saved_data["reverse"] = reverse;
+    return {output, h_n, c_n};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    WantedGrads wanted(ctx);
+    std::array<bool, 8> wants;
+    for (size_t i = 0; i < wants.size(); ++i) wants[i] = wanted.next(saved[i]);
+    auto [grad_input, grad_h0, grad_c0, grad_w_ih, grad_w_hh, grad_bias, grad_w_hr] =
+        lstm_layer_backward(grads[0], grads[1], grads[2], saved[0], saved[1], saved[2], saved[3], saved[4],
+                            optional_of(saved[5]), optional_of(saved[6]), optional_of(saved[7]), optional_of(saved[8]),
+                            ctx->saved_data["reverse"].toBool(), saved[9], saved[10], saved[11],
+                            {wants[0], wants[1], wants[2], wants[3], wants[4], wants[5] || wants[6], wants[7]});
+    return {grad_input,
+            grad_h0,
+            grad_c0,
+            grad_w_ih,
+            grad_w_hh,
+            wants[5] ? grad_bias : Tensor(),
+            wants[6] ? grad_bias : Tensor(),
+            grad_w_hr,
+            Tensor(),
+            Tensor(),
+            Tensor()};
+  }
+};
+
+LayerResult lstm_layer_autograd(const Tensor& input, const Tensor& h0, const Tensor& c0, const Tensor& w_ih,
+                                const Tensor& w_hh, const OptionalTensor& b_ih, const OptionalTensor& b_hh,
+                                const OptionalTensor& w_hr, const OptionalTensor& batch_sizes, bool reverse) {
+  if (!must_record(input, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return lstm_layer(input, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reverse);
+  }
+  LayerResult saved;
+  const variable_list outputs =
+      LayerNode::apply(input, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reverse, &saved);
+  return {outputs[0], outputs[1], outputs[2], std::get<3>(saved), std::get<4>(saved)};
+}
+
+// ---- autocast ------------------------------------------------------------------------------------------------------
+
+// A cell state that the caller keeps in float32 stays in float32, and so does the step.
+template <c10::DispatchKey key, c10::DeviceType device>
+CellResult lstm_cell_autocast(const Tensor& input, const Tensor& hx, const Tensor& cx, const Tensor& w_ih,
+                              const Tensor& w_hh, const OptionalTensor& b_ih, const OptionalTensor& b_hh) {
+  c10::impl::ExcludeDispatchKeyGuard guard(key);
+  const bool wide = cx.defined() && cx.scalar_type() == at::kFloat;
+  const Autocast cast{wide ? at::kFloat : at::autocast::get_autocast_dtype(device), device};
+  return lstm_cell(cast(input), cast(hx), cast(cx), cast(w_ih), cast(w_hh), cast(b_ih), cast(b_hh));
+}
+
+template <c10::DispatchKey key, c10::DeviceType device>
+LayerResult lstm_layer_autocast(const Tensor& input, const Tensor& h0, const Tensor& c0, const Tensor& w_ih,
+                                const Tensor& w_hh, const OptionalTensor& b_ih, const OptionalTensor& b_hh,
+                                const OptionalTensor& w_hr, const OptionalTensor& batch_sizes, bool reverse) {
+  c10::impl::ExcludeDispatchKeyGuard guard(key);
+  const Autocast cast{at::autocast::get_autocast_dtype(device), device};
+  return lstm_layer(cast(input), cast(h0), cast(c0), cast(w_ih), cast(w_hh), cast(b_ih), cast(b_hh), cast(w_hr),
+                    batch_sizes, reverse);
+}
+
+}  // namespace
+
+CellResult lstm_cell(const Tensor& input, const Tensor& hx, const Tensor& cx, const Tensor& w_ih, const Tensor& w_hh,
+                     const OptionalTensor& b_ih, const OptionalTensor& b_hh) {
+  static const auto op = find_operator<decltype(lstm_cell_cpu)>("dlkernels::lstm_cell");
+  return op.call(input, hx, cx, w_ih, w_hh, b_ih, b_hh);
+}
+
+LayerResult lstm_layer(const Tensor& input, const Tensor& h0, const Tensor& c0, const Tensor& w_ih, const Tensor& w_hh,
+                       const OptionalTensor& b_ih, const OptionalTensor& b_hh, const OptionalTensor& w_hr,
+                       const OptionalTensor& batch_sizes, bool reverse) {
+  static const auto op = find_operator<decltype(lstm_layer_cpu)>("dlkernels::lstm_layer");
+  return op.call(input, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reverse);
+}
+
+TORCH_LIBRARY_IMPL(dlkernels, CPU, m) {
+  m.impl("lstm_cell", &lstm_cell_cpu);
+  m.impl("lstm_cell_backward", &lstm_cell_backward_cpu);
+  m.impl("lstm_layer", &lstm_layer_cpu);
+  m.impl("lstm_layer_backward", &lstm_layer_backward_cpu);
+  m.impl("matrix_product", &matrix_product_cpu);
+}
+TORCH_LIBRARY_IMPL(dlkernels, Autograd, m) {
+  m.impl("lstm_cell", &lstm_cell_autograd);
+  m.impl("lstm_cell_backward", &lstm_cell_backward_autograd);
+  m.impl("lstm_layer", &lstm_layer_autograd);
+  m.impl("lstm_layer_backward", &lstm_layer_backward_autograd);
+  m.impl("matrix_product", &matrix_product_autograd);
+}
+TORCH_LIBRARY_IMPL(dlkernels, AutocastCPU, m) {
+  m.impl("lstm_cell", &lstm_cell_autocast<c10::DispatchKey::AutocastCPU, c10::DeviceType::CPU>);
+  m.impl("lstm_layer", &lstm_layer_autocast<c10::DispatchKey::AutocastCPU, c10::DeviceType::CPU>);
+}
+TORCH_LIBRARY_IMPL(dlkernels, AutocastCUDA, m) {
+  m.impl("lstm_cell", &lstm_cell_autocast<c10::DispatchKey::AutocastCUDA, c10::DeviceType::CUDA>);
+  m.impl("lstm_layer", &lstm_layer_autocast<c10::DispatchKey::AutocastCUDA, c10::DeviceType::CUDA>);
+}
+
+}  // namespace dlkernels::ops
