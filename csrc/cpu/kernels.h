@@ -1,9 +1,9 @@
 // The one joint between the operations and the instruction sets: every instruction set exports one of these tables.
 #pragma once
 
+#include "attention.h"
 #include "batch_norm.h"
 #include "conv2d.h"
-#include "attention.h"
 #include "cross_entropy.h"
 #include "linear_cross_entropy.h"
 #include "lstm.h"
@@ -12,10 +12,10 @@ namespace dlkernels {
 
 struct KernelTable {
   const char* isa;
+  AttentionKernels attention;
   BatchNormKernels batch_norm;
   Conv2dKernels conv2d;
   CrossEntropyKernels cross_entropy;
-  AttentionKernels attention;
   LinearCrossEntropyKernels linear_cross_entropy;
   LstmKernels lstm;
 };

@@ -15,11 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-COLUMNS = ("batch_norm", "cross_entropy")
-COLUMNS = ("conv2d", "cross_entropy")
-COLUMNS = ("cross_entropy", "attention")
-COLUMNS = ("cross_entropy", "linear_cross_entropy")
-COLUMNS = ("batch_norm", "cross_entropy", "lstm")
+COLUMNS = ("attention", "batch_norm", "conv2d", "cross_entropy", "linear_cross_entropy", "lstm")
 
 
 @dataclass
