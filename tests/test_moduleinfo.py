@@ -72,7 +72,7 @@ class Sample:
         return module_class(*arguments, **keywords).to(dtype).train(training)
 
     def run(self, module: torch.nn.Module, dtype: torch.dtype, widen_halves: bool = False) -> list[Tensor | None]:
-        """Outputs, gradients of inputs and parameters for seeds that `dtype` holds exactly, and the state afterwards."""
+        """Outputs, gradients of inputs and parameters for seeds that `dtype` holds, and the state afterwards."""
         forward = self.source.forward_input
         arguments, keywords = fresh(forward.args, widen_halves), fresh(forward.kwargs, widen_halves)
         with torch.random.fork_rng():
