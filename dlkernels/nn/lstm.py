@@ -36,8 +36,8 @@ class LSTMCell(torch.nn.LSTMCell):
 class LSTM(torch.nn.LSTM):
     """``torch.nn.LSTM`` computed by :func:`dlkernels.functional.lstm`.
 
-    ``torch.compile`` traces no subclass of ``torch.nn.LSTM`` unless ``torch._dynamo.config.allow_rnn`` is set; it breaks
-    the graph there and runs the module eagerly. With the setting, the module compiles whole.
+    ``torch.compile`` traces no subclass of ``torch.nn.LSTM`` unless ``torch._dynamo.config.allow_rnn`` is set: it
+    breaks the graph there and runs the module eagerly. With the setting, the module compiles whole.
     """
 
     def forward(self, input: Any, hx: State | None = None) -> Any:  # type: ignore[override]

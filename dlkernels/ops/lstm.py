@@ -1,4 +1,4 @@
-"""Long short-term memory (Hochreiter and Schmidhuber 1997; forget gates, Gers et al. 2000; projection, Sak et al. 2014).
+"""Long short-term memory (Hochreiter & Schmidhuber 1997; forget gates: Gers et al. 2000; projection: Sak et al. 2014).
 
 The kernels know one step (``lstm_cell``) and one layer in one direction (``lstm_layer``). Layers, directions, dropout
 between layers and ``batch_first`` are composed of them here.
@@ -73,8 +73,8 @@ def lstm(
 def lstm(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Long short-term memory over sequences; same arguments and results as ``torch.lstm``.
 
-    ``lstm(input, hx, params, has_biases, num_layers, dropout, train, bidirectional, batch_first)`` takes a padded batch,
-    ``lstm(data, batch_sizes, hx, params, has_biases, num_layers, dropout, train, bidirectional)`` a packed one.
+    ``lstm(input, hx, params, has_biases, num_layers, dropout, train, bidirectional, batch_first)`` takes a padded
+    batch, ``lstm(data, batch_sizes, hx, params, has_biases, num_layers, dropout, train, bidirectional)`` a packed one.
 
     Args:
         input: ``[T, N, input_size]``, or ``[N, T, input_size]`` with ``batch_first``.
