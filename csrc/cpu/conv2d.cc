@@ -106,13 +106,21 @@ struct Grid {
   int64_t tap_pixel(const Tap& tap, const Window& w) const {
     return (tap.dy - first_dy) * w.columns + tap.dx - first_dx;
   }
-  // Whether the tap of a pixel of the block lies inside an H x W image and not in its padding.
-  bool is_inside(const Tap& tap, const Block& block, int64_t pixel, int64_t H, int64_t W) const {
-    const int64_t i = pixel / block.columns % block.rows, j = pixel % block.columns;
-    const int64_t y = (block.row + i) * input_step_y + tap.dy, x = (block.column + j) * input_step_x + tap.dx;
-    return y >= 0 && y < H && x >= 0 && x < W;
+  // What a tap of no shift reads for a pixel of the block.
+  struct Place {
+    int64_t y, x;
+  };
+  Place place_of(const Block& block, int64_t pixel) const {
+    return {(block.row + pixel / block.columns % block.rows) * input_step_y,
+            (block.column + pixel % block.columns) * input_step_x};
   }
 };
+
+// Whether a tap reads the image and not its padding.
+inline bool is_inside(const Tap& tap, const Grid::Place& place, int64_t H, int64_t W) {
+  const int64_t y = place.y + tap.dy, x = place.x + tap.dx;
+  return y >= 0 && y < H && x >= 0 && x < W;
+}
 
 // Matrices of the taps: element (in, out) of group g and tap t is data[g group + in * in_stride + out * out_stride + t].
 template <class Scalar>
@@ -318,9 +326,10 @@ class DenseConvolution {
   int64_t segments_of(int64_t first, int64_t taps, const Block& block, int64_t pixel, const Window& window,
                       int64_t channels, Segment* segments) const {
     int64_t count = 0;
+    const Grid::Place place = grid_.place_of(block, max_of(pixel, 0));
     for (int64_t i = 0; i < taps; ++i) {
       const Tap& tap = grid_.taps[first + i];
-      if (pixel >= 0 && !grid_.is_inside(tap, block, pixel, conv_.input.H, conv_.input.W)) continue;
+      if (pixel >= 0 && !is_inside(tap, place, conv_.input.H, conv_.input.W)) continue;
       const int64_t a_offset = grid_.tap_pixel(tap, window) * channels, b_offset = i * channels * kPanel;
       Segment* last = segments + count - 1;
       if (count > 0 && last->a_offset + last->depth == a_offset && last->b_offset + last->depth * kPanel == b_offset) {
@@ -352,16 +361,20 @@ DLKERNELS_INLINE void store_lanes(T* p, Vec<T> value, int64_t count) {
   count == Vec<T>::size ? store(p, value) : store(p, value, count);
 }
 
+// Where a tap reads, from the pixel, and where its weights are, from the first tap's.
+struct TapOffset {
+  int64_t source, weight;
+};
+
 // out[p] = bias + sum over taps of source[p + tap] * weight[tap], for Pixels pixels and one vector of channels.
 template <int Pixels, class T>
-DLKERNELS_INLINE void apply_taps(const T* source, int64_t source_stride, const int64_t* tap_offsets, int64_t taps,
-                                 const T* weight, int64_t weight_stride, Vec<T> bias, int64_t lanes, T* out,
-                                 int64_t out_stride) {
+DLKERNELS_INLINE void apply_taps(const T* source, int64_t source_stride, const TapOffset* offsets, int64_t taps,
+                                 const T* weight, Vec<T> bias, int64_t lanes, T* out, int64_t out_stride) {
   Vec<T> sum[Pixels];
   for (int p = 0; p < Pixels; ++p) sum[p] = Vec<T>::zero();
   for (int64_t t = 0; t < taps; ++t) {
-    const Vec<T> w = load_lanes(weight + t * weight_stride, lanes);
-    const T* shifted = source + tap_offsets[t];
+    const Vec<T> w = load_lanes(weight + offsets[t].weight, lanes);
+    const T* shifted = source + offsets[t].source;
     for (int p = 0; p < Pixels; ++p) sum[p] = fma(load_lanes(shifted + p * source_stride, lanes), w, sum[p]);
   }
   for (int p = 0; p < Pixels; ++p) store_lanes(out + p * out_stride, sum[p] + bias, lanes);
@@ -397,82 +410,104 @@ class DepthwiseConvolution {
   }
 
  private:
+  // A row of output pixels of the block.
+  struct Row {
+    const T* source;  // what the first pixel reads at an offset of zero
+    int64_t source_stride;
+    T* out;
+    int64_t out_stride;
+  };
+
   void run_block(const Block& block, int64_t channel, int64_t channels, const T* weight) const {
     const Window window = grid_.input_window(block), output_window = grid_.output_window(block);
-    const int64_t taps = grid_.tap_count, C = conv_.input.C;
-    // Channels-last results of the type of the sums go straight to the output.
+    const int64_t taps = grid_.tap_count, C = conv_.input.C, W = conv_.input.W;
+    // Channels-last arrays of the type of the sums are read and written in place.
     constexpr bool same_type = sizeof(T) == sizeof(Scalar);
-    const bool direct = same_type && conv_.output.channels_last;
-    Scratch<T> staged(block.images * window.rows * window.columns * channels);
-    Scratch<T> results(direct ? 0 : block.pixels() * channels), bias(channels);
-    Scratch<int64_t> offsets(max_of(taps, 1));
-    for (int64_t t = 0; t < taps; ++t) offsets[t] = grid_.tap_pixel(grid_.taps[t], window) * channels;
-    if (taps > 0) stage_block(conv_.input, block, channel, channels, window, staged.data());
+    const bool in_place = same_type && conv_.input.channels_last;
+    Scratch<T> staged(in_place ? 0 : block.images * window.rows * window.columns * channels);
+    Scratch<T> results(in_place ? 0 : block.pixels() * channels), bias(channels);
+    Scratch<TapOffset> offsets(2 * max_of(taps, 1));
+    bool finite = true;
+    for (int64_t t = 0; t < taps; ++t) {
+      const Tap& tap = grid_.taps[t];
+      offsets[t] = {in_place ? (tap.dy * W + tap.dx) * C : grid_.tap_pixel(tap, window) * channels, t * C};
+      finite = finite && all_finite(weight + t * C, channels);
+    }
+    if (taps > 0 && !in_place) stage_block(conv_.input, block, channel, channels, window, staged.data());
     fill(bias.data(), T(0), channels);
     if (conv_.bias != nullptr) widen_row(conv_.bias + channel, channels, bias.data());
-    bool finite = true;
-    for (int64_t t = 0; t < taps; ++t) finite = finite && all_finite(weight + t * C, channels);
 
-    for (int64_t row = 0; row < block.images * block.rows; ++row) {
-      const int64_t n = row / block.rows, i = row % block.rows;
-      const T* source = staged.data() + (n * window.rows + i * grid_.pixel_step_y()) * window.columns * channels;
-      T* out = results.data() + row * block.columns * channels;
-      int64_t out_stride = channels;
+    for (int64_t r = 0; r < block.images * block.rows; ++r) {
+      const int64_t n = r / block.rows, i = r % block.rows, y = (block.row + i) * grid_.input_step_y;
+      Row row = {staged.data() + (n * window.rows + i * grid_.pixel_step_y()) * window.columns * channels,
+                 grid_.pixel_step_x() * channels, results.data() + r * block.columns * channels, channels};
+      int64_t inside = 0, inside_end = finite ? block.columns : 0;
       if constexpr (same_type) {
-        if (direct) {
-          out = conv_.output.at(block.image + n, channel, output_window.y + i * output_window.step_y, output_window.x);
-          out_stride = output_window.step_x * C;
+        if (in_place) {
+          row = {conv_.input.at(block.image + n, channel, 0, 0) + (y * W + block.column * grid_.input_step_x) * C,
+                 grid_.input_step_x * C,
+                 conv_.output.at(block.image + n, channel, output_window.y + i * output_window.step_y, output_window.x),
+                 output_window.step_x * C};
+          if (y + grid_.first_dy < 0 || y + grid_.last_dy >= conv_.input.H) inside_end = 0;
+          inside = first_inside(block);
+          inside_end = max_of(inside, min_of(inside_end, end_inside(block)));
         }
       }
-      if (finite) {
-        run_row(block.columns, channels, source, offsets.data(), weight, bias.data(), out, out_stride);
-      } else {
-        run_row_inside(block, row * block.columns, channels, source, offsets.data(), weight, bias.data(), out, out_stride);
-      }
+      run_border(block, r, 0, min_of(inside, block.columns), row, channels, offsets.data(), weight, bias.data());
+      run_row(inside, inside_end, row, channels, offsets.data(), taps, weight, bias.data());
+      run_border(block, r, inside_end, block.columns, row, channels, offsets.data(), weight, bias.data());
     }
-    if (!direct) unstage_block(conv_.output, block, channel, channels, output_window, results.data());
+    if (!in_place) unstage_block(conv_.output, block, channel, channels, output_window, results.data());
   }
 
-  void run_row(int64_t columns, int64_t channels, const T* source, const int64_t* offsets, const T* weight,
-               const T* bias, T* out, int64_t out_stride) const {
-    const int64_t taps = grid_.tap_count, C = conv_.input.C, step = grid_.pixel_step_x() * channels;
+  // The block's columns all of whose taps lie inside the image are [first_inside, end_inside).
+  int64_t first_inside(const Block& block) const {
+    return min_of(block.columns, max_of(0, ceil_div(max_of(0, -grid_.first_dx), grid_.input_step_x) - block.column));
+  }
+  int64_t end_inside(const Block& block) const {
+    const int64_t last = conv_.input.W - 1 - grid_.last_dx;
+    return last < 0 ? 0 : min_of(block.columns, max_of(0, last / grid_.input_step_x + 1 - block.column));
+  }
+
+  // Columns [begin, end) with all the taps given.
+  void run_row(int64_t begin, int64_t end, const Row& row, int64_t channels, const TapOffset* offsets, int64_t taps,
+               const T* weight, const T* bias) const {
     constexpr int64_t size = Vec<T>::size;
-    int64_t j = 0;
-    for (; j + kPixels <= columns; j += kPixels) {
-      int64_t c = 0;
-      for (; c + size <= channels; c += size) {
-        apply_taps<kPixels>(source + j * step + c, step, offsets, taps, weight + c, C, load(bias + c), size,
-                            out + j * out_stride + c, out_stride);
+    const int64_t whole = channels / size * size;
+    int64_t j = begin;
+    for (; j + kPixels <= end; j += kPixels) {
+      const T* source = row.source + j * row.source_stride;
+      T* out = row.out + j * row.out_stride;
+      for (int64_t c = 0; c < whole; c += size) {
+        apply_taps<kPixels>(source + c, row.source_stride, offsets, taps, weight + c, load(bias + c), size, out + c,
+                            row.out_stride);
       }
-      if (c < channels) {
-        apply_taps<kPixels>(source + j * step + c, step, offsets, taps, weight + c, C, load(bias + c, channels - c),
-                            channels - c, out + j * out_stride + c, out_stride);
+      if (whole < channels) {
+        const int64_t lanes = channels - whole;
+        apply_taps<kPixels>(source + whole, row.source_stride, offsets, taps, weight + whole, load(bias + whole, lanes),
+                            lanes, out + whole, row.out_stride);
       }
     }
-    for (; j < columns; ++j) {
+    for (; j < end; ++j) {
       for (int64_t c = 0; c < channels; c += size) {
         const int64_t lanes = min_of(size, channels - c);
-        apply_taps<1>(source + j * step + c, step, offsets, taps, weight + c, C, load_lanes(bias + c, lanes), lanes,
-                      out + j * out_stride + c, out_stride);
+        apply_taps<1>(row.source + j * row.source_stride + c, row.source_stride, offsets, taps, weight + c,
+                      load_lanes(bias + c, lanes), lanes, row.out + j * row.out_stride + c, row.out_stride);
       }
     }
   }
 
-  // The same with the taps that lie inside the image alone.
-  void run_row_inside(const Block& block, int64_t first_pixel, int64_t channels, const T* source, const int64_t* offsets,
-                      const T* weight, const T* bias, T* out, int64_t out_stride) const {
-    const int64_t C = conv_.input.C, step = grid_.pixel_step_x() * channels;
-    for (int64_t j = 0; j < block.columns; ++j) {
-      __builtin_memcpy(out + j * out_stride, bias, static_cast<size_t>(channels) * sizeof(T));
+  // Columns [begin, end), each with the taps that lie inside the image alone. The second half of offsets is work space.
+  void run_border(const Block& block, int64_t r, int64_t begin, int64_t end, const Row& row, int64_t channels,
+                  TapOffset* offsets, const T* weight, const T* bias) const {
+    TapOffset* chosen = offsets + grid_.tap_count;
+    for (int64_t j = begin; j < end; ++j) {
+      int64_t count = 0;
+      const Grid::Place place = grid_.place_of(block, r * block.columns + j);
       for (int64_t t = 0; t < grid_.tap_count; ++t) {
-        if (!grid_.is_inside(grid_.taps[t], block, first_pixel + j, conv_.input.H, conv_.input.W)) continue;
-        for (int64_t c = 0; c < channels; c += Vec<T>::size) {
-          const int64_t lanes = min_of(Vec<T>::size, channels - c);
-          T* sum = out + j * out_stride + c;
-          apply_taps<1>(source + j * step + c, step, offsets + t, 1, weight + t * C + c, C, load_lanes(sum, lanes), lanes,
-                        sum, out_stride);
-        }
+        if (is_inside(grid_.taps[t], place, conv_.input.H, conv_.input.W)) chosen[count++] = offsets[t];
       }
+      run_row(j, j + 1, row, channels, chosen, count, weight, bias);
     }
   }
 
