@@ -1,7 +1,18 @@
 """The compiled extension: one function an operation. Written by `make stub`."""
 
 import torch
+import typing
 
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> torch.Tensor: ...
 def available_isas() -> list[str]: ...
 def batch_norm(
     input: torch.Tensor,
@@ -15,6 +26,15 @@ def batch_norm(
     eps: float,
     relu: bool,
 ) -> torch.Tensor: ...
+def conv2d(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: int | typing.Sequence[int],
+    padding: int | typing.Sequence[int] | str,
+    dilation: int | typing.Sequence[int],
+    groups: int,
+) -> torch.Tensor: ...
 def cross_entropy(
     logits: torch.Tensor,
     target: torch.Tensor,
@@ -24,6 +44,16 @@ def cross_entropy(
     label_smoothing: float,
 ) -> torch.Tensor: ...
 def isa() -> str: ...
+def linear_cross_entropy(
+    input: torch.Tensor,
+    linear_weight: torch.Tensor,
+    linear_bias: torch.Tensor | None,
+    target: torch.Tensor,
+    weight: torch.Tensor | None,
+    reduction: int,
+    ignore_index: int,
+    label_smoothing: float,
+) -> torch.Tensor: ...
 def lstm_cell(
     input: torch.Tensor,
     hx: torch.Tensor,

@@ -24,7 +24,8 @@
 namespace dlkernels::DLKERNELS_ISA {
 namespace {
 
-// Elements of one channel in a chunk: 16 additions in each lane, so that sums round hardly more than double ones would;
+// Elements of one channel in a chunk: 16 additions in each lane before it is widened, so that sums round hardly
+// more than double ones would;
 // with 512 float channels side by side half a megabyte, which stays in the second-level cache.
 template <class T>
 constexpr int64_t kChunk = 16 * Vec<T>::size;
@@ -71,20 +72,22 @@ DLKERNELS_INLINE void for_each_vector(const BatchNormShape& shape, const Chunk& 
 // add(sum, offset, count) over a chunk of channel c. Both layouts call the same `add`, whose multiplications are
 // explicit fma: left to the compiler, one layout would be contracted and the other not.
 template <class T, class Add>
-DLKERNELS_INLINE T sum_positions(const BatchNormShape& shape, const Chunk& chunk, int64_t c, Add&& add) {
+DLKERNELS_INLINE double sum_positions(const BatchNormShape& shape, const Chunk& chunk, int64_t c, Add&& add) {
   Vec<T> sum = Vec<T>::zero();
   for_each_vector<T>(shape, chunk, c, [&](int64_t at, int64_t count) {
     const Vec<T> next = add(sum, at, count);
     sum = count == Vec<T>::size ? next : select(first_lanes<T>(count), next, sum);
   });
-  return reduce_add(sum);
+  return reduce_add_wide(sum);
 }
 
 // ---- one chunk, channels side by side -------------------------------------------------------------------------------
 
-// The same with add(sum, offset, c, count), for every channel at once; lanes_buffer holds lanes x channels.
+// The same with add(sum, offset, c, count), for every channel at once; lanes_buffer holds lanes x channels, sums
+// lanes / 2 x channels, of which the first row is the result.
 template <class T, class Add>
-DLKERNELS_INLINE void sum_rows(const BatchNormShape& shape, const Chunk& chunk, T* lanes_buffer, T* sums, Add&& add) {
+DLKERNELS_INLINE void sum_rows(const BatchNormShape& shape, const Chunk& chunk, T* lanes_buffer, double* sums,
+                               Add&& add) {
   constexpr int64_t lanes = Vec<T>::size;
   const int64_t channels = shape.channels;
   fill(lanes_buffer, T(0), lanes * channels);
@@ -100,13 +103,12 @@ DLKERNELS_INLINE void sum_rows(const BatchNormShape& shape, const Chunk& chunk, 
       }
     }
   }
-  // The same tree as reduce_add.
-  for (int64_t half = lanes / 2; half > 0; half /= 2) {
-    for (int64_t i = 0; i < half; ++i) {
-      add_to(lanes_buffer + i * channels, lanes_buffer + (i + half) * channels, channels);
-    }
+  // The same tree as reduce_add_wide.
+  constexpr int64_t half = lanes / 2;
+  for (int64_t e = 0; e < half * channels; ++e) {
+    sums[e] = static_cast<double>(lanes_buffer[e]) + static_cast<double>(lanes_buffer[e + half * channels]);
   }
-  for (int64_t c = 0; c < channels; ++c) sums[c] = lanes_buffer[c];
+  for (int64_t rest = half / 2; rest > 0; rest /= 2) add_to(sums, sums + rest * channels, rest * channels);
 }
 
 // Calls body(offset, c, count) for every vector of channels of a chunk.
@@ -147,11 +149,11 @@ Moments channel_moments(const BatchNormShape& shape, const Chunks<T>& chunks, co
   for (int64_t i = 0; i < chunks.count; ++i) {
     const Chunk chunk = chunks[i];
     const T shift = load_one(x + (chunk.first * shape.channels + c) * shape.inner + chunk.begin);
-    const T sum = sum_positions<T>(shape, chunk, c, [&](Vec<T> total, int64_t at, int64_t n) {
+    const double sum = sum_positions<T>(shape, chunk, c, [&](Vec<T> total, int64_t at, int64_t n) {
       return total + (load_lanes(x + at, n) - Vec<T>(shift));
     });
-    const T center = static_cast<T>(shift + static_cast<double>(sum) / static_cast<double>(chunk.count()));
-    const T squares = sum_positions<T>(shape, chunk, c, [&](Vec<T> total, int64_t at, int64_t n) {
+    const T center = static_cast<T>(shift + sum / static_cast<double>(chunk.count()));
+    const double squares = sum_positions<T>(shape, chunk, c, [&](Vec<T> total, int64_t at, int64_t n) {
       const Vec<T> d = load_lanes(x + at, n) - Vec<T>(center);
       return fma(d, d, total);
     });
@@ -161,25 +163,39 @@ Moments channel_moments(const BatchNormShape& shape, const Chunks<T>& chunks, co
   return moments;
 }
 
-// Moments of every channel of one chunk; buffer holds (lanes + 4) x channels.
+// Scratch for the sums of one chunk over every channel.
+template <class T>
+struct ChunkBuffers {
+  int64_t channels;
+  Scratch<T> lanes{(Vec<T>::size + 2) * channels};
+  Scratch<double> sums{Vec<T>::size / 2 * channels};
+  T* shift() const { return lanes.data() + Vec<T>::size * channels; }
+  T* center() const { return shift() + channels; }
+};
+
+// Moments of every channel of one chunk.
 template <class Scalar, class T = accumulate_t<Scalar>>
-void chunk_moments(const BatchNormShape& shape, const Chunk& chunk, const Scalar* x, T* buffer, Moments* moments) {
+void chunk_moments(const BatchNormShape& shape, const Chunk& chunk, const Scalar* x, Moments* moments) {
   const int64_t channels = shape.channels;
-  T *shift = buffer, *sum = shift + channels, *center = sum + channels, *squares = center + channels;
-  T* lanes_buffer = squares + channels;
+  const ChunkBuffers<T> buffers{channels};
+  T *shift = buffers.shift(), *center = buffers.center();
+  double* sums = buffers.sums.data();
   widen_row(x + (chunk.first * shape.inner + chunk.begin) * channels, channels, shift);
-  sum_rows<T>(shape, chunk, lanes_buffer, sum, [&](Vec<T> total, int64_t at, int64_t c, int64_t n) {
+  sum_rows<T>(shape, chunk, buffers.lanes.data(), sums, [&](Vec<T> total, int64_t at, int64_t c, int64_t n) {
     return total + (load_lanes(x + at, n) - load_lanes(shift + c, n));
   });
   const double count = static_cast<double>(chunk.count());
   for (int64_t c = 0; c < channels; ++c) {
-    center[c] = static_cast<T>(shift[c] + static_cast<double>(sum[c]) / count);
+    moments[c].mean = sums[c];
+    center[c] = static_cast<T>(shift[c] + sums[c] / count);
   }
-  sum_rows<T>(shape, chunk, lanes_buffer, squares, [&](Vec<T> total, int64_t at, int64_t c, int64_t n) {
+  sum_rows<T>(shape, chunk, buffers.lanes.data(), sums, [&](Vec<T> total, int64_t at, int64_t c, int64_t n) {
     const Vec<T> d = load_lanes(x + at, n) - load_lanes(center + c, n);
     return fma(d, d, total);
   });
-  for (int64_t c = 0; c < channels; ++c) moments[c] = Moments::of(count, shift[c], sum[c], center[c], squares[c]);
+  for (int64_t c = 0; c < channels; ++c) {
+    moments[c] = Moments::of(count, shift[c], /*sum=*/moments[c].mean, center[c], sums[c]);
+  }
 }
 
 // ---- forward -------------------------------------------------------------------------------------------------------
@@ -236,10 +252,8 @@ struct Forward {
     const int64_t grain = max_of(1, 8192 / max_of(channels * kChunk<T>, 1));
     if (shape.training) {
       Scratch<Moments> moments(chunks.count * channels);
-      parallel_for(chunks.count, grain, [&](int64_t i) {
-        Scratch<T> buffer((Vec<T>::size + 4) * channels);
-        chunk_moments(shape, chunks[i], x, buffer.data(), moments.data() + i * channels);
-      });
+      parallel_for(chunks.count, grain,
+                   [&](int64_t i) { chunk_moments(shape, chunks[i], x, moments.data() + i * channels); });
       parallel_for(channels, 64, [&](int64_t c) {
         Moments total = moments[c];
         for (int64_t i = 1; i < chunks.count; ++i) total = total.merged(moments[i * channels + c]);
@@ -334,25 +348,27 @@ struct Backward {
     const int64_t channels = shape.channels;
     Scratch<T> centers(channels);
     for (int64_t c = 0; c < channels; ++c) centers[c] = center(c);
-    Scratch<T> sums(2 * max_of(chunks.count, 1) * channels);
+    Scratch<double> sums(2 * max_of(chunks.count, 1) * channels);
     parallel_for(chunks.count, 1, [&](int64_t i) {
       const Chunk chunk = chunks[i];
-      Scratch<T> lanes_buffer(Vec<T>::size * channels);
-      T* out = sums.data() + 2 * i * channels;
-      sum_rows<T>(shape, chunk, lanes_buffer.data(), out,
+      const ChunkBuffers<T> buffers{channels};
+      double *total_g = sums.data() + 2 * i * channels, *total_gx = total_g + channels;
+      sum_rows<T>(shape, chunk, buffers.lanes.data(), buffers.sums.data(),
                   [&](Vec<T> total, int64_t at, int64_t, int64_t n) { return total + masked(at, n); });
-      sum_rows<T>(shape, chunk, lanes_buffer.data(), out + channels,
+      widen_row(buffers.sums.data(), channels, total_g);
+      sum_rows<T>(shape, chunk, buffers.lanes.data(), buffers.sums.data(),
                   [&](Vec<T> total, int64_t at, int64_t c, int64_t n) {
                     return fma(masked(at, n), load_lanes(x + at, n) - load_lanes(centers.data() + c, n), total);
                   });
+      widen_row(buffers.sums.data(), channels, total_gx);
     });
     Scratch<T> slopes(3 * channels);
     T *a = slopes.data(), *mean_g = a + channels, *b = mean_g + channels;
     parallel_for(channels, 64, [&](int64_t c) {
       double sum_g = 0, sum_gx = 0;
       for (int64_t i = 0; i < chunks.count; ++i) {
-        sum_g += static_cast<double>(sums[2 * i * channels + c]);
-        sum_gx += static_cast<double>(sums[(2 * i + 1) * channels + c]);
+        sum_g += sums[2 * i * channels + c];
+        sum_gx += sums[(2 * i + 1) * channels + c];
       }
       const Slope slope = finish(c, sum_g, sum_gx);
       a[c] = static_cast<T>(slope.a), mean_g[c] = static_cast<T>(slope.mean_g), b[c] = static_cast<T>(slope.b);

@@ -7,30 +7,33 @@ namespace dlkernels::DLKERNELS_ISA {
 namespace {
 
 template <class T>
-using TileFunction = void (*)(int64_t depth, const T* const* rows, const T* b, int64_t b_row_stride, T* c,
+using TileFunction = void (*)(const Segment* segments, int64_t segment_count, const T* const* rows, const T* b, int64_t b_row_stride, T* c,
                               int64_t c_row_stride, int64_t last_lanes, bool accumulate);
 
 // `Partial`: only `last_lanes` lanes of the last vector exist in b and c.
 template <class T, int Rows, int Vectors, bool Partial>
-void tile(int64_t depth, const T* const* rows, const T* b, int64_t b_row_stride, T* c, int64_t c_row_stride,
-          int64_t last_lanes, bool accumulate) {
+void tile(const Segment* segments, int64_t segment_count, const T* const* rows, const T* b_data, int64_t b_row_stride,
+          T* c, int64_t c_row_stride, int64_t last_lanes, bool accumulate) {
   constexpr int64_t lanes = Vec<T>::size;
-  const T* a[Rows];
-  for (int r = 0; r < Rows; ++r) a[r] = rows[r];
   Vec<T> sum[Rows][Vectors];
   for (int r = 0; r < Rows; ++r) {
     for (int v = 0; v < Vectors; ++v) sum[r][v] = Vec<T>::zero();
   }
-  for (int64_t k = 0; k < depth; ++k) {
-    Vec<T> b_row[Vectors];
-    for (int v = 0; v < Vectors; ++v) {
-      b_row[v] = Partial && v == Vectors - 1 ? load(b + v * lanes, last_lanes) : load(b + v * lanes);
+  for (const Segment* segment = segments; segment != segments + segment_count; ++segment) {
+    const T* a[Rows];
+    for (int r = 0; r < Rows; ++r) a[r] = rows[r] + segment->a_offset;
+    const T* b = b_data + segment->b_offset;
+    for (int64_t k = 0; k < segment->depth; ++k) {
+      Vec<T> b_row[Vectors];
+      for (int v = 0; v < Vectors; ++v) {
+        b_row[v] = Partial && v == Vectors - 1 ? load(b + v * lanes, last_lanes) : load(b + v * lanes);
+      }
+      for (int r = 0; r < Rows; ++r) {
+        const Vec<T> broadcast = a[r][k];
+        for (int v = 0; v < Vectors; ++v) sum[r][v] = fma(broadcast, b_row[v], sum[r][v]);
+      }
+      b += b_row_stride;
     }
-    for (int r = 0; r < Rows; ++r) {
-      const Vec<T> broadcast = a[r][k];
-      for (int v = 0; v < Vectors; ++v) sum[r][v] = fma(broadcast, b_row[v], sum[r][v]);
-    }
-    b += b_row_stride;
   }
   for (int r = 0; r < Rows; ++r) {
     for (int v = 0; v < Vectors; ++v) {
@@ -67,15 +70,27 @@ constexpr TileTable<T> tile_table;
 }  // namespace
 
 template <class T>
-void multiply_tile(int64_t tile_rows, int64_t columns, int64_t depth, const T* const* rows, const T* b,
-                   int64_t b_row_stride, T* c, int64_t c_row_stride, bool accumulate) {
+void multiply_tile(int64_t tile_rows, int64_t columns, const Segment* segments, int64_t segment_count,
+                   const T* const* rows, const T* b, int64_t b_row_stride, T* c, int64_t c_row_stride,
+                   bool accumulate) {
   const int64_t vectors = ceil_div(columns, Vec<T>::size);
   const int64_t last_lanes = columns - (vectors - 1) * Vec<T>::size;
   const bool partial = last_lanes != Vec<T>::size;
-  tile_table<T>.functions[tile_rows - 1][vectors - 1][partial](depth, rows, b, b_row_stride, c, c_row_stride,
-                                                               last_lanes, accumulate);
+  tile_table<T>.functions[tile_rows - 1][vectors - 1][partial](segments, segment_count, rows, b, b_row_stride, c,
+                                                               c_row_stride, last_lanes, accumulate);
 }
 
+template <class T>
+void multiply_tile(int64_t tile_rows, int64_t columns, int64_t depth, const T* const* rows, const T* b,
+                   int64_t b_row_stride, T* c, int64_t c_row_stride, bool accumulate) {
+  const Segment segment = {depth, 0, 0};
+  multiply_tile(tile_rows, columns, &segment, 1, rows, b, b_row_stride, c, c_row_stride, accumulate);
+}
+
+template void multiply_tile<float>(int64_t, int64_t, const Segment*, int64_t, const float* const*, const float*,
+                                   int64_t, float*, int64_t, bool);
+template void multiply_tile<double>(int64_t, int64_t, const Segment*, int64_t, const double* const*, const double*,
+                                    int64_t, double*, int64_t, bool);
 template void multiply_tile<float>(int64_t, int64_t, int64_t, const float* const*, const float*, int64_t, float*,
                                    int64_t, bool);
 template void multiply_tile<double>(int64_t, int64_t, int64_t, const double* const*, const double*, int64_t, double*,

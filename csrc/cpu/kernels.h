@@ -1,16 +1,22 @@
 // The one joint between the operations and the instruction sets: every instruction set exports one of these tables.
 #pragma once
 
+#include "attention.h"
 #include "batch_norm.h"
+#include "conv2d.h"
 #include "cross_entropy.h"
+#include "linear_cross_entropy.h"
 #include "lstm.h"
 
 namespace dlkernels {
 
 struct KernelTable {
   const char* isa;
+  AttentionKernels attention;
   BatchNormKernels batch_norm;
+  Conv2dKernels conv2d;
   CrossEntropyKernels cross_entropy;
+  LinearCrossEntropyKernels linear_cross_entropy;
   LstmKernels lstm;
 };
 

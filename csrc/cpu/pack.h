@@ -51,23 +51,31 @@ inline void fill(T* destination, T value, int64_t count) {
 }
 
 // destination[j][i] = source[i][j] for a block of rows x columns; source columns are contiguous.
-template <class Scalar>
-inline void transpose(const Scalar* source, int64_t source_row_stride, int64_t rows, int64_t columns,
-                      accumulate_t<Scalar>* destination, int64_t destination_row_stride) {
-  using T = accumulate_t<Scalar>;
-  constexpr int64_t kBlock = 16;  // a block's lines of both sides stay in the first-level cache
-  T block[kBlock][kBlock];
-  for (int64_t j = 0; j < columns; j += kBlock) {
-    const int64_t block_columns = min_of(kBlock, columns - j);
-    for (int64_t i = 0; i < rows; i += kBlock) {
-      const int64_t block_rows = min_of(kBlock, rows - i);
-      for (int64_t r = 0; r < block_rows; ++r) {
-        widen_row(source + (i + r) * source_row_stride + j, block_columns, block[r]);
+template <class Source, class Destination>
+inline void transpose(const Source* source, int64_t source_row_stride, int64_t rows, int64_t columns,
+                      Destination* destination, int64_t destination_row_stride) {
+  using T = accumulate_t<Source>;
+  constexpr int64_t lanes = Vec<T>::size;
+  for (int64_t j = 0; j < columns; j += lanes) {
+    const int64_t block_columns = min_of(lanes, columns - j);
+    for (int64_t i = 0; i < rows; i += lanes) {
+      const int64_t block_rows = min_of(lanes, rows - i);
+      const Source* in = source + i * source_row_stride + j;
+      Destination* out = destination + j * destination_row_stride + i;
+      Vec<T> block[lanes];
+      if (block_rows == lanes && block_columns == lanes) {
+#pragma GCC unroll 16
+        for (int64_t r = 0; r < lanes; ++r) block[r] = load(in + r * source_row_stride);
+        transpose_square(block);
+#pragma GCC unroll 16
+        for (int64_t c = 0; c < lanes; ++c) store(out + c * destination_row_stride, block[c]);
+        continue;
       }
-      for (int64_t c = 0; c < block_columns; ++c) {
-        T* out = destination + (j + c) * destination_row_stride + i;
-        for (int64_t r = 0; r < block_rows; ++r) out[r] = block[r][c];
+      for (int64_t r = 0; r < lanes; ++r) {
+        block[r] = r < block_rows ? load(in + r * source_row_stride, block_columns) : Vec<T>::zero();
       }
+      transpose_square(block);
+      for (int64_t c = 0; c < block_columns; ++c) store(out + c * destination_row_stride, block[c], block_rows);
     }
   }
 }

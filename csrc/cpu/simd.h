@@ -8,6 +8,8 @@
 #include <immintrin.h>
 #endif
 
+#include <utility>
+
 #include "types.h"
 
 #define DLKERNELS_STRINGIFY_IMPL(x) #x
@@ -279,6 +281,31 @@ DLKERNELS_INLINE VecF copy_sign(VecF magnitude, VecF sign) {
   return from_bits<float>((bits_of(magnitude) & 0x7fffffffu) | (bits_of(sign) & 0x80000000u));
 }
 
+// a0 b0 a1 b1 ... of the low (high) halves.
+template <int64_t First, class T, size_t... Lane>
+DLKERNELS_INLINE Vec<T> interleave(Vec<T> a, Vec<T> b, std::index_sequence<Lane...>) {
+  return Vec<T>(
+      __builtin_shufflevector(a.raw, b.raw, (First + static_cast<int>(Lane / 2 + Lane % 2 * Vec<T>::size))...));
+}
+
+// rows[i][j] <-> rows[j][i]. Each pass rotates the bits of (row, lane) by one place; half of them all is a transposition.
+template <class T>
+DLKERNELS_INLINE void transpose_square(Vec<T> (&rows)[Vec<T>::size]) {
+  constexpr int64_t size = Vec<T>::size;
+  constexpr auto lanes = std::make_index_sequence<size>();
+#pragma GCC unroll 4
+  for (int64_t pass = 1; pass < size; pass *= 2) {
+    Vec<T> next[size];
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < size / 2; ++i) {
+      next[2 * i] = interleave<0>(rows[i], rows[i + size / 2], lanes);
+      next[2 * i + 1] = interleave<size / 2>(rows[i], rows[i + size / 2], lanes);
+    }
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < size; ++i) rows[i] = next[i];
+  }
+}
+
 // Sum and maximum over the lanes, in a fixed tree order.
 template <class T>
 DLKERNELS_INLINE T reduce_add(Vec<T> a) {
@@ -316,6 +343,28 @@ DLKERNELS_INLINE float reduce_max(VecF a) {
 template <>
 DLKERNELS_INLINE double reduce_max(VecD a) {
   return _mm512_reduce_max_pd(a.raw);
+}
+#endif
+
+// The sum over the lanes in double, in the same tree order.
+template <class T>
+DLKERNELS_INLINE double reduce_add_wide(Vec<T> a) {
+  constexpr int64_t half = Vec<T>::size / 2;
+  double lanes[half];
+  for (int64_t lane = 0; lane < half; ++lane) {
+    lanes[lane] = static_cast<double>(a.raw[lane]) + static_cast<double>(a.raw[lane + half]);
+  }
+  for (int64_t rest = half / 2; rest > 0; rest /= 2) {
+    for (int64_t lane = 0; lane < rest; ++lane) lanes[lane] += lanes[lane + rest];
+  }
+  return lanes[0];
+}
+#if defined(__AVX512F__)
+template <>
+DLKERNELS_INLINE double reduce_add_wide(VecF a) {
+  const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(a.raw));
+  const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(a.raw, 1));
+  return _mm512_reduce_add_pd(_mm512_add_pd(low, high));
 }
 #endif
 

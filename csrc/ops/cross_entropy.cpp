@@ -7,78 +7,64 @@
 #include "ops/second_order.h"
 
 namespace dlkernels::ops {
-namespace {
 
-constexpr int64_t kNone = 0, kMean = 1, kSum = 2;
-constexpr const char* kName = "cross_entropy";
-
-using ForwardResult = std::tuple<Tensor, Tensor, Tensor>;  // loss, statistics, divisor
-using BackwardResult = std::tuple<Tensor, Tensor>;         // grad_logits, grad_target
+// ---- what every cross-entropy checks ------------------------------------------------------------------------------
 
 bool has_class_probabilities(const Tensor& target) {
   return at::isFloatingType(target.scalar_type());
 }
 
-int64_t class_dimension(const Tensor& logits) {
-  return logits.dim() == 1 ? 0 : 1;
+namespace {
+
+int64_t class_dimension(at::IntArrayRef logits) {
+  return logits.size() == 1 ? 0 : 1;
 }
 
-// ---- argument checks ---------------------------------------------------------------------------------------------
-
-void check_probabilities(const Tensor& logits, const Tensor& target, int64_t ignore_index) {
-  TORCH_CHECK(target.sizes() == logits.sizes(),
-              "cross_entropy: class probabilities in target must have the shape of input: got target ", target.sizes(),
-              " and input ", logits.sizes());
-  check_same_dtype(kName, logits, "input", target, "target");
-  TORCH_CHECK(ignore_index < 0, "cross_entropy: ignore_index is not supported for floating point target, got ",
-              ignore_index);
+at::DimVector loss_shape(at::IntArrayRef logits) {
+  at::DimVector shape(logits);
+  shape.erase(shape.begin() + class_dimension(logits));
+  return shape;
 }
 
-void check_indices(const Tensor& logits, const Tensor& target) {
-  TORCH_CHECK(target.scalar_type() == at::kLong || target.scalar_type() == at::kByte,
-              target.sizes() == logits.sizes()
-                  ? "cross_entropy: Expected floating point type for target with class probabilities, got "
-                  : "cross_entropy: expected target dtype to be Long or Byte, but got ",
-              target.scalar_type());
-  if (logits.dim() <= 2) {
-    TORCH_CHECK(target.dim() <= 1 && (logits.dim() == 2 || target.numel() == 1),
-                "cross_entropy: 0D or 1D target tensor expected, multi-target not supported; got target of shape ",
-                target.sizes(), " for input of shape ", logits.sizes());
-    if (logits.dim() == 2) {
-      TORCH_CHECK_VALUE(target.dim() == 1 && target.size(0) == logits.size(0), "Expected input batch_size (",
-                        logits.size(0), ") to match target batch_size (", target.dim() == 1 ? target.size(0) : 0, ").");
-    }
+// Class indices: one for each row of the logits.
+void check_indices(const char* name, at::IntArrayRef logits, const Tensor& target) {
+  const bool batched = logits.size() > 1;
+  TORCH_CHECK_VALUE(!batched || (target.dim() >= 1 && target.size(0) == logits[0]), "Expected input batch_size (",
+                    logits[0], ") to match target batch_size (", target.dim() >= 1 ? target.size(0) : 0, ").");
+  TORCH_CHECK(target.scalar_type() == at::kLong || target.scalar_type() == at::kByte, name,
+              ": expected target dtype to be Long or Byte, but got ", target.scalar_type(),
+              " (class probabilities would have the shape of the logits, ", logits, ", and not ", target.sizes(), ")");
+  if (logits.size() <= 2) {
+    TORCH_CHECK(target.dim() <= 1 && (batched || target.numel() == 1), name,
+                ": 0D or 1D target tensor expected, multi-target not supported; got target of shape ", target.sizes(),
+                " for logits of shape ", logits);
     return;
   }
-  TORCH_CHECK_VALUE(target.dim() >= 1 && target.size(0) == logits.size(0), "Expected input batch_size (",
-                    logits.size(0), ") to match target batch_size (", target.dim() >= 1 ? target.size(0) : 0, ").");
-  at::DimVector expected(logits.sizes());
-  expected.erase(expected.begin() + 1);
+  const at::DimVector expected = loss_shape(logits);
   TORCH_CHECK(target.sizes() == at::IntArrayRef(expected), "Expected target size ", at::IntArrayRef(expected), ", got ",
-              target.sizes(), ": size mismatch (got input: ", logits.sizes(), " , target: ", target.sizes(), ")");
+              target.sizes(), ": size mismatch (got input: ", logits, " , target: ", target.sizes(), ")");
 }
 
-void check_arguments(const Tensor& logits, const Tensor& target, const Tensor& weight, int64_t reduction,
-                     int64_t ignore_index, double label_smoothing) {
-  kernel_dtype(logits, kName, "input");
-  TORCH_CHECK(logits.dim() >= 1, "cross_entropy: input must have shape [C], [N, C] or [N, C, d1, ...], got a scalar");
-  TORCH_CHECK_VALUE(reduction == kNone || reduction == kMean || reduction == kSum, reduction,
+}  // namespace
+
+void check_targets(const char* name, at::IntArrayRef logits, const Tensor& target, at::ScalarType target_type,
+                   const Tensor& weight, const LossArguments& loss) {
+  TORCH_CHECK_VALUE(loss.reduction == kNone || loss.reduction == kMean || loss.reduction == kSum, loss.reduction,
                     " is not a valid value for reduction");
-  TORCH_CHECK(label_smoothing >= 0.0 && label_smoothing <= 1.0,
-              "label_smoothing must be between 0.0 and 1.0. Got: ", label_smoothing);
-  check_same_device(kName, logits, "input", target, "target");
-  check_same_device(kName, logits, "input", weight, "weight");
-  check_same_dtype(kName, logits, "input", weight, "weight");
-  const int64_t classes = logits.size(class_dimension(logits));
+  TORCH_CHECK(loss.label_smoothing >= 0.0 && loss.label_smoothing <= 1.0,
+              "label_smoothing must be between 0.0 and 1.0. Got: ", loss.label_smoothing);
+  const int64_t classes = logits[class_dimension(logits)];
   TORCH_CHECK(
-      !weight.defined() || (weight.dim() == 1 && weight.size(0) == classes),
-      "cross_entropy: weight tensor should be defined either for all ", classes,
+      !weight.defined() || (weight.dim() == 1 && weight.size(0) == classes), name,
+      ": weight tensor should be defined either for all ", classes,
       " classes or no classes but got weight tensor of shape: ", weight.defined() ? weight.sizes() : at::IntArrayRef());
-  if (has_class_probabilities(target)) {
-    check_probabilities(logits, target, ignore_index);
-  } else {
-    check_indices(logits, target);
-  }
+  if (target.sizes() != logits) return check_indices(name, logits, target);
+  TORCH_CHECK(has_class_probabilities(target), name,
+              ": Expected floating point type for target with class probabilities, got ", target.scalar_type());
+  TORCH_CHECK(loss.ignore_index < 0, name, ": ignore_index is not supported for floating point target, got ",
+              loss.ignore_index);
+  TORCH_CHECK(target.scalar_type() == target_type, name, ": expected scalar type ", toString(target_type),
+              " but found ", toString(target.scalar_type()), ": target must have the type of input");
 }
 
 void check_target_range(const Tensor& target, int64_t classes, int64_t ignore_index) {
@@ -88,6 +74,36 @@ void check_target_range(const Tensor& target, int64_t classes, int64_t ignore_in
     TORCH_CHECK_INDEX((index >= 0 && index < classes) || index == ignore_index, "Target ", index, " is out of bounds.");
   }
 }
+
+Tensor composed_loss(const Tensor& logits, const Tensor& target, const Tensor& weight, const Tensor& divisor,
+                     int64_t ignore_index, double label_smoothing, bool per_row) {
+  const int64_t dimension = class_dimension(logits.sizes()), classes = logits.size(dimension);
+  const Tensor shifted = logits - logits.detach().amax(dimension, true);
+  const Tensor log_p = shifted - shifted.exp().sum(dimension, true).log();
+  Tensor share = target;
+  if (!has_class_probabilities(target)) {
+    const Tensor indices = target.to(at::kLong).reshape(loss_shape(logits.sizes())).unsqueeze(dimension);
+    const Tensor counts = indices.ne(ignore_index);
+    share = at::zeros_like(logits).scatter(dimension, indices.masked_fill(counts.logical_not(), 0), 1.0);
+    share = (share * (1.0 - label_smoothing) + label_smoothing / static_cast<double>(classes)) * counts;
+  } else if (label_smoothing != 0.0) {
+    share = share * (1.0 - label_smoothing) + label_smoothing / static_cast<double>(classes);
+  }
+  if (weight.defined()) {
+    at::DimVector broadcast(logits.dim(), 1);
+    broadcast[dimension] = classes;
+    share = share * weight.reshape(broadcast);
+  }
+  const Tensor losses = -(share * log_p).sum(dimension);
+  return (per_row ? losses : losses.sum()) / divisor.to(logits.scalar_type());
+}
+
+namespace {
+
+constexpr const char* kName = "cross_entropy";
+
+using ForwardResult = std::tuple<Tensor, Tensor, Tensor>;  // loss, statistics, divisor
+using BackwardResult = std::tuple<Tensor, Tensor>;         // grad_logits, grad_target
 
 // ---- the CPU kernel ----------------------------------------------------------------------------------------------
 
@@ -108,7 +124,7 @@ struct Operands {
     const bool probabilities = has_class_probabilities(target);
     if (!probabilities && target.scalar_type() != at::kLong) target = target.to(at::kLong);
     if (weight_.defined()) weight = weight_.to(accumulate_type(logits.scalar_type())).contiguous();
-    const int64_t dimension = class_dimension(logits);
+    const int64_t dimension = class_dimension(logits.sizes());
     shape.dtype = kernel_dtype(logits, kName, "input");
     shape.outer = logits.dim() == 1 ? 1 : logits.size(0);
     shape.classes = logits.size(dimension);
@@ -123,21 +139,25 @@ struct Operands {
   }
 };
 
-at::DimVector loss_shape(const Tensor& logits) {
-  at::DimVector shape(logits.sizes());
-  shape.erase(shape.begin() + class_dimension(logits));
-  return shape;
+void check_arguments(const Tensor& logits, const Tensor& target, const Tensor& weight, const LossArguments& loss) {
+  kernel_dtype(logits, kName, "input");
+  TORCH_CHECK(logits.dim() >= 1, "cross_entropy: input must have shape [C], [N, C] or [N, C, d1, ...], got a scalar");
+  check_same_device(kName, logits, "input", target, "target");
+  check_same_device(kName, logits, "input", weight, "weight");
+  check_same_dtype(kName, logits, "input", weight, "weight");
+  check_targets(kName, logits.sizes(), target, logits.scalar_type(), weight, loss);
 }
 
 ForwardResult cross_entropy_cpu(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
                                 int64_t reduction, int64_t ignore_index, double label_smoothing) {
-  check_arguments(logits, target, value_or_undefined(weight), reduction, ignore_index, label_smoothing);
+  check_arguments(logits, target, value_or_undefined(weight), {reduction, ignore_index, label_smoothing});
   const Operands operands(logits, target, value_or_undefined(weight), ignore_index, label_smoothing);
   const CrossEntropyShape& shape = operands.shape;
   if (shape.target != nullptr) check_target_range(operands.target, shape.classes, ignore_index);
 
   const auto options = logits.options().memory_format(std::nullopt);
-  Tensor loss = at::empty(reduction == kNone ? at::IntArrayRef(loss_shape(logits)) : at::IntArrayRef(), options);
+  Tensor loss =
+      at::empty(reduction == kNone ? at::IntArrayRef(loss_shape(logits.sizes())) : at::IntArrayRef(), options);
   Tensor statistics = at::empty({2, shape.outer * shape.inner}, options.dtype(accumulate_type(logits.scalar_type())));
   Tensor divisor = at::empty({}, options.dtype(at::kDouble));
   double totals[2] = {0, 0};
@@ -178,30 +198,6 @@ BackwardResult cross_entropy_backward(const Tensor& grad_loss, const Tensor& log
                                       int64_t ignore_index, double label_smoothing, std::array<bool, 2> output_mask) {
   static const auto op = find_operator<BackwardSignature>("dlkernels::cross_entropy_backward");
   return op.call(grad_loss, logits, target, weight, statistics, divisor, ignore_index, label_smoothing, output_mask);
-}
-
-// The divided loss from differentiable operators; `divisor` is a constant of the target and the weights.
-Tensor composed_loss(const Tensor& logits, const Tensor& target, const Tensor& weight, const Tensor& divisor,
-                     int64_t ignore_index, double label_smoothing, bool per_row) {
-  const int64_t dimension = class_dimension(logits), classes = logits.size(dimension);
-  const Tensor shifted = logits - logits.detach().amax(dimension, true);
-  const Tensor log_p = shifted - shifted.exp().sum(dimension, true).log();
-  Tensor share = target;
-  if (!has_class_probabilities(target)) {
-    const Tensor indices = target.to(at::kLong).reshape(loss_shape(logits)).unsqueeze(dimension);
-    const Tensor counts = indices.ne(ignore_index);
-    share = at::zeros_like(logits).scatter(dimension, indices.masked_fill(counts.logical_not(), 0), 1.0);
-    share = (share * (1.0 - label_smoothing) + label_smoothing / static_cast<double>(classes)) * counts;
-  } else if (label_smoothing != 0.0) {
-    share = share * (1.0 - label_smoothing) + label_smoothing / static_cast<double>(classes);
-  }
-  if (weight.defined()) {
-    at::DimVector broadcast(logits.dim(), 1);
-    broadcast[dimension] = classes;
-    share = share * weight.reshape(broadcast);
-  }
-  const Tensor losses = -(share * log_p).sum(dimension);
-  return (per_row ? losses : losses.sum()) / divisor.to(logits.scalar_type());
 }
 
 struct CrossEntropyBackwardNode : torch::autograd::Function<CrossEntropyBackwardNode> {

@@ -1,7 +1,20 @@
 """Modules that subclass those of ``torch.nn``: same constructors, parameters and ``state_dict``; our kernels inside."""
 
+from .attention import MultiheadAttention
 from .batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from .conv2d import Conv2d
 from .cross_entropy import CrossEntropyLoss
+from .linear_cross_entropy import LinearCrossEntropyLoss
 from .lstm import LSTM, LSTMCell
 
-__all__ = ["LSTM", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "CrossEntropyLoss", "LSTMCell"]
+__all__ = [
+    "LSTM",
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "Conv2d",
+    "CrossEntropyLoss",
+    "LSTMCell",
+    "LinearCrossEntropyLoss",
+    "MultiheadAttention",
+]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-COLUMNS = ("batch_norm", "cross_entropy", "lstm")
+COLUMNS = ("attention", "batch_norm", "conv2d", "cross_entropy", "linear_cross_entropy", "lstm")
 
 
 @dataclass
@@ -58,6 +58,7 @@ class Case:
     channels_last: bool = False  # its 4-d arguments may come in torch.channels_last
     second_order: bool = True
     infinite_arguments: tuple[int, ...] | None = None  # where Inf must act as in torch; None for everywhere
+    same_nonfinite: bool = True  # NaN and Inf appear exactly where torch has them
 
     def __str__(self) -> str:
         return f"{self.column}-{self.name}"
@@ -70,6 +71,20 @@ class OpInfoEntry:
     column: str
     torch_name: str
     function: Callable[..., Any]
+    # Samples whose values depend on torch's own order of drawing; the column's tests check what they can promise.
+    is_random: Callable[[Any], bool] = lambda sample: False
+
+    def __str__(self) -> str:
+        return self.torch_name
+
+
+@dataclass
+class ModuleInfoEntry:
+    """A module of torch's own test database that a module here must replace in full."""
+
+    column: str
+    torch_name: str
+    module: type[torch.nn.Module]
 
     def __str__(self) -> str:
         return self.torch_name
@@ -98,6 +113,16 @@ def operator_samples() -> list[tuple[str, Callable[[], tuple[Any, ...]]]]:
 def opinfo_entries() -> list[OpInfoEntry]:
     """Every (torch operator, function here) pair to hold against torch's own test database."""
     return [entry for module in column_modules() for entry in module.OPINFO]
+
+
+def moduleinfo_entries() -> list[ModuleInfoEntry]:
+    """Every (torch module, module here) pair to hold against torch's own test database; some columns have none."""
+    return [
+        ModuleInfoEntry(module.__name__.rpartition(".")[2], name, module_class)
+        for module in column_modules()
+        for name, module_class in getattr(module, "MODULEINFO", [])
+        if hasattr(torch.nn, name.removeprefix("nn."))
+    ]
 
 
 def outputs_of(result: Any) -> list[Tensor]:

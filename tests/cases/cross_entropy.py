@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from dlkernels import functional as F
+from dlkernels import nn
 
 from . import Case, OpInfoEntry, Sample, normal
 
@@ -71,3 +72,5 @@ OPERATOR_SAMPLES = [
 ]
 
 OPINFO = [OpInfoEntry("cross_entropy", "nn.functional.cross_entropy", F.cross_entropy)]
+
+MODULEINFO = [("nn.CrossEntropyLoss", nn.CrossEntropyLoss)]

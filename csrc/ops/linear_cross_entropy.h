@@ -1,0 +1,13 @@
+#pragma once
+
+#include "ops/common.h"
+
+namespace dlkernels::ops {
+
+// dlkernels::linear_cross_entropy through the dispatcher; reduction is 0 none, 1 mean, 2 sum.
+std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy(const Tensor& input, const Tensor& linear_weight,
+                                                        const OptionalTensor& linear_bias, const Tensor& target,
+                                                        const OptionalTensor& weight, int64_t reduction,
+                                                        int64_t ignore_index, double label_smoothing, bool wide_loss);
+
+}  // namespace dlkernels::ops

@@ -1,0 +1,251 @@
+"""Cross-entropy of a linear layer without its logits (Wijmans et al. 2024, *Cut Your Losses in Large-Vocabulary
+Language Models*; online softmax: Milakov and Gimelshein 2018)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _C
+from .cross_entropy import _reduction
+from .registration import traced_as
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options: Any = None,
+) -> Tensor:
+    """``cross_entropy(linear(input, linear_weight, linear_bias), target)`` that never holds the logits.
+
+    Same arguments and results as ``torch.nn.functional.linear_cross_entropy`` (torch 2.13). Forward and backward
+    compute the logits of a few hundred classes and rows at a time, so that the memory beside the arguments and their
+    gradients is a few copies of ``input``, whatever the number of classes.
+
+    Args:
+        input: shape ``[in]`` or ``[N, in]``; float32, float64, bfloat16 or float16.
+        linear_weight: shape ``[C, in]``, or ``[C, d1, ..., dK, in]`` for a K-dimensional loss of ``[N, in]`` input.
+        target: class indices (int64 or uint8) of shape ``[]``, ``[N]`` or ``[N, d1, ..., dK]``, or class probabilities
+            of shape ``[C]``, ``[N, C]`` or ``[N, C, d1, ..., dK]`` with the type of ``input``.
+        linear_bias: shape ``linear_weight.shape[:-1]``.
+        weight: weight of each class, shape ``[C]``. Not differentiable.
+        reduction: ``"none"``, ``"mean"`` (over the weights of the rows that count) or ``"sum"``.
+        ignore_index: rows with this target contribute neither to the loss nor to the gradient; ``None`` is -100. Only
+            with class indices.
+        label_smoothing: in ``[0, 1]``, the share of the uniform distribution in every target (Szegedy et al. 2016).
+        options: torch's choice of how to cut the logits into chunks. Accepted and without effect: here they are always
+            cut, in the one way the kernels are made for.
+
+    Returns:
+        The loss, a scalar, or of the shape of the class indices with ``reduction="none"``.
+
+    Raises:
+        IndexError: a class index is outside ``[0, C)`` and not ``ignore_index``.
+        ValueError: the batch sizes differ, or ``reduction`` is unknown.
+        RuntimeError: any other shape or type that does not fit.
+    """
+    probabilities = target.shape == (*input.shape[:-1], *linear_weight.shape[:-1])
+    if probabilities and ignore_index is not None:
+        raise RuntimeError("ignore_index cannot be specified when target contains probabilities")
+    ignored = -100 if ignore_index is None else ignore_index
+    code = _reduction(reduction)
+    if linear_weight.dim() > 2:
+        return _loss_of_many_outputs(
+            input, linear_weight, linear_bias, target, weight, reduction, ignored, label_smoothing
+        )
+    return _C.linear_cross_entropy(input, linear_weight, linear_bias, target, weight, code, ignored, label_smoothing)
+
+
+def _widened(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """float32 in place of ``dtype``; any other type stays, for the operator to judge."""
+    return tensor.float() if tensor.dtype == dtype else tensor
+
+
+def _loss_of_many_outputs(
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+) -> Tensor:
+    """A K-dimensional loss is one loss for each of the ``d1 * ... * dK`` positions of the weight."""
+    if input.dtype in (torch.bfloat16, torch.float16):  # widened: every position adds to the gradient of the input
+        loss = _loss_of_many_outputs(
+            input.float(),
+            _widened(linear_weight, input.dtype),
+            None if linear_bias is None else _widened(linear_bias, input.dtype),
+            _widened(target, input.dtype),
+            None if weight is None else _widened(weight, input.dtype),
+            reduction,
+            ignore_index,
+            label_smoothing,
+        )
+        device = input.device.type
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        return loss if autocast else loss.to(input.dtype)
+    classes, *positions, features = linear_weight.shape
+    if input.dim() != 2:
+        raise RuntimeError(
+            f"K-dimensional loss defined by linear_weight shape {tuple(linear_weight.shape)} requires batched input, "
+            f"(N, {features}), got unbatched input with shape {tuple(input.shape)}"
+            if input.dim() == 1
+            else f"expected input with dimensionality 1 or 2, got {input.dim()}"
+        )
+    rows = input.shape[0]
+    if linear_bias is not None and linear_bias.shape != linear_weight.shape[:-1]:
+        raise RuntimeError(f"expected linear_bias shape {(classes, *positions)}, got {tuple(linear_bias.shape)}")
+    probabilities = target.shape == (rows, classes, *positions)
+    if not probabilities:
+        if target.dim() == 0 or target.shape[0] != rows:
+            got = 0 if target.dim() == 0 else target.shape[0]
+            raise ValueError(f"Expected input batch_size ({rows}) to match target batch_size ({got}).")
+        if target.shape != (rows, *positions):
+            raise RuntimeError(f"Expected target size {[rows, *positions]}, got {list(target.shape)}")
+
+    count = math.prod(positions)
+    weights = linear_weight.reshape(classes, count, features)
+    biases = None if linear_bias is None else linear_bias.reshape(classes, count)
+    targets = target.reshape(*target.shape[: 2 if probabilities else 1], count)
+    losses = [
+        _C.linear_cross_entropy(
+            input,
+            weights[:, i],
+            None if biases is None else biases[:, i],
+            targets[..., i],
+            weight,
+            0,
+            ignore_index,
+            label_smoothing,
+        )
+        for i in range(count)
+    ]
+    loss = torch.stack(losses, 1) if losses else input[:, :0]
+    if reduction == "none":
+        loss = loss.reshape(rows, *positions)
+    elif reduction == "sum":
+        loss = loss.sum(dtype=torch.float64)
+    elif probabilities:
+        loss = loss.sum(dtype=torch.float64) / loss.numel()
+    else:
+        counts = targets.ne(ignore_index)
+        shares = counts
+        if weight is not None:
+            shares = counts * weight[targets.long().masked_fill(~counts, 0)]
+        loss = loss.sum(dtype=torch.float64) / shares.sum(dtype=torch.float64)
+    return loss.to(losses[0].dtype if losses else input.dtype)
+
+
+@traced_as(_C.linear_cross_entropy)
+def _traced(
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: int,
+    ignore_index: int,
+    label_smoothing: float,
+) -> Tensor:
+    outputs = torch.ops.dlkernels.linear_cross_entropy.default(
+        input, linear_weight, linear_bias, target, weight, reduction, ignore_index, label_smoothing, False
+    )
+    return outputs[0]
+
+
+@torch.library.register_fake("dlkernels::linear_cross_entropy")
+def _fake(
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: int,
+    ignore_index: int,
+    label_smoothing: float,
+    wide_loss: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    accumulate = torch.float64 if input.dtype == torch.float64 else torch.float32
+    rows = input.shape[0] if input.dim() == 2 else 1
+    return (
+        input.new_empty(
+            list(input.shape[:-1]) if reduction == 0 else [], dtype=accumulate if wide_loss else input.dtype
+        ),
+        input.new_empty([3, rows], dtype=accumulate),
+        input.new_empty([], dtype=torch.float64),
+    )
+
+
+@torch.library.register_fake("dlkernels::linear_cross_entropy_backward")
+def _fake_backward(
+    grad_loss: Tensor,
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    weight: Tensor | None,
+    statistics: Tensor,
+    divisor: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    output_mask: list[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    def like(wanted: bool, tensor: Tensor | None) -> Tensor | None:
+        return tensor.new_empty(tensor.shape) if wanted and tensor is not None else None
+
+    return (
+        like(output_mask[0], input),
+        like(output_mask[1], linear_weight),
+        like(output_mask[2], linear_bias),
+        like(output_mask[3], target),
+    )
+
+
+class LinearCrossEntropyFunction(torch.autograd.Function):
+    """The loss as a Python ``autograd.Function``: the same kernels, readable and composable with ``torch.func``.
+
+    ``apply(input, linear_weight, linear_bias, target, weight, reduction, ignore_index, label_smoothing)`` with
+    ``reduction`` 0 (none), 1 (mean) or 2 (sum) returns ``(loss, statistics, divisor)``; only ``loss`` is
+    differentiable.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        input: Tensor,
+        linear_weight: Tensor,
+        linear_bias: Tensor | None,
+        target: Tensor,
+        weight: Tensor | None,
+        reduction: int,
+        ignore_index: int,
+        label_smoothing: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ops.dlkernels.linear_cross_entropy.default(
+            input, linear_weight, linear_bias, target, weight, reduction, ignore_index, label_smoothing, False
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        *tensors, _, ctx.ignore_index, ctx.label_smoothing = inputs
+        _, statistics, divisor = output
+        ctx.mark_non_differentiable(statistics, divisor)
+        ctx.save_for_backward(*tensors, statistics, divisor)
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        grads = torch.ops.dlkernels.linear_cross_entropy_backward.default(
+            grad_loss, *ctx.saved_tensors, ctx.ignore_index, ctx.label_smoothing, list(ctx.needs_input_grad[:4])
+        )
+        return (*grads, None, None, None, None)
