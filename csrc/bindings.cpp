@@ -50,7 +50,7 @@ TORCH_LIBRARY(dlkernels, m) {
   // clang-format off
   m.def("batch_norm(Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? running_mean, Tensor? running_var, bool training, float eps, bool relu) -> (Tensor output, Tensor mean, Tensor variance)", tags);
   m.def("batch_norm_backward(Tensor grad_output, Tensor input, Tensor? output, Tensor? weight, Tensor mean, Tensor variance, bool training, float eps, bool relu, ScalarType? weight_type, ScalarType? bias_type, bool[4] output_mask) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)", tags);
-  m.def("batch_norm_update_(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor variance, SymInt count, float momentum) -> ()", tags);
+  m.def("update_running_statistics_(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor variance, SymInt count, float momentum) -> ()", tags);
   m.def("conv2d(Tensor input, Tensor weight, Tensor? bias, SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, SymInt groups) -> Tensor", tags);
   m.def("conv2d_backward(Tensor grad_output, Tensor input, Tensor weight, SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, SymInt groups, bool[3] output_mask) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)", tags);
   m.def("cross_entropy(Tensor logits, Tensor target, Tensor? weight, int reduction, int ignore_index, float label_smoothing) -> (Tensor loss, Tensor statistics, Tensor divisor)", tags);

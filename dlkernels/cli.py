@@ -71,6 +71,7 @@ class Operation(str, enum.Enum):
     batch_norm = "batch_norm"
     lstm = "lstm"
     cross_entropy = "cross_entropy"
+    linear_cross_entropy = "linear_cross_entropy"
     attention = "attention"
 
 

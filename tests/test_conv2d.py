@@ -93,7 +93,9 @@ def test_bad_arguments_are_named(name: str) -> None:
         F.conv2d(*args, **kwargs)
 
 
-@pytest.mark.parametrize("argument", [{"stride": 1.5}, {"padding": None}, {"groups": "2"}, {"dilation": (1, 2.5)}], ids=str)
+@pytest.mark.parametrize(
+    "argument", [{"stride": 1.5}, {"padding": None}, {"groups": "2"}, {"dilation": (1, 2.5)}], ids=str
+)
 def test_arguments_of_another_kind_are_type_errors(argument: dict[str, Any]) -> None:
     with pytest.raises(TypeError):
         F.conv2d(images(1, 2, 4, 4), kernels(2, 2, 3, 3), **argument)

@@ -150,7 +150,7 @@ BackwardResult batch_norm_backward_cpu(const Tensor& grad_output, const Tensor& 
 
 // running += momentum (statistic - running), with the unbiased variance. Per-channel work, left to torch's element-wise
 // operators.
-void batch_norm_update_cpu(const Tensor& running_mean, const Tensor& running_var, const Tensor& mean,
+void update_running_statistics_cpu(const Tensor& running_mean, const Tensor& running_var, const Tensor& mean,
                            const Tensor& variance, int64_t count, double momentum) {
   if (count <= 1) return;
   const double unbiased = static_cast<double>(count) / static_cast<double>(count - 1);
@@ -329,11 +329,11 @@ ForwardResult batch_norm_autograd(const Tensor& input, const OptionalTensor& wei
 }
 
 // Changes its arguments and returns nothing: below autograd, but in view of version counters.
-void batch_norm_update_autograd(const Tensor& running_mean, const Tensor& running_var, const Tensor& mean,
+void update_running_statistics_autograd(const Tensor& running_mean, const Tensor& running_var, const Tensor& mean,
                                 const Tensor& variance, c10::SymInt count, double momentum) {
   static const auto op =
       find_operator<void(const Tensor&, const Tensor&, const Tensor&, const Tensor&, c10::SymInt, double)>(
-          "dlkernels::batch_norm_update_");
+          "dlkernels::update_running_statistics_");
   at::AutoDispatchBelowAutograd guard;
   op.call(running_mean, running_var, mean, variance, count, momentum);
 }
@@ -349,7 +349,7 @@ Tensor batch_norm_with_update(const Tensor& input, const OptionalTensor& weight,
   if (training && input.dim() >= 2 && is_defined(running_mean) && is_defined(running_var)) {
     c10::SymInt count = input.sym_size(0);
     for (int64_t d = 2; d < input.dim(); ++d) count *= input.sym_size(d);
-    batch_norm_update_autograd(*running_mean, *running_var, mean, variance, count, momentum);
+    update_running_statistics_autograd(*running_mean, *running_var, mean, variance, count, momentum);
   }
   return output;
 }
@@ -357,12 +357,12 @@ Tensor batch_norm_with_update(const Tensor& input, const OptionalTensor& weight,
 TORCH_LIBRARY_IMPL(dlkernels, CPU, m) {
   m.impl("batch_norm", &batch_norm_cpu);
   m.impl("batch_norm_backward", &batch_norm_backward_cpu);
-  m.impl("batch_norm_update_", &batch_norm_update_cpu);
+  m.impl("update_running_statistics_", &update_running_statistics_cpu);
 }
 TORCH_LIBRARY_IMPL(dlkernels, Autograd, m) {
   m.impl("batch_norm", &batch_norm_autograd);
   m.impl("batch_norm_backward", &batch_norm_backward_autograd);
-  m.impl("batch_norm_update_", &batch_norm_update_autograd);
+  m.impl("update_running_statistics_", &update_running_statistics_autograd);
 }
 
 }  // namespace dlkernels::ops

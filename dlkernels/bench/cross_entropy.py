@@ -21,8 +21,6 @@ GROUPS = (
         (("32k", 256, 32_000), ("GPT-2", 256, 50_257), ("GPT-2 padded", 256, 50_304)),
     ),
 )
-# Name, rows, hidden size, vocabulary.
-LINEAR = (("GPT-2", 256, 768, 50_257),)
 
 
 def problem(rows: int, classes: int, dtype: torch.dtype) -> Problem:
@@ -40,24 +38,8 @@ def problem(rows: int, classes: int, dtype: torch.dtype) -> Problem:
     return Problem((logits, target), ours, peer)
 
 
-def linear_problem(rows: int, hidden: int, classes: int, dtype: torch.dtype) -> Problem:
-    """The last layer of a language model and its loss; ours in one, without the logits in memory."""
-    generator = torch.Generator().manual_seed(0)
-    states = torch.randn(rows, hidden, generator=generator).to(dtype).requires_grad_()
-    weight = (torch.randn(classes, hidden, generator=generator) / hidden**0.5).to(dtype).requires_grad_()
-    target = torch.randint(classes, (rows,), generator=generator)
-
-    def ours(states: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        return functional.linear_cross_entropy(states, weight, target)
-
-    def peer(states: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        return torch.nn.functional.cross_entropy(torch.nn.functional.linear(states, weight), target)
-
-    return Problem((states, weight, target), ours, peer)
-
-
 def cases(dtypes: tuple[torch.dtype, ...], quick: bool = False) -> Iterator[Case]:
-    """The losses alone, then with the linear layer before them."""
+    """The losses alone."""
     for group, group_dtypes, shapes in GROUPS:
         for dtype in dtypes:
             if str(dtype).removeprefix("torch.") not in group_dtypes:
@@ -73,17 +55,3 @@ def cases(dtypes: tuple[torch.dtype, ...], quick: bool = False) -> Iterator[Case
                     Cost(moved, 4 * rows * classes),
                     Cost(3 * moved, 8 * rows * classes),
                 )
-    if torch.float32 in dtypes:
-        for name, rows, hidden, classes in LINEAR:
-            rows = rows // 4 if quick else rows
-            moved = 4 * (rows * hidden + classes * hidden)
-            products = 2 * rows * hidden * classes
-            yield Case(
-                "cross_entropy",
-                "linear cross-entropy",
-                f"{name} ({rows}x{hidden} to {classes:,})",
-                torch.float32,
-                partial(linear_problem, rows, hidden, classes, torch.float32),
-                Cost(moved, products),
-                Cost(3 * moved, 3 * products),
-            )

@@ -77,7 +77,9 @@ def _traced(
         count = input.shape[0]
         for size in input.shape[2:]:
             count = count * size
-        torch.ops.dlkernels.batch_norm_update_.default(running_mean, running_var, mean, variance, count, momentum)
+        torch.ops.dlkernels.update_running_statistics_.default(
+            running_mean, running_var, mean, variance, count, momentum
+        )
     return output
 
 
@@ -128,7 +130,7 @@ def _fake_backward(
     )
 
 
-@torch.library.register_fake("dlkernels::batch_norm_update_")
+@torch.library.register_fake("dlkernels::update_running_statistics_")
 def _fake_update(
     running_mean: Tensor, running_var: Tensor, mean: Tensor, variance: Tensor, count: int, momentum: float
 ) -> None:

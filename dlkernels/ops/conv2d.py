@@ -95,17 +95,17 @@ def _fake(
     torch._check(input.dim() == 4 and weight.dim() == 4, lambda: "conv2d: expected 4-dimensional input and weight")
     torch._check(
         input.shape[1] == weight.shape[1] * groups,
-        lambda: f"conv2d: Given groups={groups}, weight of size {list(weight.shape)}, expected input"
-        f"{list(input.shape)} to have {weight.shape[1] * groups} channels, but got {input.shape[1]} channels instead",
+        lambda: (
+            f"conv2d: Given groups={groups}, weight of size {list(weight.shape)}, expected input"
+            f"{list(input.shape)} to have {weight.shape[1] * groups} channels, but got {input.shape[1]} channels instead"
+        ),
     )
     sizes = []
     for i in range(2):
         padded = input.shape[2 + i] + padding[2 * i] + padding[2 * i + 1]
         sizes.append((padded - dilation[i] * (weight.shape[2 + i] - 1) - 1) // stride[i] + 1)
     shape = [input.shape[0], weight.shape[0], *sizes]
-    return torch.empty(
-        shape, dtype=input.dtype, device=input.device, memory_format=_memory_format(input, weight)
-    )
+    return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=_memory_format(input, weight))
 
 
 @torch.library.register_fake("dlkernels::conv2d_backward")

@@ -104,7 +104,7 @@ def _update_arguments() -> tuple[Any, ...]:
 OPERATOR_SAMPLES = [
     ("batch_norm", _operator_arguments),
     ("batch_norm_backward", _backward_arguments),
-    ("batch_norm_update_", _update_arguments),
+    ("update_running_statistics_", _update_arguments),
 ]
 
 OPINFO = [OpInfoEntry("batch_norm", "nn.functional.batch_norm", F.batch_norm)]
