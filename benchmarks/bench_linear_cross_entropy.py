@@ -1,4 +1,4 @@
-"""Measures the losses of linear layers, as `dlkernels bench linear_cross_entropy`, whose options it takes; shapes are in dlkernels/bench."""
+"""Measures losses of linear layers, as `dlkernels bench linear_cross_entropy` does; shapes are in dlkernels/bench."""
 
 import sys
 

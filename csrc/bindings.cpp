@@ -4,13 +4,13 @@
 
 #include "cpu/isa.h"
 #include "cpu/kernels.h"
+#include "ops/attention.h"
 #include "ops/batch_norm.h"
 #include "ops/conv2d.h"
-#include "ops/attention.h"
 #include "ops/cross_entropy.h"
-#include "ops/python_arguments.h"
 #include "ops/linear_cross_entropy.h"
 #include "ops/lstm.h"
+#include "ops/python_arguments.h"
 #include "ops/runtime.h"
 
 namespace py = pybind11;

@@ -1,7 +1,8 @@
 """The compiled extension: one function an operation. Written by `make stub`."""
 
-import torch
 import typing
+
+import torch
 
 def attention(
     query: torch.Tensor,

@@ -35,4 +35,5 @@ def stub_text() -> str:
 if __name__ == "__main__":
     stub = ROOT / "dlkernels" / "_C.pyi"
     stub.write_text(stub_text())
+    subprocess.run([sys.executable, "-m", "ruff", "check", "--quiet", "--select", "I", "--fix", stub], check=True)
     subprocess.run([sys.executable, "-m", "ruff", "format", "--quiet", stub], check=True)

@@ -2,19 +2,21 @@
 //
 //   out[n, k, y, x] = bias[k] + sum over (c, kh, kw) of in[n, c, y s - p + kh d, x s - p + kw d] w[k, c, kh, kw]
 //
-// Forward and the gradient of the input are one algorithm, a sum over taps. A tap is a shift (dy, dx) and a C x K matrix:
+// Forward and the gradient of the input are one algorithm, a sum over taps. A tap is a shift (dy, dx) and a C x K
+// matrix:
 //
 //   out[y, x, :] = sum over taps t of in[y s + dy(t), x s + dx(t), :] W_t
 //
-// Forward has a tap per kernel position. The gradient of the input swaps the roles of C and K; where the stride is above
-// one, each of the stride_H x stride_W residues of the input's coordinates is a convolution of stride one with the taps
-// that reach it, so nothing is multiplied by zeros that the stride put there.
+// Forward has a tap per kernel position. The gradient of the input swaps the roles of C and K; where the stride is
+// above one, each of the stride_H x stride_W residues of the input's coordinates is a convolution of stride one with
+// the taps that reach it, so nothing is multiplied by zeros that the stride put there.
 //
-// A task takes a block of output pixels. It stages the input window of the block, pixel-major and zero-padded (window.h),
-// for up to kChannelBlock channels at a time. Then row pointers do what an im2col copy would: the depth of a product is
-// (tap, channel), the row of a pixel at tap t is the pixel's place in the window plus an offset that all pixels share.
-// Runs of up to kDepthBlock sums stay in the registers of multiply_tile; the weights stand packed in panels. The window
-// (a few hundred KB) and a panel's run (64 KB) live in the second-level cache, the sums of the block beside them.
+// A task takes a block of output pixels. It stages the input window of the block, pixel-major and zero-padded
+// (window.h), for up to kChannelBlock channels at a time. Then row pointers do what an im2col copy would: the depth of
+// a product is (tap, channel), the row of a pixel at tap t is the pixel's place in the window plus an offset that all
+// pixels share. Runs of up to kDepthBlock sums stay in the registers of multiply_tile; the weights stand packed in
+// panels. The window (a few hundred KB) and a panel's run (64 KB) live in the second-level cache, the sums of the block
+// beside them.
 //
 // The gradient of the weight is a product whose depth is the pixels: the same windows, against grad_output transposed.
 // Its chunks of pixels and the groups in which their sums are added follow from the shapes alone.
@@ -36,9 +38,9 @@ constexpr int64_t kOutputChannelBlock = 256;  // output channels of a task
 constexpr int64_t kGradientPixels = 256;      // pixels of a run of sums in the gradient of the weight
 constexpr int64_t kDepthwisePixels = 512;
 constexpr int64_t kDepthwiseChannels = 64;
-constexpr int64_t kWindowBytes = 2 << 20;   // fewer channels at a time when a window would be larger (wide dilations)
+constexpr int64_t kWindowBytes = 2 << 20;    // fewer channels at a time when a window would be larger (wide dilations)
 constexpr int64_t kPartialBytes = 32 << 20;  // bound of the gradient of the weight's partial sums
-constexpr int64_t kFewChannels = 8;         // input channels up to which they make poor lanes
+constexpr int64_t kFewChannels = 8;          // input channels up to which they make poor lanes
 constexpr int64_t kWantedTasks = 32;
 constexpr double kSerialWork = 1 << 18;  // multiply-adds below which threads cost more than they give
 
@@ -83,15 +85,25 @@ struct Grid {
   int64_t window_columns(int64_t columns) const { return (columns - 1) * pixel_step_x() + last_dx - first_dx + 1; }
 
   Window input_window(const Block& block) const {
-    return {block.row * input_step_y + first_dy, block.column * input_step_x + first_dx, window_rows(block.rows),
-            window_columns(block.columns),       window_step_y(),                       window_step_x()};
+    return {block.row * input_step_y + first_dy,
+            block.column * input_step_x + first_dx,
+            window_rows(block.rows),
+            window_columns(block.columns),
+            window_step_y(),
+            window_step_x()};
   }
   Window output_window(const Block& block) const {
-    return {output_y + block.row * output_step_y, output_x + block.column * output_step_x, block.rows, block.columns,
-            output_step_y,                        output_step_x};
+    return {output_y + block.row * output_step_y,
+            output_x + block.column * output_step_x,
+            block.rows,
+            block.columns,
+            output_step_y,
+            output_step_x};
   }
   // Of one image.
-  int64_t window_pixels(const Blocks& blocks) const { return window_rows(blocks.rows) * window_columns(blocks.columns); }
+  int64_t window_pixels(const Blocks& blocks) const {
+    return window_rows(blocks.rows) * window_columns(blocks.columns);
+  }
   // Window pixel of every output pixel of the block at the first tap; a tap adds tap_pixel to it.
   void place_pixels(const Block& block, int64_t* places) const {
     const Window w = input_window(block);
@@ -122,7 +134,8 @@ inline bool is_inside(const Tap& tap, const Grid::Place& place, int64_t H, int64
   return y >= 0 && y < H && x >= 0 && x < W;
 }
 
-// Matrices of the taps: element (in, out) of group g and tap t is data[g group + in * in_stride + out * out_stride + t].
+// Matrices of the taps: element (in, out) of group g and tap t is data[g group + in * in_stride + out * out_stride +
+// t].
 template <class Scalar>
 struct Weights {
   const Scalar* data;
@@ -160,7 +173,8 @@ void unstage_block(const Images<Scalar>& images, const Block& block, int64_t cha
 template <class T>
 int64_t channel_block(int64_t channels, int64_t most, int64_t window_pixels) {
   int64_t block = balanced(channels, most);
-  while (block > 1 && block * window_pixels * static_cast<int64_t>(sizeof(T)) > kWindowBytes) block = ceil_div(block, 2);
+  while (block > 1 && block * window_pixels * static_cast<int64_t>(sizeof(T)) > kWindowBytes)
+    block = ceil_div(block, 2);
   return block;
 }
 template <class T>
@@ -168,7 +182,8 @@ int64_t images_that_fit(int64_t channels, int64_t window_pixels) {
   return kWindowBytes / (channels * window_pixels * static_cast<int64_t>(sizeof(T)));
 }
 
-// Padding times a weight that is not finite would be NaN; such weights (only) are applied pixel by pixel, inside the image.
+// Padding times a weight that is not finite would be NaN; such weights (only) are applied pixel by pixel, inside the
+// image.
 template <class T>
 bool all_finite(const T* values, int64_t count) {
   constexpr int64_t lanes = Vec<T>::size;
@@ -179,7 +194,8 @@ bool all_finite(const T* values, int64_t count) {
   return reduce_add(sum) == T(0);
 }
 
-// ---- dense: products over (tap, channel) -----------------------------------------------------------------------------
+// ---- dense: products over (tap, channel)
+// -----------------------------------------------------------------------------
 
 template <class Scalar>
 class DenseConvolution {
@@ -196,8 +212,8 @@ class DenseConvolution {
         depth_(in_channels_ * grid_.tap_count),
         blocks_(conv_.input.N, grid_.rows, grid_.columns, kPixelBlock) {
     // The channel block is settled before blocks are made smaller for balance, so that it depends on shapes only.
-    channel_block_ =
-        channel_block<T>(in_channels_, grid_.tap_count == 1 ? kDepthBlock : kChannelBlock, grid_.window_pixels(blocks_));
+    channel_block_ = channel_block<T>(in_channels_, grid_.tap_count == 1 ? kDepthBlock : kChannelBlock,
+                                      grid_.window_pixels(blocks_));
     out_block_ = min_of(out_channels_, kOutputChannelBlock);
     for (int64_t pixels = kPixelBlock; tasks() < kWantedTasks / 2; pixels /= 2) {
       if (out_block_ > kPanel) {
@@ -235,8 +251,7 @@ class DenseConvolution {
       const int64_t columns = min_of(kPanel, out_channels_ - panel * kPanel);
       T* destination = packed_panel(g, panel) + c * grid_.tap_count * kPanel;
       const Weights<Scalar>& w = conv_.weights;
-      const Scalar* source =
-          w.data + g * w.group_stride + c * w.in_stride + panel * kPanel * w.out_stride;
+      const Scalar* source = w.data + g * w.group_stride + c * w.in_stride + panel * kPanel * w.out_stride;
       for (int64_t t = 0; t < grid_.tap_count; ++t) {
         pack_rows(Matrix<Scalar>{source + grid_.taps[t].weight_offset, w.in_stride, w.out_stride}, channels, columns,
                   destination + t * channels * kPanel, kPanel);
@@ -301,8 +316,9 @@ class DenseConvolution {
   }
 
   // sums[pixel][0 .. columns) (+)= all taps of `channels` channels.
-  void multiply_panel(const Block& block, const int64_t* places, const Window& window, int64_t channels, const T* staged,
-                      const T* panel, int64_t columns, T* sums, int64_t sums_stride, bool accumulate) const {
+  void multiply_panel(const Block& block, const int64_t* places, const Window& window, int64_t channels,
+                      const T* staged, const T* panel, int64_t columns, T* sums, int64_t sums_stride,
+                      bool accumulate) const {
     const int64_t pixels = block.pixels(), taps_per_run = max_of(1, kDepthBlock / channels);
     const int64_t pixels_together = finite_weights_ ? kTileRows : 1;
     Segment segments[kDepthBlock];
@@ -350,7 +366,8 @@ class DenseConvolution {
   bool finite_weights_ = true;
 };
 
-// ---- depthwise: lanes are channels -----------------------------------------------------------------------------------
+// ---- depthwise: lanes are channels
+// -----------------------------------------------------------------------------------
 
 template <class T>
 DLKERNELS_INLINE Vec<T> load_lanes(const T* p, int64_t count) {
@@ -527,7 +544,8 @@ void convolve(const Convolution<Scalar>& convolution) {
   }
 }
 
-// ---- forward -----------------------------------------------------------------------------------------------------------
+// ---- forward
+// -----------------------------------------------------------------------------------------------------------
 
 template <class Scalar>
 Images<Scalar> input_images(const Conv2dGeometry& g, Scalar* data) {
@@ -565,7 +583,8 @@ void forward_of(const Conv2dForwardArgs& args) {
                     forward_grid(g, taps.data())});
 }
 
-// ---- gradient of the input -----------------------------------------------------------------------------------------------
+// ---- gradient of the input
+// -----------------------------------------------------------------------------------------------
 
 // Input pixels (q stride + residue): kernel position kh reaches them from output row q + (residue + padding - kh
 // dilation) / stride where that is whole.
@@ -611,7 +630,8 @@ void input_gradient(const Conv2dBackwardArgs& args) {
   }
 }
 
-// ---- gradient of the weight, dense -----------------------------------------------------------------------------------
+// ---- gradient of the weight, dense
+// -----------------------------------------------------------------------------------
 
 // Parts that the pixel chunks are dealt to in order; each part's sums are added up apart, and the parts in order.
 inline int64_t part_count(int64_t chunks, int64_t tasks_per_part, int64_t bytes_per_part) {
@@ -633,7 +653,8 @@ class DenseWeightGradient {
         out_channels_(g.K / g.groups),
         chunks_(g.N, g.output_H, g.output_W, kGradientPixels) {
     const bool pointwise = grid.tap_count == 1;
-    in_block_ = channel_block<T>(in_channels_, pointwise ? 2 * kChannelBlock : kChannelBlock, grid.window_pixels(chunks_));
+    in_block_ =
+        channel_block<T>(in_channels_, pointwise ? 2 * kChannelBlock : kChannelBlock, grid.window_pixels(chunks_));
     chunks_.limit_images(images_that_fit<T>(in_block_, grid.window_pixels(chunks_)));
     out_block_ = balanced(out_channels_, pointwise ? 128 : 64);
     // Neighbouring kernel columns are neighbours in the window: one wider product for all of them.
@@ -650,8 +671,9 @@ class DenseWeightGradient {
     Scratch<T> partial(parts_ * regions_ * region_size_);
     const double work = 1.0 * g_.N * g_.output_H * g_.output_W * g_.K * in_channels_ * grid_.tap_count;
     const int64_t tasks = parts_ * regions_;
-    parallel_for(tasks, work < kSerialWork ? tasks : 1,
-                 [&](int64_t task) { run_part(task / regions_, task % regions_, partial.data() + task * region_size_); });
+    parallel_for(tasks, work < kSerialWork ? tasks : 1, [&](int64_t task) {
+      run_part(task / regions_, task % regions_, partial.data() + task * region_size_);
+    });
     parallel_for(regions_, work < kSerialWork ? regions_ : 1, [&](int64_t region) {
       T* sum = partial.data() + region * region_size_;
       for (int64_t part = 1; part < parts_; ++part) {
@@ -671,8 +693,8 @@ class DenseWeightGradient {
             min_of(out_block_, out_channels_ - out)};
   }
 
-  // sums: [kernel_H][out][kernel_W x in] when merged, [kernel_H][kernel_W x in][out] when swapped (few input channels, so
-  // that the output channels are the lanes), otherwise [kernel_H][kernel_W][out][in].
+  // sums: [kernel_H][out][kernel_W x in] when merged, [kernel_H][kernel_W x in][out] when swapped (few input channels,
+  // so that the output channels are the lanes), otherwise [kernel_H][kernel_W][out][in].
   void run_part(int64_t part, int64_t index, T* sums) const {
     const Region region = region_at(index);
     const int64_t first = part * chunks_.count() / parts_, end = (part + 1) * chunks_.count() / parts_;
@@ -812,9 +834,11 @@ class DenseWeightGradient {
   bool merged_, swapped_;
 };
 
-// ---- gradient of the weight, depthwise -------------------------------------------------------------------------------
+// ---- gradient of the weight, depthwise
+// -------------------------------------------------------------------------------
 
-// sums[t][lane] += sum over pixels of gradient[pixel] * window[place + tap t], for Taps taps and one vector of channels.
+// sums[t][lane] += sum over pixels of gradient[pixel] * window[place + tap t], for Taps taps and one vector of
+// channels.
 template <int Taps, class T>
 void add_pixels(int64_t pixels, const T* gradient, const T* staged, const int64_t* places, int64_t channels,
                 const int64_t* tap_offsets, int64_t lanes, T* sums, int64_t sums_stride) {
@@ -928,7 +952,8 @@ void weight_gradient(const Conv2dBackwardArgs& args) {
   }
 }
 
-// ---- gradient of the bias ----------------------------------------------------------------------------------------------
+// ---- gradient of the bias
+// ----------------------------------------------------------------------------------------------
 
 constexpr int64_t kBiasPixels = 4096;  // pixels of an image summed in one run
 
@@ -997,7 +1022,8 @@ void bias_gradient(const Conv2dBackwardArgs& args) {
   }
 }
 
-// ---- table -------------------------------------------------------------------------------------------------------------
+// ---- table
+// -------------------------------------------------------------------------------------------------------------
 
 void forward(const Conv2dForwardArgs& args) {
   dispatch(args.dtype, [&](auto* type) { forward_of<std::remove_pointer_t<decltype(type)>>(args); });

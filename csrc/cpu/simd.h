@@ -288,7 +288,8 @@ DLKERNELS_INLINE Vec<T> interleave(Vec<T> a, Vec<T> b, std::index_sequence<Lane.
       __builtin_shufflevector(a.raw, b.raw, (First + static_cast<int>(Lane / 2 + Lane % 2 * Vec<T>::size))...));
 }
 
-// rows[i][j] <-> rows[j][i]. Each pass rotates the bits of (row, lane) by one place; half of them all is a transposition.
+// rows[i][j] <-> rows[j][i]. Each pass rotates the bits of (row, lane) by one place; half of them all is a
+// transposition.
 template <class T>
 DLKERNELS_INLINE void transpose_square(Vec<T> (&rows)[Vec<T>::size]) {
   constexpr int64_t size = Vec<T>::size;

@@ -151,7 +151,7 @@ BackwardResult batch_norm_backward_cpu(const Tensor& grad_output, const Tensor& 
 // running += momentum (statistic - running), with the unbiased variance. Per-channel work, left to torch's element-wise
 // operators.
 void update_running_statistics_cpu(const Tensor& running_mean, const Tensor& running_var, const Tensor& mean,
-                           const Tensor& variance, int64_t count, double momentum) {
+                                   const Tensor& variance, int64_t count, double momentum) {
   if (count <= 1) return;
   const double unbiased = static_cast<double>(count) / static_cast<double>(count - 1);
   running_mean.copy_(running_mean.to(mean.scalar_type()) * (1 - momentum) + mean * momentum);
@@ -330,7 +330,7 @@ ForwardResult batch_norm_autograd(const Tensor& input, const OptionalTensor& wei
 
 // Changes its arguments and returns nothing: below autograd, but in view of version counters.
 void update_running_statistics_autograd(const Tensor& running_mean, const Tensor& running_var, const Tensor& mean,
-                                const Tensor& variance, c10::SymInt count, double momentum) {
+                                        const Tensor& variance, c10::SymInt count, double momentum) {
   static const auto op =
       find_operator<void(const Tensor&, const Tensor&, const Tensor&, const Tensor&, c10::SymInt, double)>(
           "dlkernels::update_running_statistics_");

@@ -27,7 +27,8 @@ def batch_norm(
     """Normalises each channel; same arguments and results as ``torch.nn.functional.batch_norm``, and two more.
 
     Args:
-        input: shape ``[N, C]`` to ``[N, C, D, H, W]``, contiguous or channels last; float32, float64, bfloat16 or float16.
+        input: shape ``[N, C]`` to ``[N, C, D, H, W]``, contiguous or channels last; float32, float64, bfloat16 or
+            float16.
         running_mean, running_var: shape ``[C]``; used when not training, moved towards the batch's mean and unbiased
             variance when training. May be None when training.
         weight, bias: shape ``[C]``, None for ones and zeros. All four may be float32 when ``input`` is a half type.
