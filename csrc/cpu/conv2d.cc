@@ -2,19 +2,21 @@
 //
 //   out[n, k, y, x] = bias[k] + sum over (c, kh, kw) of in[n, c, y s - p + kh d, x s - p + kw d] w[k, c, kh, kw]
 //
-// Forward and the gradient of the input are one algorithm, a sum over taps. A tap is a shift (dy, dx) and a C x K matrix:
+// Forward and the gradient of the input are one algorithm, a sum over taps. A tap is a shift (dy, dx) and a C x K
+// matrix:
 //
 //   out[y, x, :] = sum over taps t of in[y s + dy(t), x s + dx(t), :] W_t
 //
-// Forward has a tap per kernel position. The gradient of the input swaps the roles of C and K; where the stride is above
-// one, each of the stride_H x stride_W residues of the input's coordinates is a convolution of stride one with the taps
-// that reach it, so nothing is multiplied by zeros that the stride put there.
+// Forward has a tap per kernel position. The gradient of the input swaps the roles of C and K; where the stride is
+// above one, each of the stride_H x stride_W residues of the input's coordinates is a convolution of stride one with
+// the taps that reach it, so nothing is multiplied by zeros that the stride put there.
 //
-// A task takes a block of output pixels. It stages the input window of the block, pixel-major and zero-padded (window.h),
-// for up to kChannelBlock channels at a time. Then row pointers do what an im2col copy would: the depth of a product is
-// (tap, channel), the row of a pixel at tap t is the pixel's place in the window plus an offset that all pixels share.
-// Runs of up to kDepthBlock sums stay in the registers of multiply_tile; the weights stand packed in panels. The window
-// (a few hundred KB) and a panel's run (64 KB) live in the second-level cache, the sums of the block beside them.
+// A task takes a block of output pixels. It stages the input window of the block, pixel-major and zero-padded
+// (window.h), for up to kChannelBlock channels at a time. Then row pointers do what an im2col copy would: the depth of
+// a product is (tap, channel), the row of a pixel at tap t is the pixel's place in the window plus an offset that all
+// pixels share. Runs of up to kDepthBlock sums stay in the registers of multiply_tile; the weights stand packed in
+// panels. The window (a few hundred KB) and a panel's run (64 KB) live in the second-level cache, the sums of the block
+// beside them.
 //
 // The gradient of the weight is a product whose depth is the pixels: the same windows, against grad_output transposed.
 // Its chunks of pixels and the groups in which their sums are added follow from the shapes alone.
@@ -36,9 +38,9 @@ constexpr int64_t kOutputChannelBlock = 256;  // output channels of a task
 constexpr int64_t kGradientPixels = 256;      // pixels of a run of sums in the gradient of the weight
 constexpr int64_t kDepthwisePixels = 512;
 constexpr int64_t kDepthwiseChannels = 64;
-constexpr int64_t kWindowBytes = 2 << 20;   // fewer channels at a time when a window would be larger (wide dilations)
+constexpr int64_t kWindowBytes = 2 << 20;    // fewer channels at a time when a window would be larger (wide dilations)
 constexpr int64_t kPartialBytes = 32 << 20;  // bound of the gradient of the weight's partial sums
-constexpr int64_t kFewChannels = 8;         // input channels up to which they make poor lanes
+constexpr int64_t kFewChannels = 8;          // input channels up to which they make poor lanes
 constexpr int64_t kWantedTasks = 32;
 constexpr double kSerialWork = 1 << 18;  // multiply-adds below which threads cost more than they give
 
@@ -83,15 +85,25 @@ struct Grid {
   int64_t window_columns(int64_t columns) const { return (columns - 1) * pixel_step_x() + last_dx - first_dx + 1; }
 
   Window input_window(const Block& block) const {
-    return {block.row * input_step_y + first_dy, block.column * input_step_x + first_dx, window_rows(block.rows),
-            window_columns(block.columns),       window_step_y(),                       window_step_x()};
+    return {block.row * input_step_y + first_dy,
+            block.column * input_step_x + first_dx,
+            window_rows(block.rows),
+            window_columns(block.columns),
+            window_step_y(),
+            window_step_x()};
   }
   Window output_window(const Block& block) const {
-    return {output_y + block.row * output_step_y, output_x + block.column * output_step_x, block.rows, block.columns,
-            output_step_y,                        output_step_x};
+    return {output_y + block.row * output_step_y,
+            output_x + block.column * output_step_x,
+            block.rows,
+            block.columns,
+            output_step_y,
+            output_step_x};
   }
   // Of one image.
-  int64_t window_pixels(const Blocks& blocks) const { return window_rows(blocks.rows) * window_columns(blocks.columns); }
+  int64_t window_pixels(const Blocks& blocks) const {
+    return window_rows(blocks.rows) * window_columns(blocks.columns);
+  }
   // Window pixel of every output pixel of the block at the first tap; a tap adds tap_pixel to it.
   void place_pixels(const Block& block, int64_t* places) const {
     const Window w = input_window(block);
@@ -106,23 +118,16 @@ struct Grid {
   int64_t tap_pixel(const Tap& tap, const Window& w) const {
     return (tap.dy - first_dy) * w.columns + tap.dx - first_dx;
   }
-  // What a tap of no shift reads for a pixel of the block.
-  struct Place {
-    int64_t y, x;
-  };
-  Place place_of(const Block& block, int64_t pixel) const {
-    return {(block.row + pixel / block.columns % block.rows) * input_step_y,
-            (block.column + pixel % block.columns) * input_step_x};
+  // Whether the tap of a pixel of the block lies inside an H x W image and not in its padding.
+  bool is_inside(const Tap& tap, const Block& block, int64_t pixel, int64_t H, int64_t W) const {
+    const int64_t i = pixel / block.columns % block.rows, j = pixel % block.columns;
+    const int64_t y = (block.row + i) * input_step_y + tap.dy, x = (block.column + j) * input_step_x + tap.dx;
+    return y >= 0 && y < H && x >= 0 && x < W;
   }
 };
 
-// Whether a tap reads the image and not its padding.
-inline bool is_inside(const Tap& tap, const Grid::Place& place, int64_t H, int64_t W) {
-  const int64_t y = place.y + tap.dy, x = place.x + tap.dx;
-  return y >= 0 && y < H && x >= 0 && x < W;
-}
-
-// Matrices of the taps: element (in, out) of group g and tap t is data[g group + in * in_stride + out * out_stride + t].
+// Matrices of the taps: element (in, out) of group g and tap t is data[g group + in * in_stride + out * out_stride +
+// t].
 template <class Scalar>
 struct Weights {
   const Scalar* data;
@@ -160,7 +165,8 @@ void unstage_block(const Images<Scalar>& images, const Block& block, int64_t cha
 template <class T>
 int64_t channel_block(int64_t channels, int64_t most, int64_t window_pixels) {
   int64_t block = balanced(channels, most);
-  while (block > 1 && block * window_pixels * static_cast<int64_t>(sizeof(T)) > kWindowBytes) block = ceil_div(block, 2);
+  while (block > 1 && block * window_pixels * static_cast<int64_t>(sizeof(T)) > kWindowBytes)
+    block = ceil_div(block, 2);
   return block;
 }
 template <class T>
@@ -168,7 +174,8 @@ int64_t images_that_fit(int64_t channels, int64_t window_pixels) {
   return kWindowBytes / (channels * window_pixels * static_cast<int64_t>(sizeof(T)));
 }
 
-// Padding times a weight that is not finite would be NaN; such weights (only) are applied pixel by pixel, inside the image.
+// Padding times a weight that is not finite would be NaN; such weights (only) are applied pixel by pixel, inside the
+// image.
 template <class T>
 bool all_finite(const T* values, int64_t count) {
   constexpr int64_t lanes = Vec<T>::size;
@@ -179,7 +186,8 @@ bool all_finite(const T* values, int64_t count) {
   return reduce_add(sum) == T(0);
 }
 
-// ---- dense: products over (tap, channel) -----------------------------------------------------------------------------
+// ---- dense: products over (tap, channel)
+// -----------------------------------------------------------------------------
 
 template <class Scalar>
 class DenseConvolution {
@@ -196,8 +204,8 @@ class DenseConvolution {
         depth_(in_channels_ * grid_.tap_count),
         blocks_(conv_.input.N, grid_.rows, grid_.columns, kPixelBlock) {
     // The channel block is settled before blocks are made smaller for balance, so that it depends on shapes only.
-    channel_block_ =
-        channel_block<T>(in_channels_, grid_.tap_count == 1 ? kDepthBlock : kChannelBlock, grid_.window_pixels(blocks_));
+    channel_block_ = channel_block<T>(in_channels_, grid_.tap_count == 1 ? kDepthBlock : kChannelBlock,
+                                      grid_.window_pixels(blocks_));
     out_block_ = min_of(out_channels_, kOutputChannelBlock);
     for (int64_t pixels = kPixelBlock; tasks() < kWantedTasks / 2; pixels /= 2) {
       if (out_block_ > kPanel) {
@@ -235,8 +243,7 @@ class DenseConvolution {
       const int64_t columns = min_of(kPanel, out_channels_ - panel * kPanel);
       T* destination = packed_panel(g, panel) + c * grid_.tap_count * kPanel;
       const Weights<Scalar>& w = conv_.weights;
-      const Scalar* source =
-          w.data + g * w.group_stride + c * w.in_stride + panel * kPanel * w.out_stride;
+      const Scalar* source = w.data + g * w.group_stride + c * w.in_stride + panel * kPanel * w.out_stride;
       for (int64_t t = 0; t < grid_.tap_count; ++t) {
         pack_rows(Matrix<Scalar>{source + grid_.taps[t].weight_offset, w.in_stride, w.out_stride}, channels, columns,
                   destination + t * channels * kPanel, kPanel);
@@ -301,8 +308,9 @@ class DenseConvolution {
   }
 
   // sums[pixel][0 .. columns) (+)= all taps of `channels` channels.
-  void multiply_panel(const Block& block, const int64_t* places, const Window& window, int64_t channels, const T* staged,
-                      const T* panel, int64_t columns, T* sums, int64_t sums_stride, bool accumulate) const {
+  void multiply_panel(const Block& block, const int64_t* places, const Window& window, int64_t channels,
+                      const T* staged, const T* panel, int64_t columns, T* sums, int64_t sums_stride,
+                      bool accumulate) const {
     const int64_t pixels = block.pixels(), taps_per_run = max_of(1, kDepthBlock / channels);
     const int64_t pixels_together = finite_weights_ ? kTileRows : 1;
     Segment segments[kDepthBlock];
@@ -326,10 +334,9 @@ class DenseConvolution {
   int64_t segments_of(int64_t first, int64_t taps, const Block& block, int64_t pixel, const Window& window,
                       int64_t channels, Segment* segments) const {
     int64_t count = 0;
-    const Grid::Place place = grid_.place_of(block, max_of(pixel, 0));
     for (int64_t i = 0; i < taps; ++i) {
       const Tap& tap = grid_.taps[first + i];
-      if (pixel >= 0 && !is_inside(tap, place, conv_.input.H, conv_.input.W)) continue;
+      if (pixel >= 0 && !grid_.is_inside(tap, block, pixel, conv_.input.H, conv_.input.W)) continue;
       const int64_t a_offset = grid_.tap_pixel(tap, window) * channels, b_offset = i * channels * kPanel;
       Segment* last = segments + count - 1;
       if (count > 0 && last->a_offset + last->depth == a_offset && last->b_offset + last->depth * kPanel == b_offset) {
@@ -350,7 +357,8 @@ class DenseConvolution {
   bool finite_weights_ = true;
 };
 
-// ---- depthwise: lanes are channels -----------------------------------------------------------------------------------
+// ---- depthwise: lanes are channels
+// -----------------------------------------------------------------------------------
 
 template <class T>
 DLKERNELS_INLINE Vec<T> load_lanes(const T* p, int64_t count) {
@@ -361,20 +369,16 @@ DLKERNELS_INLINE void store_lanes(T* p, Vec<T> value, int64_t count) {
   count == Vec<T>::size ? store(p, value) : store(p, value, count);
 }
 
-// Where a tap reads, from the pixel, and where its weights are, from the first tap's.
-struct TapOffset {
-  int64_t source, weight;
-};
-
 // out[p] = bias + sum over taps of source[p + tap] * weight[tap], for Pixels pixels and one vector of channels.
 template <int Pixels, class T>
-DLKERNELS_INLINE void apply_taps(const T* source, int64_t source_stride, const TapOffset* offsets, int64_t taps,
-                                 const T* weight, Vec<T> bias, int64_t lanes, T* out, int64_t out_stride) {
+DLKERNELS_INLINE void apply_taps(const T* source, int64_t source_stride, const int64_t* tap_offsets, int64_t taps,
+                                 const T* weight, int64_t weight_stride, Vec<T> bias, int64_t lanes, T* out,
+                                 int64_t out_stride) {
   Vec<T> sum[Pixels];
   for (int p = 0; p < Pixels; ++p) sum[p] = Vec<T>::zero();
   for (int64_t t = 0; t < taps; ++t) {
-    const Vec<T> w = load_lanes(weight + offsets[t].weight, lanes);
-    const T* shifted = source + offsets[t].source;
+    const Vec<T> w = load_lanes(weight + t * weight_stride, lanes);
+    const T* shifted = source + tap_offsets[t];
     for (int p = 0; p < Pixels; ++p) sum[p] = fma(load_lanes(shifted + p * source_stride, lanes), w, sum[p]);
   }
   for (int p = 0; p < Pixels; ++p) store_lanes(out + p * out_stride, sum[p] + bias, lanes);
@@ -410,104 +414,83 @@ class DepthwiseConvolution {
   }
 
  private:
-  // A row of output pixels of the block.
-  struct Row {
-    const T* source;  // what the first pixel reads at an offset of zero
-    int64_t source_stride;
-    T* out;
-    int64_t out_stride;
-  };
-
   void run_block(const Block& block, int64_t channel, int64_t channels, const T* weight) const {
     const Window window = grid_.input_window(block), output_window = grid_.output_window(block);
-    const int64_t taps = grid_.tap_count, C = conv_.input.C, W = conv_.input.W;
-    // Channels-last arrays of the type of the sums are read and written in place.
+    const int64_t taps = grid_.tap_count, C = conv_.input.C;
+    // Channels-last results of the type of the sums go straight to the output.
     constexpr bool same_type = sizeof(T) == sizeof(Scalar);
-    const bool in_place = same_type && conv_.input.channels_last;
-    Scratch<T> staged(in_place ? 0 : block.images * window.rows * window.columns * channels);
-    Scratch<T> results(in_place ? 0 : block.pixels() * channels), bias(channels);
-    Scratch<TapOffset> offsets(2 * max_of(taps, 1));
-    bool finite = true;
-    for (int64_t t = 0; t < taps; ++t) {
-      const Tap& tap = grid_.taps[t];
-      offsets[t] = {in_place ? (tap.dy * W + tap.dx) * C : grid_.tap_pixel(tap, window) * channels, t * C};
-      finite = finite && all_finite(weight + t * C, channels);
-    }
-    if (taps > 0 && !in_place) stage_block(conv_.input, block, channel, channels, window, staged.data());
+    const bool direct = same_type && conv_.output.channels_last;
+    Scratch<T> staged(block.images * window.rows * window.columns * channels);
+    Scratch<T> results(direct ? 0 : block.pixels() * channels), bias(channels);
+    Scratch<int64_t> offsets(max_of(taps, 1));
+    for (int64_t t = 0; t < taps; ++t) offsets[t] = grid_.tap_pixel(grid_.taps[t], window) * channels;
+    if (taps > 0) stage_block(conv_.input, block, channel, channels, window, staged.data());
     fill(bias.data(), T(0), channels);
     if (conv_.bias != nullptr) widen_row(conv_.bias + channel, channels, bias.data());
+    bool finite = true;
+    for (int64_t t = 0; t < taps; ++t) finite = finite && all_finite(weight + t * C, channels);
 
-    for (int64_t r = 0; r < block.images * block.rows; ++r) {
-      const int64_t n = r / block.rows, i = r % block.rows, y = (block.row + i) * grid_.input_step_y;
-      Row row = {staged.data() + (n * window.rows + i * grid_.pixel_step_y()) * window.columns * channels,
-                 grid_.pixel_step_x() * channels, results.data() + r * block.columns * channels, channels};
-      int64_t inside = 0, inside_end = finite ? block.columns : 0;
+    for (int64_t row = 0; row < block.images * block.rows; ++row) {
+      const int64_t n = row / block.rows, i = row % block.rows;
+      const T* source = staged.data() + (n * window.rows + i * grid_.pixel_step_y()) * window.columns * channels;
+      T* out = results.data() + row * block.columns * channels;
+      int64_t out_stride = channels;
       if constexpr (same_type) {
-        if (in_place) {
-          row = {conv_.input.at(block.image + n, channel, 0, 0) + (y * W + block.column * grid_.input_step_x) * C,
-                 grid_.input_step_x * C,
-                 conv_.output.at(block.image + n, channel, output_window.y + i * output_window.step_y, output_window.x),
-                 output_window.step_x * C};
-          if (y + grid_.first_dy < 0 || y + grid_.last_dy >= conv_.input.H) inside_end = 0;
-          inside = first_inside(block);
-          inside_end = max_of(inside, min_of(inside_end, end_inside(block)));
+        if (direct) {
+          out = conv_.output.at(block.image + n, channel, output_window.y + i * output_window.step_y, output_window.x);
+          out_stride = output_window.step_x * C;
         }
       }
-      run_border(block, r, 0, min_of(inside, block.columns), row, channels, offsets.data(), weight, bias.data());
-      run_row(inside, inside_end, row, channels, offsets.data(), taps, weight, bias.data());
-      run_border(block, r, inside_end, block.columns, row, channels, offsets.data(), weight, bias.data());
+      if (finite) {
+        run_row(block.columns, channels, source, offsets.data(), weight, bias.data(), out, out_stride);
+      } else {
+        run_row_inside(block, row * block.columns, channels, source, offsets.data(), weight, bias.data(), out,
+                       out_stride);
+      }
     }
-    if (!in_place) unstage_block(conv_.output, block, channel, channels, output_window, results.data());
+    if (!direct) unstage_block(conv_.output, block, channel, channels, output_window, results.data());
   }
 
-  // The block's columns all of whose taps lie inside the image are [first_inside, end_inside).
-  int64_t first_inside(const Block& block) const {
-    return min_of(block.columns, max_of(0, ceil_div(max_of(0, -grid_.first_dx), grid_.input_step_x) - block.column));
-  }
-  int64_t end_inside(const Block& block) const {
-    const int64_t last = conv_.input.W - 1 - grid_.last_dx;
-    return last < 0 ? 0 : min_of(block.columns, max_of(0, last / grid_.input_step_x + 1 - block.column));
-  }
-
-  // Columns [begin, end) with all the taps given.
-  void run_row(int64_t begin, int64_t end, const Row& row, int64_t channels, const TapOffset* offsets, int64_t taps,
-               const T* weight, const T* bias) const {
+  void run_row(int64_t columns, int64_t channels, const T* source, const int64_t* offsets, const T* weight,
+               const T* bias, T* out, int64_t out_stride) const {
+    const int64_t taps = grid_.tap_count, C = conv_.input.C, step = grid_.pixel_step_x() * channels;
     constexpr int64_t size = Vec<T>::size;
-    const int64_t whole = channels / size * size;
-    int64_t j = begin;
-    for (; j + kPixels <= end; j += kPixels) {
-      const T* source = row.source + j * row.source_stride;
-      T* out = row.out + j * row.out_stride;
-      for (int64_t c = 0; c < whole; c += size) {
-        apply_taps<kPixels>(source + c, row.source_stride, offsets, taps, weight + c, load(bias + c), size, out + c,
-                            row.out_stride);
+    int64_t j = 0;
+    for (; j + kPixels <= columns; j += kPixels) {
+      int64_t c = 0;
+      for (; c + size <= channels; c += size) {
+        apply_taps<kPixels>(source + j * step + c, step, offsets, taps, weight + c, C, load(bias + c), size,
+                            out + j * out_stride + c, out_stride);
       }
-      if (whole < channels) {
-        const int64_t lanes = channels - whole;
-        apply_taps<kPixels>(source + whole, row.source_stride, offsets, taps, weight + whole, load(bias + whole, lanes),
-                            lanes, out + whole, row.out_stride);
+      if (c < channels) {
+        apply_taps<kPixels>(source + j * step + c, step, offsets, taps, weight + c, C, load(bias + c, channels - c),
+                            channels - c, out + j * out_stride + c, out_stride);
       }
     }
-    for (; j < end; ++j) {
+    for (; j < columns; ++j) {
       for (int64_t c = 0; c < channels; c += size) {
         const int64_t lanes = min_of(size, channels - c);
-        apply_taps<1>(row.source + j * row.source_stride + c, row.source_stride, offsets, taps, weight + c,
-                      load_lanes(bias + c, lanes), lanes, row.out + j * row.out_stride + c, row.out_stride);
+        apply_taps<1>(source + j * step + c, step, offsets, taps, weight + c, C, load_lanes(bias + c, lanes), lanes,
+                      out + j * out_stride + c, out_stride);
       }
     }
   }
 
-  // Columns [begin, end), each with the taps that lie inside the image alone. The second half of offsets is work space.
-  void run_border(const Block& block, int64_t r, int64_t begin, int64_t end, const Row& row, int64_t channels,
-                  TapOffset* offsets, const T* weight, const T* bias) const {
-    TapOffset* chosen = offsets + grid_.tap_count;
-    for (int64_t j = begin; j < end; ++j) {
-      int64_t count = 0;
-      const Grid::Place place = grid_.place_of(block, r * block.columns + j);
+  // The same with the taps that lie inside the image alone.
+  void run_row_inside(const Block& block, int64_t first_pixel, int64_t channels, const T* source,
+                      const int64_t* offsets, const T* weight, const T* bias, T* out, int64_t out_stride) const {
+    const int64_t C = conv_.input.C, step = grid_.pixel_step_x() * channels;
+    for (int64_t j = 0; j < block.columns; ++j) {
+      __builtin_memcpy(out + j * out_stride, bias, static_cast<size_t>(channels) * sizeof(T));
       for (int64_t t = 0; t < grid_.tap_count; ++t) {
-        if (is_inside(grid_.taps[t], place, conv_.input.H, conv_.input.W)) chosen[count++] = offsets[t];
+        if (!grid_.is_inside(grid_.taps[t], block, first_pixel + j, conv_.input.H, conv_.input.W)) continue;
+        for (int64_t c = 0; c < channels; c += Vec<T>::size) {
+          const int64_t lanes = min_of(Vec<T>::size, channels - c);
+          T* sum = out + j * out_stride + c;
+          apply_taps<1>(source + j * step + c, step, offsets + t, 1, weight + t * C + c, C, load_lanes(sum, lanes),
+                        lanes, sum, out_stride);
+        }
       }
-      run_row(j, j + 1, row, channels, chosen, count, weight, bias);
     }
   }
 
@@ -527,7 +510,8 @@ void convolve(const Convolution<Scalar>& convolution) {
   }
 }
 
-// ---- forward -----------------------------------------------------------------------------------------------------------
+// ---- forward
+// -----------------------------------------------------------------------------------------------------------
 
 template <class Scalar>
 Images<Scalar> input_images(const Conv2dGeometry& g, Scalar* data) {
@@ -565,7 +549,8 @@ void forward_of(const Conv2dForwardArgs& args) {
                     forward_grid(g, taps.data())});
 }
 
-// ---- gradient of the input -----------------------------------------------------------------------------------------------
+// ---- gradient of the input
+// -----------------------------------------------------------------------------------------------
 
 // Input pixels (q stride + residue): kernel position kh reaches them from output row q + (residue + padding - kh
 // dilation) / stride where that is whole.
@@ -611,7 +596,8 @@ void input_gradient(const Conv2dBackwardArgs& args) {
   }
 }
 
-// ---- gradient of the weight, dense -----------------------------------------------------------------------------------
+// ---- gradient of the weight, dense
+// -----------------------------------------------------------------------------------
 
 // Parts that the pixel chunks are dealt to in order; each part's sums are added up apart, and the parts in order.
 inline int64_t part_count(int64_t chunks, int64_t tasks_per_part, int64_t bytes_per_part) {
@@ -633,7 +619,8 @@ class DenseWeightGradient {
         out_channels_(g.K / g.groups),
         chunks_(g.N, g.output_H, g.output_W, kGradientPixels) {
     const bool pointwise = grid.tap_count == 1;
-    in_block_ = channel_block<T>(in_channels_, pointwise ? 2 * kChannelBlock : kChannelBlock, grid.window_pixels(chunks_));
+    in_block_ =
+        channel_block<T>(in_channels_, pointwise ? 2 * kChannelBlock : kChannelBlock, grid.window_pixels(chunks_));
     chunks_.limit_images(images_that_fit<T>(in_block_, grid.window_pixels(chunks_)));
     out_block_ = balanced(out_channels_, pointwise ? 128 : 64);
     // Neighbouring kernel columns are neighbours in the window: one wider product for all of them.
@@ -650,8 +637,9 @@ class DenseWeightGradient {
     Scratch<T> partial(parts_ * regions_ * region_size_);
     const double work = 1.0 * g_.N * g_.output_H * g_.output_W * g_.K * in_channels_ * grid_.tap_count;
     const int64_t tasks = parts_ * regions_;
-    parallel_for(tasks, work < kSerialWork ? tasks : 1,
-                 [&](int64_t task) { run_part(task / regions_, task % regions_, partial.data() + task * region_size_); });
+    parallel_for(tasks, work < kSerialWork ? tasks : 1, [&](int64_t task) {
+      run_part(task / regions_, task % regions_, partial.data() + task * region_size_);
+    });
     parallel_for(regions_, work < kSerialWork ? regions_ : 1, [&](int64_t region) {
       T* sum = partial.data() + region * region_size_;
       for (int64_t part = 1; part < parts_; ++part) {
@@ -671,8 +659,8 @@ class DenseWeightGradient {
             min_of(out_block_, out_channels_ - out)};
   }
 
-  // sums: [kernel_H][out][kernel_W x in] when merged, [kernel_H][kernel_W x in][out] when swapped (few input channels, so
-  // that the output channels are the lanes), otherwise [kernel_H][kernel_W][out][in].
+  // sums: [kernel_H][out][kernel_W x in] when merged, [kernel_H][kernel_W x in][out] when swapped (few input channels,
+  // so that the output channels are the lanes), otherwise [kernel_H][kernel_W][out][in].
   void run_part(int64_t part, int64_t index, T* sums) const {
     const Region region = region_at(index);
     const int64_t first = part * chunks_.count() / parts_, end = (part + 1) * chunks_.count() / parts_;
@@ -812,9 +800,11 @@ class DenseWeightGradient {
   bool merged_, swapped_;
 };
 
-// ---- gradient of the weight, depthwise -------------------------------------------------------------------------------
+// ---- gradient of the weight, depthwise
+// -------------------------------------------------------------------------------
 
-// sums[t][lane] += sum over pixels of gradient[pixel] * window[place + tap t], for Taps taps and one vector of channels.
+// sums[t][lane] += sum over pixels of gradient[pixel] * window[place + tap t], for Taps taps and one vector of
+// channels.
 template <int Taps, class T>
 void add_pixels(int64_t pixels, const T* gradient, const T* staged, const int64_t* places, int64_t channels,
                 const int64_t* tap_offsets, int64_t lanes, T* sums, int64_t sums_stride) {
@@ -928,7 +918,8 @@ void weight_gradient(const Conv2dBackwardArgs& args) {
   }
 }
 
-// ---- gradient of the bias ----------------------------------------------------------------------------------------------
+// ---- gradient of the bias
+// ----------------------------------------------------------------------------------------------
 
 constexpr int64_t kBiasPixels = 4096;  // pixels of an image summed in one run
 
@@ -997,7 +988,8 @@ void bias_gradient(const Conv2dBackwardArgs& args) {
   }
 }
 
-// ---- table -------------------------------------------------------------------------------------------------------------
+// ---- table
+// -------------------------------------------------------------------------------------------------------------
 
 void forward(const Conv2dForwardArgs& args) {
   dispatch(args.dtype, [&](auto* type) { forward_of<std::remove_pointer_t<decltype(type)>>(args); });

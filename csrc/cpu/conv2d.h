@@ -7,20 +7,20 @@ namespace dlkernels {
 
 // No size is negative; images, channels, maps and kernel sizes are positive.
 struct Conv2dGeometry {
-  int64_t N;                         // images
-  int64_t C, H, W;                   // input channels and size
-  int64_t K, output_H, output_W;     // output channels and size
-  int64_t kernel_H, kernel_W;        //
-  int64_t stride_H, stride_W;        // >= 1
-  int64_t padding_top;               // rows of zeros above the image; those below follow from output_H
-  int64_t padding_left;              // columns of zeros to the left
-  int64_t dilation_H, dilation_W;    // >= 1
-  int64_t groups;                    // divides C and K
-  bool channels_last;                // input and output are [N][H][W][C] in memory, otherwise [N][C][H][W]
-  int64_t input_image_stride;        // elements from one image to the next in input (not grad_input); may be 0
-  int64_t output_image_stride;       // the same in output or grad_output
-  int64_t weight_strides[4];         // of weight, in elements: [K][C / groups][kernel_H][kernel_W]
-  int64_t grad_weight_strides[4];    // of grad_weight; unused in forward
+  int64_t N;                       // images
+  int64_t C, H, W;                 // input channels and size
+  int64_t K, output_H, output_W;   // output channels and size
+  int64_t kernel_H, kernel_W;      //
+  int64_t stride_H, stride_W;      // >= 1
+  int64_t padding_top;             // rows of zeros above the image; those below follow from output_H
+  int64_t padding_left;            // columns of zeros to the left
+  int64_t dilation_H, dilation_W;  // >= 1
+  int64_t groups;                  // divides C and K
+  bool channels_last;              // input and output are [N][H][W][C] in memory, otherwise [N][C][H][W]
+  int64_t input_image_stride;      // elements from one image to the next in input (not grad_input); may be 0
+  int64_t output_image_stride;     // the same in output or grad_output
+  int64_t weight_strides[4];       // of weight, in elements: [K][C / groups][kernel_H][kernel_W]
+  int64_t grad_weight_strides[4];  // of grad_weight; unused in forward
 };
 
 struct Conv2dForwardArgs {

@@ -7,8 +7,8 @@ namespace dlkernels::DLKERNELS_ISA {
 namespace {
 
 template <class T>
-using TileFunction = void (*)(const Segment* segments, int64_t segment_count, const T* const* rows, const T* b, int64_t b_row_stride, T* c,
-                              int64_t c_row_stride, int64_t last_lanes, bool accumulate);
+using TileFunction = void (*)(const Segment* segments, int64_t segment_count, const T* const* rows, const T* b,
+                              int64_t b_row_stride, T* c, int64_t c_row_stride, int64_t last_lanes, bool accumulate);
 
 // `Partial`: only `last_lanes` lanes of the last vector exist in b and c.
 template <class T, int Rows, int Vectors, bool Partial>

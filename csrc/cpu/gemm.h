@@ -54,9 +54,9 @@ struct Segment {
   int64_t depth, a_offset, b_offset;
 };
 
-// One tile: c[i][j] (+)= sum over the segments, and over k within each, of rows[i][a_offset + k] * b[b_offset][k][j], one
-// run of sums in that order, for `tile_rows` <= kTileRows rows and `columns` <= kTileColumns columns. Reads no element of
-// b beyond `columns`.
+// One tile: c[i][j] (+)= sum over the segments, and over k within each, of rows[i][a_offset + k] * b[b_offset][k][j],
+// one run of sums in that order, for `tile_rows` <= kTileRows rows and `columns` <= kTileColumns columns. Reads no
+// element of b beyond `columns`.
 template <class T>
 void multiply_tile(int64_t tile_rows, int64_t columns, const Segment* segments, int64_t segment_count,
                    const T* const* rows, const T* b, int64_t b_row_stride, T* c, int64_t c_row_stride, bool accumulate);

@@ -20,8 +20,8 @@ void check_types(const Tensor& input, const Tensor& weight, const Tensor& bias) 
   for (const auto& [tensor, name] : {std::pair(&weight, "weight"), std::pair(&bias, "bias")}) {
     if (!tensor->defined()) continue;
     check_same_device(kName, input, "input", *tensor, name);
-    TORCH_CHECK(tensor->scalar_type() == input.scalar_type(), "conv2d: Input type (", input.scalar_type(), ") and ", name,
-                " type (", tensor->scalar_type(), ") should be the same; expected scalar type ",
+    TORCH_CHECK(tensor->scalar_type() == input.scalar_type(), "conv2d: Input type (", input.scalar_type(), ") and ",
+                name, " type (", tensor->scalar_type(), ") should be the same; expected scalar type ",
                 toString(input.scalar_type()), " but found ", toString(tensor->scalar_type()));
   }
   kernel_dtype(input, kName, "input");
@@ -99,15 +99,14 @@ at::MemoryFormat memory_format_of(const Conv2dGeometry& g) {
   return g.channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
 }
 
-Tensor conv2d_cpu(const Tensor& input, const Tensor& weight, const OptionalTensor& optional_bias, at::IntArrayRef stride,
-                  at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
+Tensor conv2d_cpu(const Tensor& input, const Tensor& weight, const OptionalTensor& optional_bias,
+                  at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
   const Tensor bias = value_or_undefined(optional_bias);
   check_types(input, weight, bias);
   check_numbers(stride, padding, dilation, groups);
   check_shapes(input, weight, bias, padding, dilation, groups);
   Conv2dGeometry g = geometry_of(input, weight, stride, padding, dilation, groups);
-  Tensor output =
-      at::empty({g.N, g.K, g.output_H, g.output_W}, input.options().memory_format(memory_format_of(g)));
+  Tensor output = at::empty({g.N, g.K, g.output_H, g.output_W}, input.options().memory_format(memory_format_of(g)));
   if (output.numel() == 0) return output;
   const Tensor dense_input = dense_images(input, memory_format_of(g));
   const Tensor dense_bias = bias.defined() ? bias.contiguous() : bias;
@@ -161,8 +160,8 @@ BackwardResult conv2d_backward_cpu(const Tensor& grad_output, const Tensor& inpu
 BackwardResult conv2d_backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
                                c10::SymIntArrayRef stride, c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation,
                                c10::SymInt groups, Mask output_mask) {
-  using Signature = BackwardResult(const Tensor&, const Tensor&, const Tensor&, c10::SymIntArrayRef, c10::SymIntArrayRef,
-                                   c10::SymIntArrayRef, c10::SymInt, Mask);
+  using Signature = BackwardResult(const Tensor&, const Tensor&, const Tensor&, c10::SymIntArrayRef,
+                                   c10::SymIntArrayRef, c10::SymIntArrayRef, c10::SymInt, Mask);
   static const auto op = find_operator<Signature>("dlkernels::conv2d_backward");
   return op.call(grad_output, input, weight, stride, padding, dilation, std::move(groups), output_mask);
 }
@@ -218,9 +217,12 @@ struct Conv2dBackwardNode : torch::autograd::Function<Conv2dBackwardNode> {
     const Tensor &grad_output = saved[0], &input = saved[1], &weight = saved[2];
     const Numbers numbers(ctx);
     const auto mask = ctx->saved_data["output_mask"].toBoolList();
-    const Tensor u = mask[0] ? grads[0] : Tensor(), v = mask[1] ? grads[1] : Tensor(), b = mask[2] ? grads[2] : Tensor();
+    const Tensor u = mask[0] ? grads[0] : Tensor(), v = mask[1] ? grads[1] : Tensor(),
+                 b = mask[2] ? grads[2] : Tensor();
     Tensor grad_grad_output, grad_input, grad_weight;
-    auto add = [&](const Tensor& term) { grad_grad_output = grad_grad_output.defined() ? grad_grad_output + term : term; };
+    auto add = [&](const Tensor& term) {
+      grad_grad_output = grad_grad_output.defined() ? grad_grad_output + term : term;
+    };
     if (ctx->needs_input_grad(0)) {
       if (u.defined()) add(numbers.forward(u, weight, std::nullopt));
       if (v.defined()) add(numbers.forward(input, v, std::nullopt));
@@ -271,8 +273,9 @@ struct Conv2dNode : torch::autograd::Function<Conv2dNode> {
   }
 };
 
-Tensor conv2d_autograd(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, c10::SymIntArrayRef stride,
-                       c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation, c10::SymInt groups) {
+Tensor conv2d_autograd(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                       c10::SymIntArrayRef stride, c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation,
+                       c10::SymInt groups) {
   if (!must_record(input, weight, bias)) {
     at::AutoDispatchBelowADInplaceOrView guard;
     return conv2d(input, weight, bias, stride, padding, dilation, std::move(groups));
@@ -283,8 +286,9 @@ Tensor conv2d_autograd(const Tensor& input, const Tensor& weight, const Optional
 // ---- autocast: convolutions run in the lower precision ----------------------------------------------------------
 
 template <c10::DispatchKey key, c10::DeviceType device>
-Tensor conv2d_autocast(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, c10::SymIntArrayRef stride,
-                       c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation, c10::SymInt groups) {
+Tensor conv2d_autocast(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                       c10::SymIntArrayRef stride, c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation,
+                       c10::SymInt groups) {
   c10::impl::ExcludeDispatchKeyGuard guard(key);
   const Autocast cast{at::autocast::get_autocast_dtype(device), device};
   return conv2d(cast(input), cast(weight), cast(bias), stride, padding, dilation, std::move(groups));
@@ -326,8 +330,8 @@ void check_call(const Tensor& input, const Tensor& weight, const std::array<int6
 
 Tensor conv2d(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, c10::SymIntArrayRef stride,
               c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation, c10::SymInt groups) {
-  using Signature = Tensor(const Tensor&, const Tensor&, const OptionalTensor&, c10::SymIntArrayRef, c10::SymIntArrayRef,
-                           c10::SymIntArrayRef, c10::SymInt);
+  using Signature = Tensor(const Tensor&, const Tensor&, const OptionalTensor&, c10::SymIntArrayRef,
+                           c10::SymIntArrayRef, c10::SymIntArrayRef, c10::SymInt);
   static const auto op = find_operator<Signature>("dlkernels::conv2d");
   return op.call(input, weight, bias, stride, padding, dilation, std::move(groups));
 }
