@@ -27,8 +27,8 @@ def conv2d(
         weight: kernels of shape ``[K, C / groups, kernel_H, kernel_W]``, with the type of ``input``.
         bias: shape ``[K]``, with the type of ``input``.
         stride: distance between neighbouring outputs, one number or one for each dimension.
-        padding: zeros added on both sides, one number or one for each dimension; ``"valid"`` is none, ``"same"`` as many
-            as keep the size (stride 1 only).
+        padding: zeros added on both sides, one number or one for each dimension; ``"valid"`` is none, ``"same"`` as
+            many as keep the size (stride 1 only).
         dilation: distance between neighbouring kernel elements.
         groups: parts of the channels that are convolved apart; divides ``C`` and ``K``.
 
