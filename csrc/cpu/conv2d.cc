@@ -27,7 +27,7 @@
 #include "conv2d.h"
 
 #include "gemm.h"
-#include "window.h"
+#include "taps.h"
 
 namespace dlkernels::DLKERNELS_ISA {
 namespace {
@@ -49,126 +49,6 @@ inline int64_t balanced(int64_t total, int64_t most) {
   return total <= 0 ? 1 : ceil_div(total, ceil_div(total, most));
 }
 
-// ---- taps --------------------------------------------------------------------------------------------------------
-
-struct Tap {
-  int64_t dy, dx;
-  int64_t weight_offset;  // of the tap's matrix, from the first
-};
-
-// Output pixels (y0 + i step, x0 + j step) for (i, j) in rows x columns; taps read the input at (i s + dy, j s + dx).
-struct Grid {
-  int64_t rows, columns;
-  int64_t output_y, output_x, output_step_y, output_step_x;
-  int64_t input_step_y, input_step_x;
-  const Tap* taps;
-  int64_t tap_count;
-  int64_t first_dy = 0, last_dy = 0, first_dx = 0, last_dx = 0;
-
-  void set_taps(const Tap* taps_, int64_t count) {
-    taps = taps_;
-    tap_count = count;
-    for (int64_t t = 0; t < count; ++t) {
-      first_dy = t == 0 ? taps[t].dy : min_of(first_dy, taps[t].dy);
-      last_dy = t == 0 ? taps[t].dy : max_of(last_dy, taps[t].dy);
-      first_dx = t == 0 ? taps[t].dx : min_of(first_dx, taps[t].dx);
-      last_dx = t == 0 ? taps[t].dx : max_of(last_dx, taps[t].dx);
-    }
-  }
-  // With a single tap along a dimension, the window holds only the pixels that the stride lands on.
-  int64_t window_step_y() const { return first_dy == last_dy ? input_step_y : 1; }
-  int64_t window_step_x() const { return first_dx == last_dx ? input_step_x : 1; }
-  // Distance in the window between neighbouring output pixels.
-  int64_t pixel_step_y() const { return input_step_y / window_step_y(); }
-  int64_t pixel_step_x() const { return input_step_x / window_step_x(); }
-  int64_t window_rows(int64_t rows) const { return (rows - 1) * pixel_step_y() + last_dy - first_dy + 1; }
-  int64_t window_columns(int64_t columns) const { return (columns - 1) * pixel_step_x() + last_dx - first_dx + 1; }
-
-  Window input_window(const Block& block) const {
-    return {block.row * input_step_y + first_dy,
-            block.column * input_step_x + first_dx,
-            window_rows(block.rows),
-            window_columns(block.columns),
-            window_step_y(),
-            window_step_x()};
-  }
-  Window output_window(const Block& block) const {
-    return {output_y + block.row * output_step_y,
-            output_x + block.column * output_step_x,
-            block.rows,
-            block.columns,
-            output_step_y,
-            output_step_x};
-  }
-  // Of one image.
-  int64_t window_pixels(const Blocks& blocks) const {
-    return window_rows(blocks.rows) * window_columns(blocks.columns);
-  }
-  // Window pixel of every output pixel of the block at the first tap; a tap adds tap_pixel to it.
-  void place_pixels(const Block& block, int64_t* places) const {
-    const Window w = input_window(block);
-    for (int64_t n = 0; n < block.images; ++n) {
-      for (int64_t i = 0; i < block.rows; ++i) {
-        for (int64_t j = 0; j < block.columns; ++j) {
-          *places++ = ((n * w.rows) + i * pixel_step_y()) * w.columns + j * pixel_step_x();
-        }
-      }
-    }
-  }
-  int64_t tap_pixel(const Tap& tap, const Window& w) const {
-    return (tap.dy - first_dy) * w.columns + tap.dx - first_dx;
-  }
-  // What a tap of no shift reads for a pixel of the block.
-  struct Place {
-    int64_t y, x;
-  };
-  Place place_of(const Block& block, int64_t pixel) const {
-    return {(block.row + pixel / block.columns % block.rows) * input_step_y,
-            (block.column + pixel % block.columns) * input_step_x};
-  }
-};
-
-// Whether a tap reads the image and not its padding.
-inline bool is_inside(const Tap& tap, const Grid::Place& place, int64_t H, int64_t W) {
-  const int64_t y = place.y + tap.dy, x = place.x + tap.dx;
-  return y >= 0 && y < H && x >= 0 && x < W;
-}
-
-// Matrices of the taps: element (in, out) of group g and tap t is data[g group + in * in_stride + out * out_stride +
-// t].
-template <class Scalar>
-struct Weights {
-  const Scalar* data;
-  int64_t group_stride, in_stride, out_stride;
-};
-
-// One convolution as a sum over taps.
-template <class Scalar>
-struct Convolution {
-  Images<const Scalar> input;
-  Weights<Scalar> weights;
-  const Scalar* bias;  // [output.C] or null
-  Images<Scalar> output;
-  int64_t groups;
-  Grid grid;
-};
-
-template <class Scalar, class T = accumulate_t<Scalar>>
-void stage_block(const Images<const Scalar>& images, const Block& block, int64_t channel, int64_t channels,
-                 const Window& w, T* destination) {
-  for (int64_t n = 0; n < block.images; ++n) {
-    stage(images, block.image + n, channel, channels, w, destination + n * w.rows * w.columns * channels);
-  }
-}
-
-template <class Scalar, class T = accumulate_t<Scalar>>
-void unstage_block(const Images<Scalar>& images, const Block& block, int64_t channel, int64_t channels, const Window& w,
-                   const T* source) {
-  for (int64_t n = 0; n < block.images; ++n) {
-    unstage(images, block.image + n, channel, channels, w, source + n * w.rows * w.columns * channels);
-  }
-}
-
 // Channels staged at a time; part of the order of summation, so it follows from the shape of one image alone.
 template <class T>
 int64_t channel_block(int64_t channels, int64_t most, int64_t window_pixels) {
@@ -180,18 +60,6 @@ int64_t channel_block(int64_t channels, int64_t most, int64_t window_pixels) {
 template <class T>
 int64_t images_that_fit(int64_t channels, int64_t window_pixels) {
   return kWindowBytes / (channels * window_pixels * static_cast<int64_t>(sizeof(T)));
-}
-
-// Padding times a weight that is not finite would be NaN; such weights (only) are applied pixel by pixel, inside the
-// image.
-template <class T>
-bool all_finite(const T* values, int64_t count) {
-  constexpr int64_t lanes = Vec<T>::size;
-  Vec<T> sum = Vec<T>::zero();  // zero times anything finite
-  int64_t i = 0;
-  for (; i + lanes <= count; i += lanes) sum = fma(load(values + i), Vec<T>::zero(), sum);
-  if (i < count) sum = fma(load(values + i, count - i), Vec<T>::zero(), sum);
-  return reduce_add(sum) == T(0);
 }
 
 // ---- dense: products over (tap, channel)
@@ -342,10 +210,9 @@ class DenseConvolution {
   int64_t segments_of(int64_t first, int64_t taps, const Block& block, int64_t pixel, const Window& window,
                       int64_t channels, Segment* segments) const {
     int64_t count = 0;
-    const Grid::Place place = grid_.place_of(block, max_of(pixel, 0));
     for (int64_t i = 0; i < taps; ++i) {
       const Tap& tap = grid_.taps[first + i];
-      if (pixel >= 0 && !is_inside(tap, place, conv_.input.H, conv_.input.W)) continue;
+      if (pixel >= 0 && !grid_.is_inside(tap, block, pixel, conv_.input.H, conv_.input.W)) continue;
       const int64_t a_offset = grid_.tap_pixel(tap, window) * channels, b_offset = i * channels * kPanel;
       Segment* last = segments + count - 1;
       if (count > 0 && last->a_offset + last->depth == a_offset && last->b_offset + last->depth * kPanel == b_offset) {
@@ -378,20 +245,16 @@ DLKERNELS_INLINE void store_lanes(T* p, Vec<T> value, int64_t count) {
   count == Vec<T>::size ? store(p, value) : store(p, value, count);
 }
 
-// Where a tap reads, from the pixel, and where its weights are, from the first tap's.
-struct TapOffset {
-  int64_t source, weight;
-};
-
 // out[p] = bias + sum over taps of source[p + tap] * weight[tap], for Pixels pixels and one vector of channels.
 template <int Pixels, class T>
-DLKERNELS_INLINE void apply_taps(const T* source, int64_t source_stride, const TapOffset* offsets, int64_t taps,
-                                 const T* weight, Vec<T> bias, int64_t lanes, T* out, int64_t out_stride) {
+DLKERNELS_INLINE void apply_taps(const T* source, int64_t source_stride, const int64_t* tap_offsets, int64_t taps,
+                                 const T* weight, int64_t weight_stride, Vec<T> bias, int64_t lanes, T* out,
+                                 int64_t out_stride) {
   Vec<T> sum[Pixels];
   for (int p = 0; p < Pixels; ++p) sum[p] = Vec<T>::zero();
   for (int64_t t = 0; t < taps; ++t) {
-    const Vec<T> w = load_lanes(weight + offsets[t].weight, lanes);
-    const T* shifted = source + offsets[t].source;
+    const Vec<T> w = load_lanes(weight + t * weight_stride, lanes);
+    const T* shifted = source + tap_offsets[t];
     for (int p = 0; p < Pixels; ++p) sum[p] = fma(load_lanes(shifted + p * source_stride, lanes), w, sum[p]);
   }
   for (int p = 0; p < Pixels; ++p) store_lanes(out + p * out_stride, sum[p] + bias, lanes);
@@ -427,104 +290,83 @@ class DepthwiseConvolution {
   }
 
  private:
-  // A row of output pixels of the block.
-  struct Row {
-    const T* source;  // what the first pixel reads at an offset of zero
-    int64_t source_stride;
-    T* out;
-    int64_t out_stride;
-  };
-
   void run_block(const Block& block, int64_t channel, int64_t channels, const T* weight) const {
     const Window window = grid_.input_window(block), output_window = grid_.output_window(block);
-    const int64_t taps = grid_.tap_count, C = conv_.input.C, W = conv_.input.W;
-    // Channels-last arrays of the type of the sums are read and written in place.
+    const int64_t taps = grid_.tap_count, C = conv_.input.C;
+    // Channels-last results of the type of the sums go straight to the output.
     constexpr bool same_type = sizeof(T) == sizeof(Scalar);
-    const bool in_place = same_type && conv_.input.channels_last;
-    Scratch<T> staged(in_place ? 0 : block.images * window.rows * window.columns * channels);
-    Scratch<T> results(in_place ? 0 : block.pixels() * channels), bias(channels);
-    Scratch<TapOffset> offsets(2 * max_of(taps, 1));
-    bool finite = true;
-    for (int64_t t = 0; t < taps; ++t) {
-      const Tap& tap = grid_.taps[t];
-      offsets[t] = {in_place ? (tap.dy * W + tap.dx) * C : grid_.tap_pixel(tap, window) * channels, t * C};
-      finite = finite && all_finite(weight + t * C, channels);
-    }
-    if (taps > 0 && !in_place) stage_block(conv_.input, block, channel, channels, window, staged.data());
+    const bool direct = same_type && conv_.output.channels_last;
+    Scratch<T> staged(block.images * window.rows * window.columns * channels);
+    Scratch<T> results(direct ? 0 : block.pixels() * channels), bias(channels);
+    Scratch<int64_t> offsets(max_of(taps, 1));
+    for (int64_t t = 0; t < taps; ++t) offsets[t] = grid_.tap_pixel(grid_.taps[t], window) * channels;
+    if (taps > 0) stage_block(conv_.input, block, channel, channels, window, staged.data());
     fill(bias.data(), T(0), channels);
     if (conv_.bias != nullptr) widen_row(conv_.bias + channel, channels, bias.data());
+    bool finite = true;
+    for (int64_t t = 0; t < taps; ++t) finite = finite && all_finite(weight + t * C, channels);
 
-    for (int64_t r = 0; r < block.images * block.rows; ++r) {
-      const int64_t n = r / block.rows, i = r % block.rows, y = (block.row + i) * grid_.input_step_y;
-      Row row = {staged.data() + (n * window.rows + i * grid_.pixel_step_y()) * window.columns * channels,
-                 grid_.pixel_step_x() * channels, results.data() + r * block.columns * channels, channels};
-      int64_t inside = 0, inside_end = finite ? block.columns : 0;
+    for (int64_t row = 0; row < block.images * block.rows; ++row) {
+      const int64_t n = row / block.rows, i = row % block.rows;
+      const T* source = staged.data() + (n * window.rows + i * grid_.pixel_step_y()) * window.columns * channels;
+      T* out = results.data() + row * block.columns * channels;
+      int64_t out_stride = channels;
       if constexpr (same_type) {
-        if (in_place) {
-          row = {conv_.input.at(block.image + n, channel, 0, 0) + (y * W + block.column * grid_.input_step_x) * C,
-                 grid_.input_step_x * C,
-                 conv_.output.at(block.image + n, channel, output_window.y + i * output_window.step_y, output_window.x),
-                 output_window.step_x * C};
-          if (y + grid_.first_dy < 0 || y + grid_.last_dy >= conv_.input.H) inside_end = 0;
-          inside = first_inside(block);
-          inside_end = max_of(inside, min_of(inside_end, end_inside(block)));
+        if (direct) {
+          out = conv_.output.at(block.image + n, channel, output_window.y + i * output_window.step_y, output_window.x);
+          out_stride = output_window.step_x * C;
         }
       }
-      run_border(block, r, 0, min_of(inside, block.columns), row, channels, offsets.data(), weight, bias.data());
-      run_row(inside, inside_end, row, channels, offsets.data(), taps, weight, bias.data());
-      run_border(block, r, inside_end, block.columns, row, channels, offsets.data(), weight, bias.data());
+      if (finite) {
+        run_row(block.columns, channels, source, offsets.data(), weight, bias.data(), out, out_stride);
+      } else {
+        run_row_inside(block, row * block.columns, channels, source, offsets.data(), weight, bias.data(), out,
+                       out_stride);
+      }
     }
-    if (!in_place) unstage_block(conv_.output, block, channel, channels, output_window, results.data());
+    if (!direct) unstage_block(conv_.output, block, channel, channels, output_window, results.data());
   }
 
-  // The block's columns all of whose taps lie inside the image are [first_inside, end_inside).
-  int64_t first_inside(const Block& block) const {
-    return min_of(block.columns, max_of(0, ceil_div(max_of(0, -grid_.first_dx), grid_.input_step_x) - block.column));
-  }
-  int64_t end_inside(const Block& block) const {
-    const int64_t last = conv_.input.W - 1 - grid_.last_dx;
-    return last < 0 ? 0 : min_of(block.columns, max_of(0, last / grid_.input_step_x + 1 - block.column));
-  }
-
-  // Columns [begin, end) with all the taps given.
-  void run_row(int64_t begin, int64_t end, const Row& row, int64_t channels, const TapOffset* offsets, int64_t taps,
-               const T* weight, const T* bias) const {
+  void run_row(int64_t columns, int64_t channels, const T* source, const int64_t* offsets, const T* weight,
+               const T* bias, T* out, int64_t out_stride) const {
+    const int64_t taps = grid_.tap_count, C = conv_.input.C, step = grid_.pixel_step_x() * channels;
     constexpr int64_t size = Vec<T>::size;
-    const int64_t whole = channels / size * size;
-    int64_t j = begin;
-    for (; j + kPixels <= end; j += kPixels) {
-      const T* source = row.source + j * row.source_stride;
-      T* out = row.out + j * row.out_stride;
-      for (int64_t c = 0; c < whole; c += size) {
-        apply_taps<kPixels>(source + c, row.source_stride, offsets, taps, weight + c, load(bias + c), size, out + c,
-                            row.out_stride);
+    int64_t j = 0;
+    for (; j + kPixels <= columns; j += kPixels) {
+      int64_t c = 0;
+      for (; c + size <= channels; c += size) {
+        apply_taps<kPixels>(source + j * step + c, step, offsets, taps, weight + c, C, load(bias + c), size,
+                            out + j * out_stride + c, out_stride);
       }
-      if (whole < channels) {
-        const int64_t lanes = channels - whole;
-        apply_taps<kPixels>(source + whole, row.source_stride, offsets, taps, weight + whole, load(bias + whole, lanes),
-                            lanes, out + whole, row.out_stride);
+      if (c < channels) {
+        apply_taps<kPixels>(source + j * step + c, step, offsets, taps, weight + c, C, load(bias + c, channels - c),
+                            channels - c, out + j * out_stride + c, out_stride);
       }
     }
-    for (; j < end; ++j) {
+    for (; j < columns; ++j) {
       for (int64_t c = 0; c < channels; c += size) {
         const int64_t lanes = min_of(size, channels - c);
-        apply_taps<1>(row.source + j * row.source_stride + c, row.source_stride, offsets, taps, weight + c,
-                      load_lanes(bias + c, lanes), lanes, row.out + j * row.out_stride + c, row.out_stride);
+        apply_taps<1>(source + j * step + c, step, offsets, taps, weight + c, C, load_lanes(bias + c, lanes), lanes,
+                      out + j * out_stride + c, out_stride);
       }
     }
   }
 
-  // Columns [begin, end), each with the taps that lie inside the image alone. The second half of offsets is work space.
-  void run_border(const Block& block, int64_t r, int64_t begin, int64_t end, const Row& row, int64_t channels,
-                  TapOffset* offsets, const T* weight, const T* bias) const {
-    TapOffset* chosen = offsets + grid_.tap_count;
-    for (int64_t j = begin; j < end; ++j) {
-      int64_t count = 0;
-      const Grid::Place place = grid_.place_of(block, r * block.columns + j);
+  // The same with the taps that lie inside the image alone.
+  void run_row_inside(const Block& block, int64_t first_pixel, int64_t channels, const T* source,
+                      const int64_t* offsets, const T* weight, const T* bias, T* out, int64_t out_stride) const {
+    const int64_t C = conv_.input.C, step = grid_.pixel_step_x() * channels;
+    for (int64_t j = 0; j < block.columns; ++j) {
+      __builtin_memcpy(out + j * out_stride, bias, static_cast<size_t>(channels) * sizeof(T));
       for (int64_t t = 0; t < grid_.tap_count; ++t) {
-        if (is_inside(grid_.taps[t], place, conv_.input.H, conv_.input.W)) chosen[count++] = offsets[t];
+        if (!grid_.is_inside(grid_.taps[t], block, first_pixel + j, conv_.input.H, conv_.input.W)) continue;
+        for (int64_t c = 0; c < channels; c += Vec<T>::size) {
+          const int64_t lanes = min_of(Vec<T>::size, channels - c);
+          T* sum = out + j * out_stride + c;
+          apply_taps<1>(source + j * step + c, step, offsets + t, 1, weight + t * C + c, C, load_lanes(sum, lanes),
+                        lanes, sum, out_stride);
+        }
       }
-      run_row(j, j + 1, row, channels, chosen, count, weight, bias);
     }
   }
 

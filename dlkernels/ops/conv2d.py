@@ -97,8 +97,8 @@ def _fake(
         input.shape[1] == weight.shape[1] * groups,
         lambda: (
             f"conv2d: Given groups={groups}, weight of size {list(weight.shape)}, expected input"
-            f"{list(input.shape)} to have {weight.shape[1] * groups} channels, "
-            f"but got {input.shape[1]} channels instead"
+            f"{list(input.shape)} to have {weight.shape[1] * groups} channels, but got {input.shape[1]} channels "
+            "instead"
         ),
     )
     sizes = []

@@ -1,0 +1,131 @@
+// A convolution as a sum over taps: which pixels of a window each output pixel reads, and with which weights. See
+// conv2d.cc for the idea; forward, both gradients, dense and depthwise all speak of the same grid of taps.
+#pragma once
+
+#include "window.h"
+
+namespace dlkernels::DLKERNELS_ISA {
+
+struct Tap {
+  int64_t dy, dx;
+  int64_t weight_offset;  // of the tap's matrix, from the first
+};
+
+// Output pixels (y0 + i step, x0 + j step) for (i, j) in rows x columns; taps read the input at (i s + dy, j s + dx).
+struct Grid {
+  int64_t rows, columns;
+  int64_t output_y, output_x, output_step_y, output_step_x;
+  int64_t input_step_y, input_step_x;
+  const Tap* taps;
+  int64_t tap_count;
+  int64_t first_dy = 0, last_dy = 0, first_dx = 0, last_dx = 0;
+
+  void set_taps(const Tap* taps_, int64_t count) {
+    taps = taps_;
+    tap_count = count;
+    for (int64_t t = 0; t < count; ++t) {
+      first_dy = t == 0 ? taps[t].dy : min_of(first_dy, taps[t].dy);
+      last_dy = t == 0 ? taps[t].dy : max_of(last_dy, taps[t].dy);
+      first_dx = t == 0 ? taps[t].dx : min_of(first_dx, taps[t].dx);
+      last_dx = t == 0 ? taps[t].dx : max_of(last_dx, taps[t].dx);
+    }
+  }
+  // With a single tap along a dimension, the window holds only the pixels that the stride lands on.
+  int64_t window_step_y() const { return first_dy == last_dy ? input_step_y : 1; }
+  int64_t window_step_x() const { return first_dx == last_dx ? input_step_x : 1; }
+  // Distance in the window between neighbouring output pixels.
+  int64_t pixel_step_y() const { return input_step_y / window_step_y(); }
+  int64_t pixel_step_x() const { return input_step_x / window_step_x(); }
+  int64_t window_rows(int64_t rows) const { return (rows - 1) * pixel_step_y() + last_dy - first_dy + 1; }
+  int64_t window_columns(int64_t columns) const { return (columns - 1) * pixel_step_x() + last_dx - first_dx + 1; }
+
+  Window input_window(const Block& block) const {
+    return {block.row * input_step_y + first_dy,
+            block.column * input_step_x + first_dx,
+            window_rows(block.rows),
+            window_columns(block.columns),
+            window_step_y(),
+            window_step_x()};
+  }
+  Window output_window(const Block& block) const {
+    return {output_y + block.row * output_step_y,
+            output_x + block.column * output_step_x,
+            block.rows,
+            block.columns,
+            output_step_y,
+            output_step_x};
+  }
+  // Of one image.
+  int64_t window_pixels(const Blocks& blocks) const {
+    return window_rows(blocks.rows) * window_columns(blocks.columns);
+  }
+  // Window pixel of every output pixel of the block at the first tap; a tap adds tap_pixel to it.
+  void place_pixels(const Block& block, int64_t* places) const {
+    const Window w = input_window(block);
+    for (int64_t n = 0; n < block.images; ++n) {
+      for (int64_t i = 0; i < block.rows; ++i) {
+        for (int64_t j = 0; j < block.columns; ++j) {
+          *places++ = ((n * w.rows) + i * pixel_step_y()) * w.columns + j * pixel_step_x();
+        }
+      }
+    }
+  }
+  int64_t tap_pixel(const Tap& tap, const Window& w) const {
+    return (tap.dy - first_dy) * w.columns + tap.dx - first_dx;
+  }
+  // Whether the tap of a pixel of the block lies inside an H x W image and not in its padding.
+  bool is_inside(const Tap& tap, const Block& block, int64_t pixel, int64_t H, int64_t W) const {
+    const int64_t i = pixel / block.columns % block.rows, j = pixel % block.columns;
+    const int64_t y = (block.row + i) * input_step_y + tap.dy, x = (block.column + j) * input_step_x + tap.dx;
+    return y >= 0 && y < H && x >= 0 && x < W;
+  }
+};
+
+// Matrices of the taps: element (in, out) of group g and tap t is data[g group + in * in_stride + out * out_stride +
+// t].
+template <class Scalar>
+struct Weights {
+  const Scalar* data;
+  int64_t group_stride, in_stride, out_stride;
+};
+
+// One convolution as a sum over taps.
+template <class Scalar>
+struct Convolution {
+  Images<const Scalar> input;
+  Weights<Scalar> weights;
+  const Scalar* bias;  // [output.C] or null
+  Images<Scalar> output;
+  int64_t groups;
+  Grid grid;
+};
+
+template <class Scalar, class T = accumulate_t<Scalar>>
+void stage_block(const Images<const Scalar>& images, const Block& block, int64_t channel, int64_t channels,
+                 const Window& w, T* destination) {
+  for (int64_t n = 0; n < block.images; ++n) {
+    stage(images, block.image + n, channel, channels, w, destination + n * w.rows * w.columns * channels);
+  }
+}
+
+template <class Scalar, class T = accumulate_t<Scalar>>
+void unstage_block(const Images<Scalar>& images, const Block& block, int64_t channel, int64_t channels, const Window& w,
+                   const T* source) {
+  for (int64_t n = 0; n < block.images; ++n) {
+    unstage(images, block.image + n, channel, channels, w, source + n * w.rows * w.columns * channels);
+  }
+}
+
+// Padding times a weight that is not finite would be NaN; such weights (only) are applied pixel by pixel, inside the
+// image.
+template <class T>
+bool all_finite(const T* values, int64_t count) {
+  constexpr int64_t lanes = Vec<T>::size;
+  Vec<T> sum = Vec<T>::zero();  // zero times anything finite
+  int64_t i = 0;
+  for (; i + lanes <= count; i += lanes) sum = fma(load(values + i), Vec<T>::zero(), sum);
+  if (i < count) sum = fma(load(values + i, count - i), Vec<T>::zero(), sum);
+  return reduce_add(sum) == T(0);
+}
+
+}  // namespace dlkernels::DLKERNELS_ISA
