@@ -26,6 +26,9 @@ GROUPS = (
     ("train + residual + ReLU", ("contiguous", "channels_last"), ("float32",), True, True),
 )
 
+# Rounding moves a few of a million outputs across zero, where the gradient of a ReLU jumps.
+RELU_SAME = 5e-3
+
 
 def problem(shape: tuple[int, ...], layout: str, dtype: torch.dtype, relu: bool, residual: bool) -> Problem:
     """Random activations; the running statistics are updated as in training, each contender's own."""
@@ -82,4 +85,5 @@ def cases(dtypes: tuple[torch.dtype, ...], quick: bool = False) -> Iterator[Case
                         dtype,
                         partial(problem, shape, layout, dtype, relu, residual),
                         *cost(elements, dtype.itemsize, residual),
+                        same=RELU_SAME if relu and dtype == torch.float32 else None,
                     )

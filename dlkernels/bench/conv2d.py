@@ -66,7 +66,7 @@ GROUPS: tuple[tuple[str, tuple[str, ...], tuple[str, ...], tuple[Shape, ...]], .
         ),
     ),
     (
-        "stem",
+        "stem, images without gradient",
         ("contiguous",),
         ("float32",),
         (
@@ -90,14 +90,18 @@ GROUPS: tuple[tuple[str, tuple[str, ...], tuple[str, ...], tuple[Shape, ...]], .
 
 
 def cost(shape: Shape, element_size: int) -> tuple[Cost, Cost]:
-    """Forward; forward with the gradients of input and weight, each as many products as the forward."""
+    """Forward; forward with the gradients of input and weight, each as many products as the forward.
+
+    Images are data: the first layer of a network has no input gradient.
+    """
     out_size = (shape.size + 2 * shape.padding - shape.kernel) // shape.stride + 1
     taps = shape.in_channels // shape.groups * shape.kernel**2
     outputs = shape.images * shape.out_channels * out_size**2
     inputs = shape.images * shape.in_channels * shape.size**2
     tensors = element_size * (inputs + shape.out_channels * taps + outputs)
     operations = 2 * outputs * taps
-    return Cost(tensors, operations), Cost(3 * tensors, 3 * operations)
+    passes = 2 if shape.in_channels <= 3 else 3
+    return Cost(tensors, operations), Cost(passes * tensors, passes * operations)
 
 
 def problem(shape: Shape, layout: str, dtype: torch.dtype) -> Problem:
@@ -118,7 +122,7 @@ def problem(shape: Shape, layout: str, dtype: torch.dtype) -> Problem:
     def peer(image: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return torch.nn.functional.conv2d(image, weight, bias, *arguments)
 
-    inputs = (image.requires_grad_(), weight.requires_grad_(), bias.to(dtype).requires_grad_())
+    inputs = (image.requires_grad_(shape.in_channels > 3), weight.requires_grad_(), bias.to(dtype).requires_grad_())
     return Problem(inputs, ours, peer)
 
 
