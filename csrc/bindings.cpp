@@ -1,6 +1,11 @@
 // The door to Python: the operators' schemas, and one function each that calls its operator's typed handle.
+#include <ATen/ops/empty_like.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
+
+#include <map>
+#include <string>
+#include <vector>
 
 #include "cpu/isa.h"
 #include "cpu/kernels.h"
@@ -43,6 +48,23 @@ std::vector<std::string> available_isa_names() {
   return {names, names + count};
 }
 
+// A function of vmath.h on a dense float32 tensor, for its tests.
+at::Tensor elementary_function(const std::string& name, const at::Tensor& input) {
+  static const std::map<std::string, ElementaryFunction> functions = {{"exp", ElementaryFunction::exp},
+                                                                      {"log", ElementaryFunction::log},
+                                                                      {"tanh", ElementaryFunction::tanh},
+                                                                      {"sigmoid", ElementaryFunction::sigmoid}};
+  const auto found = functions.find(name);
+  TORCH_CHECK_VALUE(found != functions.end(), "elementary_function: name must be exp, log, tanh or sigmoid, got ",
+                    name);
+  TORCH_CHECK(input.scalar_type() == at::kFloat && input.is_contiguous() && input.is_cpu(),
+              "elementary_function: input must be a contiguous float32 tensor on the CPU");
+  at::Tensor output = at::empty_like(input);
+  kernels().elementary.apply(found->second, input.const_data_ptr<float>(), output.mutable_data_ptr<float>(),
+                             input.numel());
+  return output;
+}
+
 }  // namespace
 
 TORCH_LIBRARY(dlkernels, m) {
@@ -75,6 +97,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("isa", [] { return kernels().isa; });
   m.def("available_isas", &available_isa_names);
   m.def("select_isa", [](const std::string& name) { return select_isa(name.c_str()); }, py::arg("name"));
+  m.def("elementary_function", &elementary_function, py::arg("name"), py::arg("input"), Released());
   m.def("batch_norm", &ops::batch_norm_with_update, py::arg("input"), py::arg("weight"), py::arg("bias"),
         py::arg("residual"), py::arg("running_mean"), py::arg("running_var"), py::arg("training"), py::arg("momentum"),
         py::arg("eps"), py::arg("relu"), Released());

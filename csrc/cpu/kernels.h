@@ -5,6 +5,7 @@
 #include "batch_norm.h"
 #include "conv2d.h"
 #include "cross_entropy.h"
+#include "elementary.h"
 #include "linear_cross_entropy.h"
 #include "lstm.h"
 
@@ -16,6 +17,7 @@ struct KernelTable {
   BatchNormKernels batch_norm;
   Conv2dKernels conv2d;
   CrossEntropyKernels cross_entropy;
+  ElementaryKernels elementary;
   LinearCrossEntropyKernels linear_cross_entropy;
   LstmKernels lstm;
 };

@@ -1,0 +1,74 @@
+"""The vector functions against float64, over every exponent, within the errors that csrc/cpu/vmath.h states."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from dlkernels import _C
+
+# Largest error in units in the last place of the exact result.
+LARGEST_ERROR = {"exp": 1.1, "log": 1.0, "tanh": 1.6, "sigmoid": 2.5}
+
+
+def every_exponent() -> torch.Tensor:
+    """About a million floats: 2,048 mantissas for each sign and exponent, subnormal ones too."""
+    exponents = torch.arange(255, dtype=torch.int64).view(-1, 1) << 23
+    mantissas = torch.arange(0, 1 << 23, 4096, dtype=torch.int64) + 1237
+    bits = (exponents + mantissas).flatten()
+    return torch.cat([bits, bits | (1 << 31)]).to(torch.uint32).view(torch.float32)
+
+
+def ulp_error(actual: torch.Tensor, exact: torch.Tensor) -> float:
+    """Largest difference in units in the last place of float32 at the exact value, subnormals included."""
+    _, exponent = torch.frexp(exact)
+    unit = torch.ldexp(torch.ones_like(exact), (exponent - 24).clamp_min(-149))
+    return float(((actual.double() - exact).abs() / unit).max())
+
+
+@pytest.mark.parametrize("name", LARGEST_ERROR)
+def test_errors_stay_within_the_stated_ones(name: str, isa: str) -> None:
+    x = every_exponent()
+    dense = torch.linspace(-110, 110, 1_000_003)
+    x = torch.cat([x, dense, dense / 50])
+    if name == "log":
+        x = x.abs()
+    actual, exact = _C.elementary_function(name, x), getattr(torch, name)(x.double())
+    largest = torch.finfo(torch.float32).max
+    rounds_to_infinity = exact > largest
+    assert actual[rounds_to_infinity].isposinf().all()
+    kept = ~rounds_to_infinity
+    error = ulp_error(actual[kept], exact[kept])
+    assert error <= LARGEST_ERROR[name], error
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("exp", {0.0: 1.0, -0.0: 1.0, math.inf: math.inf, -math.inf: 0.0, 89.0: math.inf, -104.0: 0.0}),
+        ("log", {1.0: 0.0, 0.0: -math.inf, -0.0: -math.inf, math.inf: math.inf, -1.0: math.nan, -math.inf: math.nan}),
+        ("tanh", {0.0: 0.0, math.inf: 1.0, -math.inf: -1.0, 1e-40: 1e-40}),
+        ("sigmoid", {0.0: 0.5, math.inf: 1.0, -math.inf: 0.0}),
+    ],
+)
+def test_special_values(name: str, values: dict[float, float], isa: str) -> None:
+    points = torch.tensor([*values, math.nan], dtype=torch.float32)
+    expected = torch.tensor([*values.values(), math.nan], dtype=torch.float32)
+    torch.testing.assert_close(_C.elementary_function(name, points), expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_tail_is_computed_like_the_body(isa: str) -> None:
+    x = torch.linspace(-3, 3, 37)
+    for name in ("exp", "tanh", "sigmoid"):
+        whole = _C.elementary_function(name, x)
+        for count in range(37):
+            assert torch.equal(_C.elementary_function(name, x[:count].clone()), whole[:count])
+
+
+def test_bad_arguments_are_named() -> None:
+    with pytest.raises(ValueError, match="name must be exp, log, tanh or sigmoid, got sin"):
+        _C.elementary_function("sin", torch.ones(3))
+    with pytest.raises(RuntimeError, match="contiguous float32 tensor"):
+        _C.elementary_function("exp", torch.ones(3, dtype=torch.float64))
