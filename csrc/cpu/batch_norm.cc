@@ -69,46 +69,60 @@ DLKERNELS_INLINE void for_each_vector(const BatchNormShape& shape, const Chunk& 
   }
 }
 
-// add(sum, offset, count) over a chunk of channel c. Both layouts call the same `add`, whose multiplications are
-// explicit fma: left to the compiler, one layout would be contracted and the other not.
-template <class T, class Add>
-DLKERNELS_INLINE double sum_positions(const BatchNormShape& shape, const Chunk& chunk, int64_t c, Add&& add) {
-  Vec<T> sum = Vec<T>::zero();
+// `Count` sums over a chunk of channel c: add(sums, offset, count) adds one vector of positions to each. Both layouts
+// call the same `add`, whose multiplications are explicit fma: left to the compiler, one layout would be contracted and
+// the other not.
+template <int Count>
+struct Totals {
+  double of[Count];
+};
+template <class T, int Count, class Add>
+DLKERNELS_INLINE Totals<Count> sum_positions(const BatchNormShape& shape, const Chunk& chunk, int64_t c, Add&& add) {
+  Vec<T> sums[Count];
+  for (auto& sum : sums) sum = Vec<T>::zero();
   for_each_vector<T>(shape, chunk, c, [&](int64_t at, int64_t count) {
-    const Vec<T> next = add(sum, at, count);
-    sum = count == Vec<T>::size ? next : select(first_lanes<T>(count), next, sum);
+    if (count == Vec<T>::size) return add(sums, at, count);
+    Vec<T> next[Count];
+    for (int s = 0; s < Count; ++s) next[s] = sums[s];
+    add(next, at, count);
+    for (int s = 0; s < Count; ++s) sums[s] = select(first_lanes<T>(count), next[s], sums[s]);
   });
-  return reduce_add_wide(sum);
+  Totals<Count> totals;
+  for (int s = 0; s < Count; ++s) totals.of[s] = reduce_add_wide(sums[s]);
+  return totals;
 }
 
 // ---- one chunk, channels side by side -------------------------------------------------------------------------------
 
-// The same with add(sum, offset, c, count), for every channel at once; lanes_buffer holds lanes x channels, sums
-// lanes / 2 x channels, of which the first row is the result.
-template <class T, class Add>
-DLKERNELS_INLINE void sum_rows(const BatchNormShape& shape, const Chunk& chunk, T* lanes_buffer, double* sums,
+// The same with add(sums, offset, c, count), for every channel at once. lanes_buffer holds Count x lanes x channels;
+// totals holds Count x lanes / 2 x channels, of which the first row of each Count is the result.
+template <class T, int Count, class Add>
+DLKERNELS_INLINE void sum_rows(const BatchNormShape& shape, const Chunk& chunk, T* lanes_buffer, double* totals,
                                Add&& add) {
-  constexpr int64_t lanes = Vec<T>::size;
-  const int64_t channels = shape.channels;
-  fill(lanes_buffer, T(0), lanes * channels);
+  constexpr int64_t lanes = Vec<T>::size, half = lanes / 2;
+  const int64_t channels = shape.channels, one_sum = lanes * channels;
+  fill(lanes_buffer, T(0), Count * one_sum);
   for (int64_t n = chunk.first; n < chunk.last; ++n) {
     for (int64_t p = chunk.begin; p < chunk.end; ++p) {
       const int64_t row = (n * shape.inner + p) * channels;
       T* lane = lanes_buffer + (p - chunk.begin) % lanes * channels;
-      int64_t c = 0;
-      for (; c + lanes <= channels; c += lanes) store(lane + c, add(load(lane + c), row + c, c, lanes));
-      if (c < channels) {
-        const int64_t count = channels - c;
-        store(lane + c, add(load(lane + c, count), row + c, c, count), count);
+      for (int64_t c = 0; c < channels; c += lanes) {
+        const int64_t count = min_of(lanes, channels - c);
+        Vec<T> sums[Count];
+        for (int s = 0; s < Count; ++s) sums[s] = load_lanes(lane + s * one_sum + c, count);
+        add(sums, row + c, c, count);
+        for (int s = 0; s < Count; ++s) store_lanes(lane + s * one_sum + c, sums[s], count);
       }
     }
   }
-  // The same tree as reduce_add_wide.
-  constexpr int64_t half = lanes / 2;
-  for (int64_t e = 0; e < half * channels; ++e) {
-    sums[e] = static_cast<double>(lanes_buffer[e]) + static_cast<double>(lanes_buffer[e + half * channels]);
+  for (int s = 0; s < Count; ++s) {  // the same tree as reduce_add_wide
+    const T* from = lanes_buffer + s * one_sum;
+    double* total = totals + s * half * channels;
+    for (int64_t e = 0; e < half * channels; ++e) {
+      total[e] = static_cast<double>(from[e]) + static_cast<double>(from[e + half * channels]);
+    }
+    for (int64_t rest = half / 2; rest > 0; rest /= 2) add_to(total, total + rest * channels, rest * channels);
   }
-  for (int64_t rest = half / 2; rest > 0; rest /= 2) add_to(sums, sums + rest * channels, rest * channels);
 }
 
 // Calls body(offset, c, count) for every vector of channels of a chunk.
@@ -149,14 +163,16 @@ Moments channel_moments(const BatchNormShape& shape, const Chunks<T>& chunks, co
   for (int64_t i = 0; i < chunks.count; ++i) {
     const Chunk chunk = chunks[i];
     const T shift = load_one(x + (chunk.first * shape.channels + c) * shape.inner + chunk.begin);
-    const double sum = sum_positions<T>(shape, chunk, c, [&](Vec<T> total, int64_t at, int64_t n) {
-      return total + (load_lanes(x + at, n) - Vec<T>(shift));
-    });
+    auto add_deviation = [&](Vec<T>(&sums)[1], int64_t at, int64_t n) {
+      sums[0] += load_lanes(x + at, n) - Vec<T>(shift);
+    };
+    const double sum = sum_positions<T, 1>(shape, chunk, c, add_deviation).of[0];
     const T center = static_cast<T>(shift + sum / static_cast<double>(chunk.count()));
-    const double squares = sum_positions<T>(shape, chunk, c, [&](Vec<T> total, int64_t at, int64_t n) {
+    auto add_square = [&](Vec<T>(&sums)[1], int64_t at, int64_t n) {
       const Vec<T> d = load_lanes(x + at, n) - Vec<T>(center);
-      return fma(d, d, total);
-    });
+      sums[0] = fma(d, d, sums[0]);
+    };
+    const double squares = sum_positions<T, 1>(shape, chunk, c, add_square).of[0];
     const Moments part = Moments::of(static_cast<double>(chunk.count()), shift, sum, center, squares);
     moments = i == 0 ? part : moments.merged(part);
   }
@@ -164,12 +180,12 @@ Moments channel_moments(const BatchNormShape& shape, const Chunks<T>& chunks, co
 }
 
 // Scratch for the sums of one chunk over every channel.
-template <class T>
+template <class T, int Count>
 struct ChunkBuffers {
   int64_t channels;
-  Scratch<T> lanes{(Vec<T>::size + 2) * channels};
-  Scratch<double> sums{Vec<T>::size / 2 * channels};
-  T* shift() const { return lanes.data() + Vec<T>::size * channels; }
+  Scratch<T> lanes{(Count * Vec<T>::size + 2) * channels};
+  Scratch<double> sums{Count * Vec<T>::size / 2 * channels};
+  T* shift() const { return lanes.data() + Count * Vec<T>::size * channels; }
   T* center() const { return shift() + channels; }
 };
 
@@ -177,21 +193,21 @@ struct ChunkBuffers {
 template <class Scalar, class T = accumulate_t<Scalar>>
 void chunk_moments(const BatchNormShape& shape, const Chunk& chunk, const Scalar* x, Moments* moments) {
   const int64_t channels = shape.channels;
-  const ChunkBuffers<T> buffers{channels};
+  const ChunkBuffers<T, 1> buffers{channels};
   T *shift = buffers.shift(), *center = buffers.center();
   double* sums = buffers.sums.data();
   widen_row(x + (chunk.first * shape.inner + chunk.begin) * channels, channels, shift);
-  sum_rows<T>(shape, chunk, buffers.lanes.data(), sums, [&](Vec<T> total, int64_t at, int64_t c, int64_t n) {
-    return total + (load_lanes(x + at, n) - load_lanes(shift + c, n));
+  sum_rows<T, 1>(shape, chunk, buffers.lanes.data(), sums, [&](Vec<T>(&sum)[1], int64_t at, int64_t c, int64_t n) {
+    sum[0] += load_lanes(x + at, n) - load_lanes(shift + c, n);
   });
   const double count = static_cast<double>(chunk.count());
   for (int64_t c = 0; c < channels; ++c) {
     moments[c].mean = sums[c];
     center[c] = static_cast<T>(shift[c] + sums[c] / count);
   }
-  sum_rows<T>(shape, chunk, buffers.lanes.data(), sums, [&](Vec<T> total, int64_t at, int64_t c, int64_t n) {
+  sum_rows<T, 1>(shape, chunk, buffers.lanes.data(), sums, [&](Vec<T>(&sum)[1], int64_t at, int64_t c, int64_t n) {
     const Vec<T> d = load_lanes(x + at, n) - load_lanes(center + c, n);
-    return fma(d, d, total);
+    sum[0] = fma(d, d, sum[0]);
   });
   for (int64_t c = 0; c < channels; ++c) {
     moments[c] = Moments::of(count, shift[c], /*sum=*/moments[c].mean, center[c], sums[c]);
@@ -330,11 +346,14 @@ struct Backward {
       double sum_g = 0, sum_gx = 0;
       for (int64_t i = 0; i < chunks.count; ++i) {
         const Chunk chunk = chunks[i];
-        sum_g += sum_positions<T>(shape, chunk, c,
-                                  [&](Vec<T> total, int64_t at, int64_t n) { return total + masked(at, n); });
-        sum_gx += sum_positions<T>(shape, chunk, c, [&](Vec<T> total, int64_t at, int64_t n) {
-          return fma(masked(at, n), load_lanes(x + at, n) - m, total);
-        });
+        auto add_both = [&](Vec<T>(&sums)[2], int64_t at, int64_t n) {
+          const Vec<T> g = masked(at, n);
+          sums[0] += g;
+          sums[1] = fma(g, load_lanes(x + at, n) - m, sums[1]);
+        };
+        const Totals<2> totals = sum_positions<T, 2>(shape, chunk, c, add_both);
+        sum_g += totals.of[0];
+        sum_gx += totals.of[1];
       }
       const Slope slope = finish(c, sum_g, sum_gx);
       const Vec<T> a = static_cast<T>(slope.a), mean_g = static_cast<T>(slope.mean_g), b = static_cast<T>(slope.b);
@@ -351,16 +370,17 @@ struct Backward {
     Scratch<double> sums(2 * max_of(chunks.count, 1) * channels);
     parallel_for(chunks.count, 1, [&](int64_t i) {
       const Chunk chunk = chunks[i];
-      const ChunkBuffers<T> buffers{channels};
-      double *total_g = sums.data() + 2 * i * channels, *total_gx = total_g + channels;
-      sum_rows<T>(shape, chunk, buffers.lanes.data(), buffers.sums.data(),
-                  [&](Vec<T> total, int64_t at, int64_t, int64_t n) { return total + masked(at, n); });
-      widen_row(buffers.sums.data(), channels, total_g);
-      sum_rows<T>(shape, chunk, buffers.lanes.data(), buffers.sums.data(),
-                  [&](Vec<T> total, int64_t at, int64_t c, int64_t n) {
-                    return fma(masked(at, n), load_lanes(x + at, n) - load_lanes(centers.data() + c, n), total);
-                  });
-      widen_row(buffers.sums.data(), channels, total_gx);
+      const ChunkBuffers<T, 2> buffers{channels};
+      auto add_both = [&](Vec<T>(&sums)[2], int64_t at, int64_t c, int64_t n) {
+        const Vec<T> g = masked(at, n);
+        sums[0] += g;
+        sums[1] = fma(g, load_lanes(x + at, n) - load_lanes(centers.data() + c, n), sums[1]);
+      };
+      sum_rows<T, 2>(shape, chunk, buffers.lanes.data(), buffers.sums.data(), add_both);
+      for (int64_t which = 0; which < 2; ++which) {
+        widen_row(buffers.sums.data() + which * Vec<T>::size / 2 * channels, channels,
+                  sums.data() + (2 * i + which) * channels);
+      }
     });
     Scratch<T> slopes(3 * channels);
     T *a = slopes.data(), *mean_g = a + channels, *b = mean_g + channels;
