@@ -127,19 +127,6 @@ def test_deprecated_spellings_of_reduction(legacy: dict[str, bool]) -> None:
 # ---- sizes -----------------------------------------------------------------------------------------------------------
 
 
-def test_more_than_2_31_logical_elements() -> None:
-    """An expanded row is read where it lies: 2^31 elements from four megabytes."""
-    rows, classes = 2048, 2**20 + 1
-    row = normal(classes, seed=1, dtype=torch.float32)
-    target = torch.full((rows,), classes - 1)
-    target[1] = 0
-    with torch.no_grad():
-        losses = F.cross_entropy(row.expand(rows, classes), target, reduction="none")
-    expected = reference(row.double().expand(2, classes), target[:2], reduction="none").float()
-    assert torch.equal(losses[2:], losses[:1].expand(rows - 2))
-    torch.testing.assert_close(losses[:2], expected)
-
-
 def test_a_failed_allocation_leaves_everything_usable() -> None:
     logits = torch.zeros(1, requires_grad=True)
     huge = logits.expand(2**40, 2**10)

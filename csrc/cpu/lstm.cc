@@ -244,7 +244,7 @@ class ForwardPass {
 
   // gates = input W_ih^T + bias, for all rows.
   void multiply_input() {
-    const Matrix<Scalar> input = {static_cast<const Scalar*>(layer_.input), layer_.input_size, 1};
+    const Matrix<Scalar> input = {static_cast<const Scalar*>(layer_.input), layer_.input_row_stride, 1};
     const Matrix<Scalar> weight = {static_cast<const Scalar*>(layer_.w_ih), 1, layer_.input_size};
     gemm<T>(layer_.rows, kGates * H_, layer_.input_size, input, weight,
             [&](int64_t i, int64_t j, int64_t count, const T* values) {
@@ -315,7 +315,7 @@ class ForwardPass {
     const Scalar* x[Rows];
     const T* h[Rows];
     for (int r = 0; r < Rows; ++r) {
-      x[r] = static_cast<const Scalar*>(layer_.input) + (sequence_.offset(turn) + row + r) * inputs;
+      x[r] = static_cast<const Scalar*>(layer_.input) + (sequence_.offset(turn) + row + r) * layer_.input_row_stride;
       h[r] = h_before(row + r);
     }
     const Scalar* from_input[kGates];
@@ -586,7 +586,7 @@ class BackwardPass {
   void finish_weights() {
     const Matrix<T> grad_gates = {grad_gates_.data(), 1, kGates * H_};  // transposed
     if (args_.grad_w_ih != nullptr) {
-      const Matrix<Scalar> input = {static_cast<const Scalar*>(layer_.input), layer_.input_size, 1};
+      const Matrix<Scalar> input = {static_cast<const Scalar*>(layer_.input), layer_.input_row_stride, 1};
       gemm<T>(kGates * H_, layer_.input_size, layer_.rows, grad_gates, input,
               write_rows(args_.grad_w_ih, layer_.input_size));
     }

@@ -1,6 +1,6 @@
-// Long short-term memory: what the kernels are given. Arrays are dense; T is the element type, A the type that sums are
-// carried in (float, or double for double). Rows are (step, sequence) pairs in the order of a packed sequence: all
-// sequences of step 0, then those of step 1, ...; the four gates are in the order i, f, g, o.
+// Long short-term memory: what the kernels are given. Arrays are dense but for the input's rows; T is the element type,
+// A the type that sums are carried in (float, or double for double). Rows are (step, sequence) pairs in the order of a
+// packed sequence: all sequences of step 0, then those of step 1, ...; the four gates are in the order i, f, g, o.
 #pragma once
 
 #include "types.h"
@@ -15,6 +15,7 @@ struct LstmLayer {
   bool reverse;                                      // steps are taken from the last to the first
   const int64_t* batch_sizes;                        // [steps], never growing; null: every step has `batch` sequences
   const void* input;                                 // T [rows][input_size]
+  int64_t input_row_stride;                          // elements between rows of the input, which may overlap
   const void* h0;                                    // T [batch][output_size]
   const void* c0;                                    // T [batch][hidden_size]
   const void* w_ih;                                  // T [4 hidden_size][input_size]

@@ -107,6 +107,17 @@ Tensor dense(const Tensor& tensor) {
   return tensor.defined() ? tensor.contiguous() : tensor;
 }
 
+// The rows of a sequence are read where they lie when they are equally far from one another.
+Tensor equally_spaced_rows(const Tensor& input) {
+  const bool dense_row = input.size(-1) <= 1 || input.stride(-1) == 1;
+  const bool equal = input.dim() == 2 || input.size(0) <= 1 || input.size(1) <= 1 ||
+                     input.stride(0) == input.size(1) * input.stride(1);
+  return dense_row && equal ? input : input.contiguous();
+}
+int64_t row_stride(const Tensor& input) {
+  return input.dim() == 3 && input.size(1) <= 1 ? input.stride(0) : input.stride(-2);
+}
+
 // Dense operands and the layer that points at them. A cell is a layer of one step.
 struct Operands {
   Tensor input, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes;
@@ -115,7 +126,7 @@ struct Operands {
   Operands(const Tensor& input_, const Tensor& h0_, const Tensor& c0_, const Tensor& w_ih_, const Tensor& w_hh_,
            const OptionalTensor& b_ih_, const OptionalTensor& b_hh_, const OptionalTensor& w_hr_,
            const OptionalTensor& batch_sizes_, bool reverse)
-      : input(dense(input_)),
+      : input(equally_spaced_rows(input_)),
         h0(dense(h0_)),
         c0(dense(c0_)),
         w_ih(dense(w_ih_)),
@@ -134,6 +145,7 @@ struct Operands {
     layer.reverse = reverse;
     layer.batch_sizes = batch_sizes.defined() ? batch_sizes.const_data_ptr<int64_t>() : nullptr;
     layer.input = input.const_data_ptr();
+    layer.input_row_stride = row_stride(input);
     layer.h0 = h0.const_data_ptr();
     layer.c0 = c0.const_data_ptr();
     layer.w_ih = w_ih.const_data_ptr();
