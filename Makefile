@@ -1,5 +1,6 @@
 # make demo   the main job and a short benchmark, from nothing but python3, g++ and make
 # make test   the tests                    make test-slow   those that install the package
+# make bench  every operation against torch as it is, with huge pages and compiled; writes benchmarks/results
 # make lint   what CI checks               make format      repairs what can be repaired
 # make dev    builds the extension in place (incremental)
 # make stub   writes dlkernels/_C.pyi again, after a function of the extension was added or changed
@@ -24,7 +25,7 @@ LINT_TOOLS := $(shell sed -n 's/^lint = \[\(.*\)\]/\1/p' pyproject.toml | tr -d 
 CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.cc' -o -name '*.h')
 PYTHON_FILES = setup.py $(wildcard tools dlkernels tests benchmarks examples)
 
-.PHONY: demo dev stub test test-slow lint format clean
+.PHONY: demo dev stub test test-slow bench lint format clean
 
 demo: $(DEMO_STAMP)
 	$(PYTHON) -m dlkernels train lenet --data digits
@@ -42,6 +43,9 @@ test: dev
 
 test-slow: dev
 	$(PYTHON) -m pytest -m slow $(PYTEST_ARGS)
+
+bench: $(DEMO_STAMP) dev
+	$(PYTHON) benchmarks/harness.py --peers thp --peers compile
 
 lint: $(LINT_STAMP)
 	$(PYTHON) -m ruff check $(PYTHON_FILES)

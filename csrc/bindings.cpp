@@ -65,6 +65,11 @@ at::Tensor elementary_function(const std::string& name, const at::Tensor& input)
   return output;
 }
 
+// Does multiply-adds in the type of `like`, on every thread, and returns how many operations they were.
+double arithmetic_operations(const at::Tensor& like, int64_t repetitions) {
+  return kernels().arithmetic_rate.multiply_add(ops::kernel_dtype(like, "arithmetic_operations", "like"), repetitions);
+}
+
 }  // namespace
 
 TORCH_LIBRARY(dlkernels, m) {
@@ -97,6 +102,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("isa", [] { return kernels().isa; });
   m.def("available_isas", &available_isa_names);
   m.def("select_isa", [](const std::string& name) { return select_isa(name.c_str()); }, py::arg("name"));
+  m.def("arithmetic_operations", &arithmetic_operations, py::arg("like"), py::arg("repetitions"), Released());
   m.def("elementary_function", &elementary_function, py::arg("name"), py::arg("input"), Released());
   m.def("batch_norm", &ops::batch_norm_with_update, py::arg("input"), py::arg("weight"), py::arg("bias"),
         py::arg("residual"), py::arg("running_mean"), py::arg("running_var"), py::arg("training"), py::arg("momentum"),

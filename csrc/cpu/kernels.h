@@ -1,6 +1,7 @@
 // The one joint between the operations and the instruction sets: every instruction set exports one of these tables.
 #pragma once
 
+#include "arithmetic_rate.h"
 #include "attention.h"
 #include "batch_norm.h"
 #include "conv2d.h"
@@ -13,6 +14,7 @@ namespace dlkernels {
 
 struct KernelTable {
   const char* isa;
+  ArithmeticRateKernels arithmetic_rate;
   AttentionKernels attention;
   BatchNormKernels batch_norm;
   Conv2dKernels conv2d;

@@ -7,8 +7,8 @@ forward and backward) the harness
 2. chooses how many calls one sample holds, so that a sample is long against the clock;
 3. takes samples in turns, ours, torch's, ours, torch's, ..., so that a change of the machine's speed meets both;
 4. reports median and minimum, page faults a call, and the share of the attainable speed: the time that the bytes that
-   must move need at the copy bandwidth measured in this run, or the operations at the measured rate of torch's matrix
-   product, whichever is longer (Williams et al. 2009, the roofline), over the measured time.
+   must move need at the copy bandwidth measured in this run, or the operations at the measured rate of the arithmetic
+   units, whichever is longer (Williams et al. 2009, the roofline), over the measured time.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from .. import _C
 
 Function = Callable[..., "Tensor | tuple[Tensor, ...]"]
 Program = Callable[[], object]
@@ -95,11 +97,11 @@ class Ceilings:
     """What this machine reached during this run."""
 
     copy_bytes_per_second: float
-    matmul_rate: dict[str, float]  # operations a second of torch's largest matrix products, by type
+    arithmetic_rate: dict[str, float]  # operations a second of multiply-adds in registers on every thread, by type
 
     def seconds(self, cost: Cost, dtype: str) -> float:
         """The time that a call of this cost needs at least."""
-        return max(cost.bytes / self.copy_bytes_per_second, cost.operations / self.matmul_rate[dtype])
+        return max(cost.bytes / self.copy_bytes_per_second, cost.operations / self.arithmetic_rate[dtype])
 
 
 @dataclass(frozen=True)
@@ -240,16 +242,18 @@ def best_rate(call: Program, amount: float, seconds: float) -> float:
 
 
 def measure_ceilings(dtypes: Sequence[torch.dtype], quick: bool = False) -> Ceilings:
-    """Copy bandwidth out of the cache's reach, and the best rate of torch's matrix product in each type."""
+    """Copy bandwidth out of the cache's reach, and the rate of multiply-adds in registers for each type."""
     source = torch.ones((64 if quick else 256) * 2**20 // 4)
     target = torch.empty_like(source)
     seconds = 0.1 if quick else 0.5
     copy_rate = best_rate(lambda: target.copy_(source), 2.0 * source.numel() * source.element_size(), seconds)
     rates = {}
     for dtype in dtypes:
-        rate = 0.0
-        for size in (512, 1024) if quick else (512, 1024, 2048):
-            a = torch.randn(size, size).to(dtype)
-            rate = max(rate, best_rate(lambda a=a: torch.mm(a, a), 2.0 * size**3, seconds))  # type: ignore[misc]
-        rates[dtype_name(dtype)] = rate
+        like = torch.empty(0, dtype=dtype)
+        operations = _C.arithmetic_operations(like, 1) * 10_000
+        rates[dtype_name(dtype)] = best_rate(
+            lambda like=like: _C.arithmetic_operations(like, 10_000),  # type: ignore[misc]
+            operations,
+            seconds,
+        )
     return Ceilings(copy_rate, rates)

@@ -84,10 +84,10 @@ def write_json(run: Run, path: Path) -> None:
 
 def summary_table(run: Run) -> Table:
     """The classes' ratios: torch's time over ours, so that above one is faster than torch."""
-    rate = ", ".join(f"{value / 1e9:,.0f} Gop/s {name}" for name, value in run.ceilings.matmul_rate.items())
+    rate = ", ".join(f"{value / 1e9:,.0f} Gop/s {name}" for name, value in run.ceilings.arithmetic_rate.items())
     table = Table(
         title="Time of the peer over ours, geometric mean over the shapes of each class",
-        caption=f"ceilings: copy {run.ceilings.copy_bytes_per_second / 1e9:.1f} GB/s, matmul {rate}",
+        caption=f"ceilings: copy {run.ceilings.copy_bytes_per_second / 1e9:.1f} GB/s, multiply-add {rate}",
         title_justify="left",
         caption_justify="left",
     )
@@ -143,14 +143,14 @@ def class_rows(run: Run) -> tuple[list[str], list[list[str]]]:
 def write_report(run: Run, path: Path) -> None:
     """The report at ``path`` (markdown), with every figure in a JSON file of the same name beside it."""
     facts = run.environment
-    rates = ", ".join(f"{value / 1e9:,.0f} Gop/s {name}" for name, value in run.ceilings.matmul_rate.items())
+    rates = ", ".join(f"{value / 1e9:,.0f} Gop/s {name}" for name, value in run.ceilings.arithmetic_rate.items())
     lines = [
         "# dlkernels against PyTorch",
         "",
         f"dlkernels {facts['dlkernels']} ({facts['isa']}), PyTorch {facts['torch']}, Python {facts['python']}, "
         f"{facts['processor']}, {facts['threads']} threads of {facts['cores']} cores.",
         f"Ceilings measured in this run: copy {run.ceilings.copy_bytes_per_second / 1e9:.1f} GB/s; "
-        f"matmul rate (torch.mm) {rates}.",
+        f"multiply-adds {rates}.",
         "",
         EXPLANATION,
         "",
