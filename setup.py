@@ -79,6 +79,7 @@ class CMakeBuild(build_ext):
             "CMAKE_BUILD_TYPE": "Release",
             "CMAKE_MAKE_PROGRAM": find_tool("ninja"),
             "DLKERNELS_WERROR": os.environ.get("DLKERNELS_WERROR", "0"),
+            "DLKERNELS_EMULATE_AMX": os.environ.get("DLKERNELS_EMULATE_AMX", "0"),
             "DLKERNELS_PYTHON_INCLUDE_DIR": sysconfig.get_path("include"),
             "DLKERNELS_TORCH_INCLUDE_DIRS": ";".join(cpp_extension.include_paths()),
             "DLKERNELS_TORCH_LIBRARY_DIRS": ";".join(library_paths),

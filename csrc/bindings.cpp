@@ -42,12 +42,6 @@ void translate_exception(std::exception_ptr pointer) {
   }
 }
 
-std::vector<std::string> available_isa_names() {
-  const char* names[4];
-  const int count = available_isas(names);
-  return {names, names + count};
-}
-
 // A function of vmath.h on a dense float32 tensor, for its tests.
 at::Tensor elementary_function(const std::string& name, const at::Tensor& input) {
   static const std::map<std::string, ElementaryFunction> functions = {{"exp", ElementaryFunction::exp},
@@ -100,7 +94,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   kernels();  // a DLKERNELS_ISA that cannot be had is an error at import, not at the first call
 
   m.def("isa", [] { return kernels().isa; });
-  m.def("available_isas", &available_isa_names);
+  m.def("available_isas", &available_isas);
   m.def("select_isa", [](const std::string& name) { return select_isa(name.c_str()); }, py::arg("name"));
   m.def("arithmetic_operations", &arithmetic_operations, py::arg("like"), py::arg("repetitions"), Released());
   m.def("elementary_function", &elementary_function, py::arg("name"), py::arg("input"), Released());

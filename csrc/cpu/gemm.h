@@ -7,6 +7,7 @@
 #include "pack.h"
 #include "parallel.h"
 #include "simd.h"
+#include "split.h"
 
 namespace dlkernels::DLKERNELS_ISA {
 
@@ -95,6 +96,11 @@ inline void multiply(int64_t rows, int64_t columns, int64_t depth, const T* a, i
 
 namespace detail {
 
+// A block of C and a part of the depth.
+struct ProductBlock {
+  int64_t i, rows, j, columns, k_begin, k_end;
+};
+
 // Row blocks of A arrive here in the type of the products, contiguous along the depth: in place when they already are.
 template <class T, class Scalar>
 inline const T* rows_of(Matrix<Scalar> a, int64_t rows, int64_t depth, T* buffer, int64_t* row_stride) {
@@ -123,72 +129,169 @@ inline void pack_all(Matrix<Scalar> b, int64_t depth, int64_t columns, T* packed
   });
 }
 
-// The part of one output block that depth [k_begin, k_end) contributes; k_begin is a multiple of kDepthBlock.
+// One output block's part of the depth, [k_begin, k_end), by fused multiply-adds; k_begin is a multiple of kDepthBlock.
 template <class T, class ScalarA>
-inline void multiply_block(Matrix<ScalarA> a, const T* packed_b, int64_t padded_columns, int64_t i, int64_t rows,
-                           int64_t j, int64_t columns, int64_t depth, int64_t k_begin, int64_t k_end, T* a_buffer, T* c,
-                           int64_t c_row_stride) {
-  for (int64_t k = k_begin; k < k_end; k += kDepthBlock) {
+inline void multiply_block(Matrix<ScalarA> a, const T* packed_b, int64_t padded_columns, const ProductBlock& block,
+                           int64_t depth, T* c, int64_t c_row_stride) {
+  const Scratch<T> buffer(block.rows * kDepthBlock);
+  for (int64_t k = block.k_begin; k < block.k_end; k += kDepthBlock) {
     const int64_t block_depth = min_of(kDepthBlock, depth - k);
     int64_t a_row_stride;
-    const T* a_rows = rows_of<T>(a.at(i, k), rows, block_depth, a_buffer, &a_row_stride);
-    const T* panel = packed_b + k * padded_columns + j * block_depth;
-    multiply<T>(rows, columns, block_depth, a_rows, a_row_stride, packed_panels(panel, block_depth), c, c_row_stride,
-                k > k_begin);
+    const T* a_rows = rows_of<T>(a.at(block.i, k), block.rows, block_depth, buffer.data(), &a_row_stride);
+    const T* panel = packed_b + k * padded_columns + block.j * block_depth;
+    multiply<T>(block.rows, block.columns, block_depth, a_rows, a_row_stride, packed_panels(panel, block_depth), c,
+                c_row_stride, k > block.k_begin);
   }
 }
 
-}  // namespace detail
-
-// C = A B for A [M, K] and B [K, N] of any strides and element types, computed in T. finish(i, j, count, values) takes
-// the finished values C[i][j .. j + count), once each, from any thread. The partition follows from the shape alone.
-// Products with few output blocks and great depth are split along the depth, the parts added in order.
-template <class T, class ScalarA, class ScalarB, class Finish>
-inline void gemm(int64_t M, int64_t N, int64_t K, Matrix<ScalarA> a, Matrix<ScalarB> b, Finish&& finish) {
-  if (M <= 0 || N <= 0) return;
-  const int64_t width = kTileColumns<T>;
-  const int64_t padded_columns = round_up(N, width);
-  Scratch<T> packed_b(padded_columns * K);
-  detail::pack_all<T>(b, K, N, packed_b.data());
-
+// Calls multiply_block(block, c, c_row_stride) for every block of C and every part of the depth, and finish for the
+// sums of the parts. The partition follows from the shape alone. Products with few output blocks and great depth are
+// split along the depth, the parts added in order.
+template <class T, class MultiplyBlock, class Finish>
+inline void run_product(int64_t M, int64_t N, int64_t K, MultiplyBlock&& multiply_block, Finish&& finish) {
   const int64_t row_blocks = ceil_div(M, kRowBlock), column_blocks = ceil_div(N, kColumnBlock);
   const int64_t blocks = row_blocks * column_blocks;
   const int64_t wanted_parts = min_of(ceil_div(16, blocks), K / (4 * kDepthBlock));
   const int64_t part_depth = round_up(ceil_div(max_of(K, 1), max_of(wanted_parts, 1)), kDepthBlock);
   const int64_t parts = max_of(ceil_div(K, part_depth), 1);
 
-  const int64_t block_rows = min_of(M, kRowBlock), block_columns = min_of(padded_columns, kColumnBlock);
+  const int64_t block_rows = min_of(M, kRowBlock), block_columns = min_of(round_up(N, kTileColumns<T>), kColumnBlock);
   const int64_t block_size = block_rows * block_columns;
   Scratch<T> partial(parts > 1 ? parts * blocks * block_size : 0);
-  auto finish_block = [&](int64_t i, int64_t rows, int64_t j, int64_t columns, const T* c) {
-    for (int64_t r = 0; r < rows; ++r) finish(i + r, j, columns, c + r * block_columns);
+  auto block_at = [&](int64_t index, int64_t part) -> ProductBlock {
+    const int64_t i = index / column_blocks * kRowBlock, j = index % column_blocks * kColumnBlock;
+    return {i,
+            min_of(kRowBlock, M - i),
+            j,
+            min_of(kColumnBlock, N - j),
+            part * part_depth,
+            min_of(K, (part + 1) * part_depth)};
+  };
+  auto finish_block = [&](const ProductBlock& block, const T* c) {
+    for (int64_t r = 0; r < block.rows; ++r) finish(block.i + r, block.j, block.columns, c + r * block_columns);
   };
   const double work = 2.0 * M * N * K;
   const int64_t grain = work < 2e5 ? blocks * parts : 1;  // small products stay on one thread
   parallel_for(blocks * parts, grain, [&](int64_t task) {
-    const int64_t part = task / blocks, block = task % blocks;
-    const int64_t i = block / column_blocks * kRowBlock, j = block % column_blocks * kColumnBlock;
-    const int64_t rows = min_of(kRowBlock, M - i), columns = min_of(kColumnBlock, N - j);
-    Scratch<T> buffer(block_rows * kDepthBlock + (parts > 1 ? 0 : block_size));
-    T* c = parts > 1 ? partial.data() + task * block_size : buffer.data() + block_rows * kDepthBlock;
-    if (K <= 0) {
-      for (int64_t e = 0; e < block_size; ++e) c[e] = 0;
-    }
-    detail::multiply_block<T>(a, packed_b.data(), padded_columns, i, rows, j, columns, K, part * part_depth,
-                              min_of(K, (part + 1) * part_depth), buffer.data(), c, block_columns);
-    if (parts == 1) finish_block(i, rows, j, columns, c);
+    const ProductBlock block = block_at(task % blocks, task / blocks);
+    const Scratch<T> sums(parts > 1 ? 0 : block_size);
+    T* c = parts > 1 ? partial.data() + task * block_size : sums.data();
+    if (K <= 0) fill(c, T(0), block_size);
+    multiply_block(block, c, block_columns);
+    if (parts == 1) finish_block(block, c);
   });
   if (parts == 1) return;
-  parallel_for(blocks, 1, [&](int64_t block) {
-    const int64_t i = block / column_blocks * kRowBlock, j = block % column_blocks * kColumnBlock;
-    const int64_t rows = min_of(kRowBlock, M - i), columns = min_of(kColumnBlock, N - j);
-    T* sum = partial.data() + block * block_size;
+  parallel_for(blocks, 1, [&](int64_t index) {
+    const ProductBlock block = block_at(index, 0);
+    T* sum = partial.data() + index * block_size;
     for (int64_t part = 1; part < parts; ++part) {
-      const T* addend = partial.data() + (part * blocks + block) * block_size;
-      for (int64_t r = 0; r < rows; ++r) add_to(sum + r * block_columns, addend + r * block_columns, columns);
+      const T* addend = partial.data() + (part * blocks + index) * block_size;
+      for (int64_t r = 0; r < block.rows; ++r)
+        add_to(sum + r * block_columns, addend + r * block_columns, block.columns);
     }
-    finish_block(i, rows, j, columns, sum);
+    finish_block(block, sum);
   });
+}
+
+// ---- on matrix units (split.h) -----------------------------------------------------------------------------------
+
+// The planes that hold numbers of a type: float32 as many as torch's precision setting asks for.
+template <class Scalar>
+inline int planes_of() {
+  if constexpr (std::is_same_v<Scalar, bfloat16>) return 1;
+  if constexpr (std::is_same_v<Scalar, float16>) return 2;
+  return float32_planes();
+}
+
+// A block whose rows cannot be split: B is packed again as float32. Infinities, NaN and the largest numbers are rare.
+template <class ScalarA, class ScalarB>
+inline void multiply_unsplit_block(Matrix<ScalarA> a, Matrix<ScalarB> b, const ProductBlock& block, float* c,
+                                   int64_t c_row_stride) {
+  const Scratch<float> left(block.rows * kDepthBlock),
+      right(round_up(block.columns, kTileColumns<float>) * kDepthBlock);
+  for (int64_t k = block.k_begin; k < block.k_end; k += kDepthBlock) {
+    const int64_t depth = min_of(kDepthBlock, block.k_end - k);
+    int64_t a_row_stride;
+    const float* a_rows = rows_of<float>(a.at(block.i, k), block.rows, depth, left.data(), &a_row_stride);
+    for (int64_t j = 0; j < block.columns; j += kTileColumns<float>) {
+      pack_rows(b.at(k, block.j + j), depth, min_of(kTileColumns<float>, block.columns - j), right.data() + j * depth,
+                kTileColumns<float>);
+    }
+    multiply<float>(block.rows, block.columns, depth, a_rows, a_row_stride, packed_panels<float>(right.data(), depth),
+                    c, c_row_stride, k > block.k_begin);
+  }
+}
+
+// gemm() on tiles; false, and nothing finished, when B cannot be split.
+template <int Planes, class ScalarA, class ScalarB, class Finish>
+inline bool gemm_on_tiles(int64_t M, int64_t N, int64_t K, Matrix<ScalarA> a, Matrix<ScalarB> b, Finish&& finish) {
+  const int64_t units = ceil_div(K, kTileDepth), panels = ceil_div(N, kSplitColumns);
+  const Scratch<RightUnit<Planes>> right(panels * units);  // [panel][unit]
+  bool can_split = true;
+  parallel_for(panels * units, 8, [&](int64_t task) {
+    const int64_t j = task / units * kSplitColumns, k = task % units * kTileDepth;
+    if (!split_right(b.at(k, j), min_of(kTileDepth, K - k), min_of(kSplitColumns, N - j), right.data() + task)) {
+      __atomic_store_n(&can_split, false, __ATOMIC_RELAXED);
+    }
+  });
+  if (!can_split) return false;
+  auto multiply_block = [&](const ProductBlock& block, float* c, int64_t c_row_stride) {
+    constexpr int64_t run_units = kDepthBlock / kTileDepth;
+    const Scratch<LeftUnit<Planes>> left(round_up(block.rows, kSplitRows) * run_units);
+    Tiles tiles;
+    for (int64_t k = block.k_begin; k < block.k_end; k += kDepthBlock) {
+      const int64_t depth = min_of(kDepthBlock, block.k_end - k);
+      if (!split_left(a.at(block.i, k), block.rows, depth, left.data(), run_units)) {
+        return multiply_unsplit_block(a, b, block, c, c_row_stride);
+      }
+      const UnitSegment run = {ceil_div(depth, kTileDepth), 0, k / kTileDepth};
+      for (int64_t j = 0; j < block.columns; j += kSplitColumns) {
+        const RightUnit<Planes>* panel = right.data() + (block.j + j) / kSplitColumns * units;
+        for (int64_t i = 0; i < block.rows; i += kSplitRows) {
+          multiply_split(tiles, min_of(kSplitRows, block.rows - i), min_of(kSplitColumns, block.columns - j),
+                         LeftRows<Planes>{left.data() + i * run_units, run_units}, panel, &run, 1,
+                         c + i * c_row_stride + j, c_row_stride, k > block.k_begin);
+        }
+      }
+    }
+  };
+  run_product<float>(M, N, K, multiply_block, finish);
+  return true;
+}
+
+// Below these sizes most of a tile would be padding.
+inline constexpr int64_t kFewestTileRows = 8, kFewestTileColumns = 8, kFewestTileDepth = 16;
+
+template <class ScalarA, class ScalarB, class Finish>
+inline bool try_tiles(int64_t M, int64_t N, int64_t K, Matrix<ScalarA> a, Matrix<ScalarB> b, Finish&& finish) {
+  if (M < kFewestTileRows || N < kFewestTileColumns || K < kFewestTileDepth) return false;
+  switch (max_of(planes_of<ScalarA>(), planes_of<ScalarB>())) {
+    case 1:
+      return gemm_on_tiles<1>(M, N, K, a, b, finish);
+    case 2:
+      return gemm_on_tiles<2>(M, N, K, a, b, finish);
+    default:
+      return gemm_on_tiles<3>(M, N, K, a, b, finish);
+  }
+}
+
+}  // namespace detail
+
+// C = A B for A [M, K] and B [K, N] of any strides and element types, computed in T. finish(i, j, count, values) takes
+// the finished values C[i][j .. j + count), once each, from any thread.
+template <class T, class ScalarA, class ScalarB, class Finish>
+inline void gemm(int64_t M, int64_t N, int64_t K, Matrix<ScalarA> a, Matrix<ScalarB> b, Finish&& finish) {
+  if (M <= 0 || N <= 0) return;
+  if constexpr (kHasTiles && std::is_same_v<T, float>) {
+    if (detail::try_tiles(M, N, K, a, b, finish)) return;
+  }
+  const int64_t padded_columns = round_up(N, kTileColumns<T>);
+  const Scratch<T> packed_b(padded_columns * K);
+  detail::pack_all<T>(b, K, N, packed_b.data());
+  auto multiply_block = [&](const detail::ProductBlock& block, T* c, int64_t c_row_stride) {
+    detail::multiply_block<T>(a, packed_b.data(), padded_columns, block, K, c, c_row_stride);
+  };
+  detail::run_product<T>(M, N, K, multiply_block, finish);
 }
 
 }  // namespace dlkernels::DLKERNELS_ISA

@@ -1,6 +1,13 @@
 #include "isa.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <atomic>
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -10,54 +17,92 @@
 
 namespace dlkernels {
 
+// One table an instruction set; which of them a build has is CMake's to say.
 namespace baseline {
 extern const KernelTable table;
 }
-#if defined(__x86_64__)
 namespace avx2 {
 extern const KernelTable table;
 }
 namespace avx512 {
 extern const KernelTable table;
 }
-#endif
+namespace amx {
+extern const KernelTable table;
+}
+namespace amx_emulated {
+extern const KernelTable table;
+}
 
 namespace {
 
-// Narrowest first. __builtin_cpu_supports asks cpuid and, for the wide registers, xgetbv.
-int usable_tables(const KernelTable* tables[4]) {
-  int count = 0;
-  tables[count++] = &baseline::table;
+#if defined(__x86_64__)
+// __builtin_cpu_supports asks cpuid and, for the wide registers, xgetbv.
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") &&
+         __builtin_cpu_supports("f16c");
+}
+
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+
+// The processor has tiles of bfloat16, the system saves them, and it lets this process use them: Linux gives the
+// permission once asked (Documentation/arch/x86/xstate.rst).
+bool has_amx() {
+#if defined(__linux__)
+  unsigned eax, ebx, ecx, edx, state, unused;
+  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24, kOsXsave = 1u << 27, kTileState = 3u << 17;
+  if (!has_avx512() || !__get_cpuid(1, &eax, &ebx, &ecx, &edx) || (ecx & kOsXsave) == 0) return false;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (edx & kAmxBf16) == 0 || (edx & kAmxTile) == 0) return false;
+  __asm__("xgetbv" : "=a"(state), "=d"(unused) : "c"(0));
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return (state & kTileState) == kTileState && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
+struct Tables {
+  std::vector<const KernelTable*> usable;  // narrowest first, then emulated ones
+  const KernelTable* widest;
+};
+
+Tables find_tables() {
+  Tables tables{{&baseline::table}, nullptr};
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                        __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
-  if (has_avx2) tables[count++] = &avx2::table;
-  if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
-    tables[count++] = &avx512::table;
-  }
+  if (has_avx2()) tables.usable.push_back(&avx2::table);
+  if (has_avx512()) tables.usable.push_back(&avx512::table);
+  if (has_amx()) tables.usable.push_back(&amx::table);
 #endif
-  return count;
+  tables.widest = tables.usable.back();
+#if defined(DLKERNELS_EMULATE_AMX)
+  if (has_avx512()) tables.usable.push_back(&amx_emulated::table);
+#endif
+  return tables;
+}
+
+const Tables& tables() {
+  static const Tables found = find_tables();
+  return found;
 }
 
 const KernelTable* find_table(const char* name) {
-  const KernelTable* tables[4];
-  const int count = usable_tables(tables);
-  for (int i = 0; i < count; ++i) {
-    if (std::strcmp(name, tables[i]->isa) == 0) return tables[i];
+  for (const KernelTable* table : tables().usable) {
+    if (std::strcmp(name, table->isa) == 0) return table;
   }
   return nullptr;
 }
 
 const KernelTable* choose_table() {
-  const KernelTable* tables[4];
-  const int count = usable_tables(tables);
   const char* forced = std::getenv("DLKERNELS_ISA");
-  if (forced == nullptr || *forced == '\0') return tables[count - 1];
+  if (forced == nullptr || *forced == '\0') return tables().widest;
   if (const KernelTable* table = find_table(forced)) return table;
   std::string usable;
-  for (int i = 0; i < count; ++i) usable += std::string(i == 0 ? "" : ", ") + tables[i]->isa;
+  for (const KernelTable* table : tables().usable) usable += std::string(usable.empty() ? "" : ", ") + table->isa;
   throw std::runtime_error("DLKERNELS_ISA=" + std::string(forced) + " cannot be used here: expected one of " + usable);
 }
 
@@ -78,11 +123,10 @@ bool select_isa(const char* name) {
   return table != nullptr;
 }
 
-int available_isas(const char* names[4]) {
-  const KernelTable* tables[4];
-  const int count = usable_tables(tables);
-  for (int i = 0; i < count; ++i) names[i] = tables[i]->isa;
-  return count;
+std::vector<const char*> available_isas() {
+  std::vector<const char*> names;
+  for (const KernelTable* table : tables().usable) names.push_back(table->isa);
+  return names;
 }
 
 }  // namespace dlkernels

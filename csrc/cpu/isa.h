@@ -1,6 +1,8 @@
 // Which instruction set this process runs the kernels with, and the table of kernels built for it.
 #pragma once
 
+#include <vector>
+
 namespace dlkernels {
 
 struct KernelTable;  // kernels.h
@@ -12,7 +14,7 @@ const KernelTable& kernels();
 // Puts another instruction set in use, for tests and measurements; false when it cannot be had in this process.
 bool select_isa(const char* name);
 
-// Names of the instruction sets that can be used in this process, narrowest first; returns how many were written.
-int available_isas(const char* names[4]);
+// Names of the instruction sets that can be used in this process, narrowest first; emulated ones come last.
+std::vector<const char*> available_isas();
 
 }  // namespace dlkernels

@@ -21,7 +21,11 @@ void free_aligned(void* memory) noexcept {
   std::free(memory);
 }
 
-Runtime active = {run_serially, allocate_aligned, free_aligned};
+int all_planes() {
+  return 3;
+}
+
+Runtime active = {run_serially, allocate_aligned, free_aligned, all_planes};
 
 // Every block starts with its own size, in a line of its own so that the payload stays aligned.
 constexpr size_t kHeader = 64;
@@ -98,6 +102,10 @@ void* acquire_scratch(size_t bytes) {
 
 void release_scratch(void* memory) noexcept {
   pool().release(memory);
+}
+
+int float32_planes() {
+  return active.float32_planes();
 }
 
 void install_runtime(const Runtime& runtime) {

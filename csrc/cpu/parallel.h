@@ -1,5 +1,6 @@
-// Work sharing and scratch memory. The kernels see two plain functions, so that neither torch nor the standard library
-// is compiled into the instruction-set objects; the extension routes them to torch's thread pool and allocator.
+// What the kernels need of their host: work sharing, scratch memory and one setting. They see plain functions, so that
+// neither torch nor the standard library is compiled into the instruction-set objects; the extension routes them to
+// torch's thread pool, allocator and settings.
 #pragma once
 
 #include <cstddef>
@@ -15,11 +16,15 @@ void run_tasks(int64_t tasks, int64_t grain, void (*body)(void* context, int64_t
 void* acquire_scratch(size_t bytes);
 void release_scratch(void* memory) noexcept;
 
-// The host's pool and allocator; by default one thread and aligned_alloc.
+// How many bfloat16 a float32 is split into for products on matrix units: 3 keep float32's accuracy, see split.h.
+int float32_planes();
+
+// The host's pool, allocator and setting; by default one thread, aligned_alloc and 3.
 struct Runtime {
   void (*run)(int64_t tasks, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context);
   void* (*allocate)(size_t bytes);
   void (*deallocate)(void* memory) noexcept;
+  int (*float32_planes)();
 };
 void install_runtime(const Runtime& runtime);
 

@@ -1,6 +1,7 @@
-// Lends torch's thread pool and allocator to the kernels.
+// Lends torch's thread pool, allocator and matmul precision to the kernels.
 #include "ops/runtime.h"
 
+#include <ATen/Context.h>
 #include <ATen/Parallel.h>
 #include <c10/core/CPUAllocator.h>
 #include <pthread.h>
@@ -28,10 +29,22 @@ void deallocate(void* memory) noexcept {
   c10::GetDefaultCPUAllocator()->raw_deallocate(memory);
 }
 
+// torch.get_float32_matmul_precision()
+int float32_planes() {
+  switch (at::globalContext().float32MatmulPrecision()) {
+    case at::Float32MatmulPrecision::HIGHEST:
+      return 3;
+    case at::Float32MatmulPrecision::HIGH:
+      return 2;
+    default:
+      return 1;
+  }
+}
+
 }  // namespace
 
 void install_torch_runtime() {
-  install_runtime({run_on_torch_pool, allocate, deallocate});
+  install_runtime({run_on_torch_pool, allocate, deallocate, float32_planes});
   pthread_atfork(nullptr, nullptr, [] { in_forked_child.store(true, std::memory_order_relaxed); });
 }
 

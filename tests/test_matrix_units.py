@@ -1,0 +1,75 @@
+"""Products on matrix units: float32 from bfloat16 parts, as accurate as torch's precision setting asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from dlkernels import _C
+
+WITH_TILES = [name for name in _C.available_isas() if name.startswith("amx")]
+
+pytestmark = pytest.mark.skipif(not WITH_TILES, reason="no AMX here, nor a build that emulates it")
+
+
+@pytest.fixture(params=WITH_TILES, autouse=True)
+def tiles(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Runs every test on each instruction set with tiles."""
+    chosen, precision = _C.isa(), torch.get_float32_matmul_precision()
+    assert _C.select_isa(request.param)
+    yield
+    _C.select_isa(chosen)
+    torch.set_float32_matmul_precision(precision)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    return torch.ops.dlkernels.matrix_product(a, b)  # a b^T
+
+
+def error(actual: Tensor, exact: Tensor) -> float:
+    return float((actual.double() - exact).square().mean().sqrt() / exact.square().mean().sqrt())
+
+
+PRECISIONS = [("highest", 0, 3e-7), ("high", 1e-6, 1e-5), ("medium", 1e-3, 1e-2)]
+
+
+@pytest.mark.parametrize(("precision", "least", "most"), PRECISIONS)
+def test_the_error_is_that_of_the_precision_setting(precision: str, least: float, most: float) -> None:
+    a, b = normal(150, 700), normal(90, 700, seed=1)
+    torch.set_float32_matmul_precision(precision)
+    assert least <= error(product(a, b), a.double() @ b.double().T) <= most
+
+
+@pytest.mark.parametrize("shape", [(8, 8, 16), (16, 33, 31), (33, 16, 32), (97, 513, 257), (9, 40, 5000)], ids=str)
+def test_edges_of_tiles_blocks_and_runs(shape: tuple[int, int, int]) -> None:
+    rows, columns, depth = shape
+    a, b = normal(rows, depth), normal(columns, depth, seed=1)
+    assert error(product(a, b), a.double() @ b.double().T) < 3e-7
+    a, b = a.mul(2).round().clamp(-3, 3), b.mul(2).round().clamp(-3, 3)
+    assert torch.equal(product(a, b), (a.double() @ b.double().T).float())
+    assert torch.equal(product(a.T.contiguous().T, b.T.contiguous().T), product(a, b))
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan"), 3.4e38])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_what_cannot_be_split_comes_out_as_float32_has_it(value: float, side: str) -> None:
+    a, b = normal(200, 300), normal(40, 300, seed=1)
+    (a if side == "left" else b)[17, 123] = value
+    actual, expected = product(a, b), a @ b.T
+    special = ~expected.isfinite()
+    torch.testing.assert_close(actual[special], expected[special], equal_nan=True)
+    torch.testing.assert_close(actual[~special], expected[~special], rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_types_keep_every_bit(dtype: torch.dtype) -> None:
+    a, b = normal(64, 256).to(dtype), normal(48, 256, seed=1).to(dtype)
+    exact = (a.double() @ b.double().T).to(dtype)
+    assert error(product(a, b), exact.double()) <= 1e-4  # one rounding now and then the other way
