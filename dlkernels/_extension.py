@@ -8,6 +8,7 @@ command.
 from __future__ import annotations
 
 import importlib
+import sys
 import types
 from pathlib import Path
 
@@ -17,7 +18,27 @@ PACKAGE = Path(__file__).resolve().parent
 
 
 def load() -> types.ModuleType:
-    """Returns `dlkernels._C`. Raises ImportError when it is missing or was compiled for another torch."""
+    """Returns `dlkernels._C`.
+
+    Raises:
+        ImportError: it is missing, was compiled for another torch, or refuses the instruction set that was asked for.
+        SystemExit: the same, where the `dlkernels` command is what imports: its errors are one line.
+    """
+    try:
+        return _load()
+    except ImportError as error:
+        if _is_command():
+            sys.exit(f"dlkernels: {error}")
+        raise
+
+
+def _is_command() -> bool:
+    """Whether the process is `dlkernels ...` or `python -m dlkernels ...`, which import the package before they run."""
+    program = Path(sys.argv[0]).stem if sys.argv else ""
+    return program == "dlkernels" or (program == "-m" and "dlkernels" in sys.orig_argv)
+
+
+def _load() -> types.ModuleType:
     try:
         from ._build_info import BUILD_INFO
     except ModuleNotFoundError as error:

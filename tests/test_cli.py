@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -326,3 +327,19 @@ def test_plain_lines_on_request(variable: str, monkeypatch: pytest.MonkeyPatch) 
 
 def test_plain_lines_where_there_is_no_terminal() -> None:
     assert not show.is_live(Console(file=io.StringIO()))
+
+
+SCRIPT = "import sys; sys.argv = ['/somewhere/bin/dlkernels', 'info']; from dlkernels.cli import main; main()"
+
+
+@pytest.mark.parametrize("start", [("-m", "dlkernels", "info"), ("-c", SCRIPT)], ids=["module", "script"])
+def test_an_error_of_the_import_is_one_line_of_the_command(start: tuple[str, ...]) -> None:
+    done = python(*start, env={**os.environ, "DLKERNELS_ISA": "mmx"})
+    assert done.returncode == 1
+    assert done.stderr.startswith("dlkernels: DLKERNELS_ISA=mmx cannot be used here: expected one of baseline")
+    assert done.stderr.count("\n") == 1
+
+
+def test_an_error_of_the_import_is_an_import_error_in_a_program() -> None:
+    done = python("-c", "import dlkernels", env={**os.environ, "DLKERNELS_ISA": "mmx"})
+    assert "ImportError: DLKERNELS_ISA=mmx" in done.stderr
