@@ -1,0 +1,199 @@
+// Convolution as products over (tap, channel): forward and the gradient of the input of every convolution that is not
+// depthwise.
+//
+// A task takes a block of output pixels. It stages the input window of the block, pixel-major and zero-padded
+// (window.h), for up to kChannelBlock channels at a time. Then row pointers do what an im2col copy would: the depth of
+// a product is (tap, channel), the row of a pixel at tap t is the pixel's place in the window plus an offset that all
+// pixels share. Runs of up to kDepthBlock sums stay in the registers of multiply_tile; the weights stand packed in
+// panels. The window (a few hundred KB) and a panel's run (64 KB) live in the second-level cache, the sums of the block
+// beside them.
+#include "conv2d_parts.h"
+#include "gemm.h"
+
+namespace dlkernels::DLKERNELS_ISA {
+namespace {
+
+constexpr int64_t kPixelBlock = 192;          // output pixels of a task
+constexpr int64_t kOutputChannelBlock = 256;  // output channels of a task
+
+template <class Scalar>
+class DenseConvolution {
+  using T = accumulate_t<Scalar>;
+  static constexpr int64_t kPanel = kTileColumns<T>;
+
+ public:
+  explicit DenseConvolution(const Convolution<Scalar>& convolution)
+      : conv_(convolution),
+        grid_(convolution.grid),
+        in_channels_(convolution.input.C / convolution.groups),
+        out_channels_(convolution.output.C / convolution.groups),
+        panels_(ceil_div(out_channels_, kPanel)),
+        depth_(in_channels_ * grid_.tap_count),
+        blocks_(conv_.input.N, grid_.rows, grid_.columns, kPixelBlock) {
+    // The channel block is settled before blocks are made smaller for balance, so that it depends on shapes only.
+    channel_block_ = channel_block<T>(in_channels_, grid_.tap_count == 1 ? kDepthBlock : kChannelBlock,
+                                      grid_.window_pixels(blocks_));
+    out_block_ = min_of(out_channels_, kOutputChannelBlock);
+    for (int64_t pixels = kPixelBlock; tasks() < kWantedTasks / 2; pixels /= 2) {
+      if (out_block_ > kPanel) {
+        out_block_ = round_up(ceil_div(out_block_, 2), kPanel);
+        continue;
+      }
+      if (pixels <= 4 * kTileRows) break;
+      blocks_ = Blocks(conv_.input.N, grid_.rows, grid_.columns, pixels / 2);
+    }
+    blocks_.limit_images(images_that_fit<T>(channel_block_, grid_.window_pixels(blocks_)));
+  }
+
+  void run() {
+    Scratch<T> packed(conv_.groups * panels_ * depth_ * kPanel);
+    packed_ = packed.data();
+    pack_weights();
+    const double work = 1.0 * conv_.input.N * grid_.rows * grid_.columns * conv_.output.C * depth_;
+    parallel_for(tasks(), work < kSerialWork ? tasks() : 1, [&](int64_t task) { run_task(task); });
+  }
+
+ private:
+  int64_t out_blocks() const { return ceil_div(out_channels_, out_block_); }
+  int64_t tasks() const { return blocks_.count() * out_blocks() * conv_.groups; }
+  // Packed rows of panel `panel` of group g: for each block of channels, tap by tap, channel by channel.
+  T* packed_panel(int64_t g, int64_t panel) const { return packed_ + (g * panels_ + panel) * depth_ * kPanel; }
+
+  void pack_weights() {
+    const int64_t channel_blocks = ceil_div(in_channels_, channel_block_);
+    const int64_t tasks = conv_.groups * panels_ * channel_blocks;
+    const double work = 1.0 * conv_.groups * depth_ * out_channels_;
+    parallel_for(tasks, work < kSerialWork / 16 ? tasks : 1, [&](int64_t task) {
+      const int64_t c = task % channel_blocks * channel_block_;
+      const int64_t panel = task / channel_blocks % panels_, g = task / channel_blocks / panels_;
+      const int64_t channels = min_of(channel_block_, in_channels_ - c);
+      const int64_t columns = min_of(kPanel, out_channels_ - panel * kPanel);
+      T* destination = packed_panel(g, panel) + c * grid_.tap_count * kPanel;
+      const Weights<Scalar>& w = conv_.weights;
+      const Scalar* source = w.data + g * w.group_stride + c * w.in_stride + panel * kPanel * w.out_stride;
+      for (int64_t t = 0; t < grid_.tap_count; ++t) {
+        pack_rows(Matrix<Scalar>{source + grid_.taps[t].weight_offset, w.in_stride, w.out_stride}, channels, columns,
+                  destination + t * channels * kPanel, kPanel);
+        for (int64_t c2 = 0; c2 < channels; ++c2) {
+          if (!all_finite(destination + (t * channels + c2) * kPanel, columns)) {
+            __atomic_store_n(&finite_weights_, false, __ATOMIC_RELAXED);
+          }
+        }
+      }
+    });
+  }
+
+  void run_task(int64_t task) const {
+    const Block block = blocks_.at(task / out_blocks() / conv_.groups);
+    const int64_t g = task / out_blocks() % conv_.groups;
+    const int64_t out_channel = task % out_blocks() * out_block_;
+    const int64_t out_channels = min_of(out_block_, out_channels_ - out_channel);
+    const Window window = grid_.input_window(block);
+    const int64_t first_out = g * out_channels_ + out_channel;
+    const bool direct = is_one_matrix(block);
+    Scratch<T> staged(block.images * window.rows * window.columns * channel_block_);
+    Scratch<T> results(direct ? 0 : block.pixels() * out_channels);
+    Scratch<int64_t> places(block.pixels());
+    grid_.place_pixels(block, places.data());
+    T* sums = results.data();
+    int64_t stride = out_channels;
+    if constexpr (sizeof(T) == sizeof(Scalar)) {
+      if (direct) {
+        sums = conv_.output.at(block.image, first_out, grid_.output_y + block.row, grid_.output_x + block.column);
+        stride = conv_.output.C;
+      }
+    }
+    start_sums(block.pixels(), first_out, out_channels, sums, stride);
+    for (int64_t c = 0; c < in_channels_ && depth_ > 0; c += channel_block_) {
+      const int64_t channels = min_of(channel_block_, in_channels_ - c);
+      stage_block(conv_.input, block, g * in_channels_ + c, channels, window, staged.data());
+      for (int64_t j = 0; j < out_channels; j += kPanel) {
+        const T* panel = packed_panel(g, (out_channel + j) / kPanel) + c * grid_.tap_count * kPanel;
+        multiply_panel(block, places.data(), window, channels, staged.data(), panel, min_of(kPanel, out_channels - j),
+                       sums + j, stride, c > 0 || conv_.bias != nullptr);
+      }
+    }
+    if (!direct) unstage_block(conv_.output, block, first_out, out_channels, grid_.output_window(block), sums);
+  }
+
+  // Whether the block's outputs are a matrix [pixel][channel] in place, with a constant distance between pixels.
+  bool is_one_matrix(const Block& block) const {
+    return sizeof(T) == sizeof(Scalar) && conv_.output.channels_last && grid_.output_step_y == 1 &&
+           grid_.output_step_x == 1 && (block.columns == conv_.output.W || (block.rows == 1 && block.images == 1));
+  }
+
+  // The bias; without one, nothing where the products write first.
+  void start_sums(int64_t pixels, int64_t first_out, int64_t out_channels, T* sums, int64_t stride) const {
+    if (conv_.bias == nullptr && depth_ > 0) return;
+    for (int64_t p = 0; p < pixels; ++p) {
+      if (conv_.bias == nullptr) {
+        fill(sums + p * stride, T(0), out_channels);
+      } else {
+        widen_row(conv_.bias + first_out, out_channels, sums + p * stride);
+      }
+    }
+  }
+
+  // sums[pixel][0 .. columns) (+)= all taps of `channels` channels.
+  void multiply_panel(const Block& block, const int64_t* places, const Window& window, int64_t channels,
+                      const T* staged, const T* panel, int64_t columns, T* sums, int64_t sums_stride,
+                      bool accumulate) const {
+    const int64_t pixels = block.pixels(), taps_per_run = max_of(1, kDepthBlock / channels);
+    const int64_t pixels_together = finite_weights_ ? kTileRows : 1;
+    Segment segments[kDepthBlock];
+    for (int64_t t = 0; t < grid_.tap_count; t += taps_per_run) {
+      const int64_t taps = min_of(taps_per_run, grid_.tap_count - t);
+      const T* run = panel + t * channels * kPanel;
+      int64_t count = 0;
+      if (finite_weights_) count = segments_of(t, taps, block, -1, window, channels, segments);
+      for (int64_t p = 0; p < pixels; p += pixels_together) {
+        const int64_t rows = min_of(pixels_together, pixels - p);
+        if (!finite_weights_) count = segments_of(t, taps, block, p, window, channels, segments);
+        const T* pointers[kTileRows];
+        for (int64_t r = 0; r < rows; ++r) pointers[r] = staged + places[p + r] * channels;
+        multiply_tile(rows, columns, segments, count, pointers, run, kPanel, sums + p * sums_stride, sums_stride,
+                      accumulate || t > 0);
+      }
+    }
+  }
+
+  // Where taps [first, first + taps) read; with a pixel given, those inside the image alone.
+  int64_t segments_of(int64_t first, int64_t taps, const Block& block, int64_t pixel, const Window& window,
+                      int64_t channels, Segment* segments) const {
+    int64_t count = 0;
+    for (int64_t i = 0; i < taps; ++i) {
+      const Tap& tap = grid_.taps[first + i];
+      if (pixel >= 0 && !grid_.is_inside(tap, block, pixel, conv_.input.H, conv_.input.W)) continue;
+      const int64_t a_offset = grid_.tap_pixel(tap, window) * channels, b_offset = i * channels * kPanel;
+      Segment* last = segments + count - 1;
+      if (count > 0 && last->a_offset + last->depth == a_offset && last->b_offset + last->depth * kPanel == b_offset) {
+        last->depth += channels;  // neighbouring taps are neighbours in the window
+      } else {
+        segments[count++] = {channels, a_offset, b_offset};
+      }
+    }
+    return count;
+  }
+
+  const Convolution<Scalar>& conv_;
+  const Grid& grid_;
+  int64_t in_channels_, out_channels_, panels_, depth_;  // of one group
+  Blocks blocks_;
+  int64_t channel_block_, out_block_;
+  T* packed_ = nullptr;
+  bool finite_weights_ = true;
+};
+
+}  // namespace
+
+template <class Scalar>
+void convolve_dense(const Convolution<Scalar>& convolution) {
+  DenseConvolution<Scalar>(convolution).run();
+}
+
+template void convolve_dense(const Convolution<float>&);
+template void convolve_dense(const Convolution<double>&);
+template void convolve_dense(const Convolution<bfloat16>&);
+template void convolve_dense(const Convolution<float16>&);
+
+}  // namespace dlkernels::DLKERNELS_ISA

@@ -1,0 +1,84 @@
+// The parts of the two-dimensional convolution, a file for each; conv2d.cc has the idea and chooses between them.
+#pragma once
+
+#include "conv2d.h"
+#include "taps.h"
+
+namespace dlkernels::DLKERNELS_ISA {
+
+// ---- the parts ------------------------------------------------------------------------------------------------------
+
+// conv2d_dense.cc: products over (tap, channel), for forward and for the gradient of the input.
+template <class Scalar>
+void convolve_dense(const Convolution<Scalar>& convolution);
+
+// conv2d_depthwise.cc: one channel per group.
+template <class Scalar>
+void convolve_depthwise(const Convolution<Scalar>& convolution);
+template <class Scalar>
+void depthwise_weight_gradient(const Conv2dBackwardArgs& args);
+
+// conv2d_weight_gradient.cc
+template <class Scalar>
+void dense_weight_gradient(const Conv2dBackwardArgs& args);
+
+// conv2d_bias_gradient.cc
+template <class Scalar>
+void bias_gradient(const Conv2dBackwardArgs& args);
+
+// ---- what they share ------------------------------------------------------------------------------------------------
+
+inline constexpr int64_t kChannelBlock = 128;
+inline constexpr int64_t kWindowBytes = 2 << 20;    // fewer channels at a time when a window would be larger
+inline constexpr int64_t kPartialBytes = 32 << 20;  // bound of the gradient of the weight's partial sums
+inline constexpr int64_t kWantedTasks = 32;
+inline constexpr double kSerialWork = 1 << 18;  // multiply-adds below which threads cost more than they give
+
+// The smallest equal parts of `total` that are at most `most`.
+inline int64_t balanced(int64_t total, int64_t most) {
+  return total <= 0 ? 1 : ceil_div(total, ceil_div(total, most));
+}
+
+// Channels staged at a time; part of the order of summation, so it follows from the shape of one image alone.
+template <class T>
+int64_t channel_block(int64_t channels, int64_t most, int64_t window_pixels) {
+  int64_t block = balanced(channels, most);
+  while (block > 1 && block * window_pixels * static_cast<int64_t>(sizeof(T)) > kWindowBytes)
+    block = ceil_div(block, 2);
+  return block;
+}
+template <class T>
+int64_t images_that_fit(int64_t channels, int64_t window_pixels) {
+  return kWindowBytes / (channels * window_pixels * static_cast<int64_t>(sizeof(T)));
+}
+
+// Parts that the pixel chunks are dealt to in order; each part's sums are added up apart, and the parts in order.
+inline int64_t part_count(int64_t chunks, int64_t tasks_per_part, int64_t bytes_per_part) {
+  const int64_t wanted = max_of(1, kWantedTasks / tasks_per_part);
+  return max_of(1, min_of(min_of(chunks, wanted), kPartialBytes / max_of(1, bytes_per_part)));
+}
+
+template <class Scalar>
+Images<Scalar> input_images(const Conv2dGeometry& g, Scalar* data) {
+  return {data, g.input_image_stride, g.N, g.C, g.H, g.W, g.channels_last};
+}
+template <class Scalar>
+Images<Scalar> output_images(const Conv2dGeometry& g, Scalar* data) {
+  return {data, g.output_image_stride, g.N, g.K, g.output_H, g.output_W, g.channels_last};
+}
+
+// One tap per kernel position, in the order of the kernel.
+inline Grid forward_grid(const Conv2dGeometry& g, Tap* taps) {
+  int64_t count = 0;
+  for (int64_t kh = 0; kh < g.kernel_H; ++kh) {
+    for (int64_t kw = 0; kw < g.kernel_W; ++kw) {
+      taps[count++] = {kh * g.dilation_H - g.padding_top, kw * g.dilation_W - g.padding_left,
+                       kh * g.weight_strides[2] + kw * g.weight_strides[3]};
+    }
+  }
+  Grid grid = {g.output_H, g.output_W, 0, 0, 1, 1, g.stride_H, g.stride_W, nullptr, 0};
+  grid.set_taps(taps, count);
+  return grid;
+}
+
+}  // namespace dlkernels::DLKERNELS_ISA
