@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dlkernels import _C
+from dlkernels import functional as F
 
 WITH_TILES = [name for name in _C.available_isas() if name.startswith("amx")]
 
@@ -73,3 +74,42 @@ def test_half_types_keep_every_bit(dtype: torch.dtype) -> None:
     a, b = normal(64, 256).to(dtype), normal(48, 256, seed=1).to(dtype)
     exact = (a.double() @ b.double().T).to(dtype)
     assert error(product(a, b), exact.double()) <= 1e-4  # one rounding now and then the other way
+
+
+CONVOLUTIONS = {  # input shape, output channels, kernel, and the rest of the arguments
+    "3x3": ((2, 40, 9, 11), 48, 3, {"padding": 1}),
+    "whole_rows_of_tiles": ((1, 32, 8, 32), 64, 3, {"padding": 1}),
+    "1x1": ((3, 64, 7, 5), 33, 1, {}),
+    "strided": ((2, 17, 20, 19), 16, 3, {"stride": 2, "padding": 1}),
+    "dilated_groups": ((1, 64, 12, 13), 96, 3, {"dilation": 2, "padding": 2, "groups": 2}),
+    "many_channels": ((1, 300, 6, 6), 290, 3, {"padding": 1}),
+}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_convolutions(name: str, dtype: torch.dtype) -> None:
+    shape, out_channels, kernel, options = CONVOLUTIONS[name]
+    x = normal(*shape).to(dtype)
+    w = normal(out_channels, shape[1] // options.get("groups", 1), kernel, kernel, seed=1).to(dtype)
+    bias = normal(out_channels, seed=2).to(dtype)
+    results = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        leaves = [t.detach().to(memory_format=layout).requires_grad_() for t in (x, w)]
+        output = F.conv2d(*leaves, bias, **options)
+        results.append([output, *torch.autograd.grad(output, leaves, torch.ones_like(output))])
+    exact_leaves = [t.double().requires_grad_() for t in (x, w)]
+    exact = torch.nn.functional.conv2d(*exact_leaves, bias.double(), **options)
+    exacts = [exact, *torch.autograd.grad(exact, exact_leaves, torch.ones_like(exact))]
+    bound = {torch.float32: 5e-7, torch.bfloat16: 3e-3, torch.float16: 4e-4}[dtype]
+    for first, second, reference in zip(*results, exacts, strict=True):
+        assert torch.equal(first, second)
+        assert error(first, reference) <= bound
+
+
+@pytest.mark.parametrize("where", ["input", "weight"])
+def test_a_convolution_with_infinity_is_that_of_float32(where: str) -> None:
+    x, w = normal(1, 32, 10, 10), normal(32, 32, 3, 3, seed=1)
+    (x if where == "input" else w)[0, 5, 1, 1] = float("inf")
+    actual, expected = F.conv2d(x, w, padding=1), torch.nn.functional.conv2d(x, w, padding=1)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4, equal_nan=True)

@@ -11,9 +11,9 @@
 // above one, each of the stride_H x stride_W residues of the input's coordinates is a convolution of stride one with
 // the taps that reach it, so nothing is multiplied by zeros that the stride put there.
 //
-// Dense convolutions are products over (tap, channel) (conv2d_dense.cc). With one channel per group there is no
-// product: lanes are channels, and each tap is a multiply-add (conv2d_depthwise.cc). The gradient of the weight is a
-// product whose depth is the pixels (conv2d_weight_gradient.cc).
+// Dense convolutions are products over (tap, channel) (conv2d_dense.cc, conv2d_tiles.cc on matrix units). With one
+// channel per group there is no product: lanes are channels, and each tap is a multiply-add (conv2d_depthwise.cc). The
+// gradient of the weight is a product whose depth is the pixels (conv2d_weight_gradient.cc).
 //
 // 2 N K output_H output_W C/groups kernel_H kernel_W operations each way. Both layouts share every sum.
 #include "conv2d_parts.h"
@@ -30,7 +30,7 @@ template <class Scalar>
 void convolve(const Convolution<Scalar>& convolution) {
   if (is_depthwise(convolution.input.C, convolution.output.C, convolution.groups)) {
     convolve_depthwise(convolution);
-  } else {
+  } else if (!convolve_on_tiles(convolution)) {
     convolve_dense(convolution);
   }
 }

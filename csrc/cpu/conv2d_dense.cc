@@ -103,7 +103,10 @@ class DenseConvolution {
         stride = conv_.output.C;
       }
     }
-    start_sums(block.pixels(), first_out, out_channels, sums, stride);
+    // Without a bias, nothing where the products write first.
+    if (conv_.bias != nullptr || depth_ == 0) {
+      start_sums(conv_, block.pixels(), first_out, out_channels, sums, stride);
+    }
     for (int64_t c = 0; c < in_channels_ && depth_ > 0; c += channel_block_) {
       const int64_t channels = min_of(channel_block_, in_channels_ - c);
       stage_block(conv_.input, block, g * in_channels_ + c, channels, window, staged.data());
@@ -120,18 +123,6 @@ class DenseConvolution {
   bool is_one_matrix(const Block& block) const {
     return sizeof(T) == sizeof(Scalar) && conv_.output.channels_last && grid_.output_step_y == 1 &&
            grid_.output_step_x == 1 && (block.columns == conv_.output.W || (block.rows == 1 && block.images == 1));
-  }
-
-  // The bias; without one, nothing where the products write first.
-  void start_sums(int64_t pixels, int64_t first_out, int64_t out_channels, T* sums, int64_t stride) const {
-    if (conv_.bias == nullptr && depth_ > 0) return;
-    for (int64_t p = 0; p < pixels; ++p) {
-      if (conv_.bias == nullptr) {
-        fill(sums + p * stride, T(0), out_channels);
-      } else {
-        widen_row(conv_.bias + first_out, out_channels, sums + p * stride);
-      }
-    }
   }
 
   // sums[pixel][0 .. columns) (+)= all taps of `channels` channels.

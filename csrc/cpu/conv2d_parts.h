@@ -12,6 +12,11 @@ namespace dlkernels::DLKERNELS_ISA {
 template <class Scalar>
 void convolve_dense(const Convolution<Scalar>& convolution);
 
+// conv2d_tiles.cc: the same on matrix units. False where there are none, where the shape wastes them, or where a number
+// cannot be split; the output is then unfinished.
+template <class Scalar>
+bool convolve_on_tiles(const Convolution<Scalar>& convolution);
+
 // conv2d_depthwise.cc: one channel per group.
 template <class Scalar>
 void convolve_depthwise(const Convolution<Scalar>& convolution);
@@ -50,6 +55,19 @@ int64_t channel_block(int64_t channels, int64_t most, int64_t window_pixels) {
 template <class T>
 int64_t images_that_fit(int64_t channels, int64_t window_pixels) {
   return kWindowBytes / (channels * window_pixels * static_cast<int64_t>(sizeof(T)));
+}
+
+// The bias, or zeros, where sums of products will be added.
+template <class Scalar, class T = accumulate_t<Scalar>>
+void start_sums(const Convolution<Scalar>& convolution, int64_t pixels, int64_t first_out, int64_t out_channels,
+                T* sums, int64_t stride) {
+  for (int64_t p = 0; p < pixels; ++p) {
+    if (convolution.bias == nullptr) {
+      fill(sums + p * stride, T(0), out_channels);
+    } else {
+      widen_row(convolution.bias + first_out, out_channels, sums + p * stride);
+    }
+  }
 }
 
 // Parts that the pixel chunks are dealt to in order; each part's sums are added up apart, and the parts in order.

@@ -195,14 +195,6 @@ inline void run_product(int64_t M, int64_t N, int64_t K, MultiplyBlock&& multipl
 
 // ---- on matrix units (split.h) -----------------------------------------------------------------------------------
 
-// The planes that hold numbers of a type: float32 as many as torch's precision setting asks for.
-template <class Scalar>
-inline int planes_of() {
-  if constexpr (std::is_same_v<Scalar, bfloat16>) return 1;
-  if constexpr (std::is_same_v<Scalar, float16>) return 2;
-  return float32_planes();
-}
-
 // A block whose rows cannot be split: B is packed again as float32. Infinities, NaN and the largest numbers are rare.
 template <class ScalarA, class ScalarB>
 inline void multiply_unsplit_block(Matrix<ScalarA> a, Matrix<ScalarB> b, const ProductBlock& block, float* c,

@@ -21,6 +21,14 @@ namespace dlkernels::DLKERNELS_ISA {
 inline constexpr int64_t kSplitColumns = 2 * kTileHeight;  // of a right unit
 inline constexpr int64_t kSplitRows = 2 * kTileHeight;     // of a block of sums
 
+// The planes that hold numbers of a type: float32 as many as torch's precision setting asks for.
+template <class Scalar>
+inline int planes_of() {
+  if constexpr (std::is_same_v<Scalar, bfloat16>) return 1;
+  if constexpr (std::is_same_v<Scalar, float16>) return 2;
+  return float32_planes();
+}
+
 template <int Planes>
 struct LeftUnit {
   bfloat16 plane[Planes][kTileDepth];

@@ -1,0 +1,187 @@
+// Convolution on matrix units: the same sum over (tap, channel) as conv2d_dense.cc, with numbers split into bfloat16
+// planes (split.h). A task takes a block of output pixels and stages its input window for up to kChannelBlock channels;
+// every pixel of the window is split once, whatever the number of taps and of output channels that read it. The depth
+// of a product is (tap, 32 channels); a tap moves all left rows by the same number of units.
+//
+// Sixteen pixels are a tile where they are equally far apart in the window, as within an image row; the others are
+// gathered, once for all output channels.
+#include "conv2d_parts.h"
+#include "gemm.h"
+
+namespace dlkernels::DLKERNELS_ISA {
+namespace {
+
+constexpr int64_t kPixelBlock = 192;          // output pixels of a task
+constexpr int64_t kOutputChannelBlock = 256;  // output channels of a task
+constexpr int64_t kRunUnits = kDepthBlock / kTileDepth;
+constexpr int64_t kFewestChannels = 16;  // in or out: with fewer, most of a tile would be padding
+
+template <int Planes, class Scalar>
+class TileConvolution {
+  using Left = LeftUnit<Planes>;
+  using Right = RightUnit<Planes>;
+
+ public:
+  explicit TileConvolution(const Convolution<Scalar>& convolution)
+      : conv_(convolution),
+        grid_(convolution.grid),
+        in_channels_(convolution.input.C / convolution.groups),
+        out_channels_(convolution.output.C / convolution.groups),
+        panels_(ceil_div(out_channels_, kSplitColumns)),
+        blocks_(conv_.input.N, grid_.rows, grid_.columns, kPixelBlock) {
+    const int64_t wanted = channel_block<float>(in_channels_, kChannelBlock, grid_.window_pixels(blocks_));
+    channel_block_ = min_of(round_up(wanted, kTileDepth), round_up(in_channels_, kTileDepth));
+    out_block_ = min_of(round_up(out_channels_, kSplitColumns), kOutputChannelBlock);
+    while (tasks() < kWantedTasks / 2 && out_block_ > kSplitColumns) {
+      out_block_ = round_up(ceil_div(out_block_, 2), kSplitColumns);
+    }
+    blocks_.limit_images(images_that_fit<float>(channel_block_, grid_.window_pixels(blocks_)));
+  }
+
+  // False when a number could not be split; the output is then unfinished.
+  bool run() {
+    const Scratch<Right> weights(conv_.groups * panels_ * units(in_channels_) * grid_.tap_count);
+    weights_ = weights.data();
+    split_weights();
+    if (can_split_) parallel_for(tasks(), 1, [&](int64_t task) { run_task(task); });
+    return can_split_;
+  }
+
+ private:
+  static int64_t units(int64_t channels) { return ceil_div(channels, kTileDepth); }
+  int64_t out_blocks() const { return ceil_div(out_channels_, out_block_); }
+  int64_t tasks() const { return blocks_.count() * out_blocks() * conv_.groups; }
+  void note(bool split) {
+    if (!split) __atomic_store_n(&can_split_, false, __ATOMIC_RELAXED);
+  }
+  // Units of panel `panel` of group g from channel c, the first of a block, on: tap by tap, unit by unit.
+  Right* panel_at(int64_t g, int64_t panel, int64_t c) const {
+    return weights_ + ((g * panels_ + panel) * units(in_channels_) + units(c)) * grid_.tap_count;
+  }
+
+  void split_weights() {
+    const int64_t channel_blocks = ceil_div(in_channels_, channel_block_);
+    parallel_for(conv_.groups * panels_ * channel_blocks, 1, [&](int64_t task) {
+      const int64_t block = task % channel_blocks * channel_block_;
+      const int64_t panel = task / channel_blocks % panels_, g = task / channel_blocks / panels_;
+      const int64_t channels = min_of(channel_block_, in_channels_ - block);
+      const int64_t columns = min_of(kSplitColumns, out_channels_ - panel * kSplitColumns);
+      const Weights<Scalar>& w = conv_.weights;
+      const Scalar* source = w.data + g * w.group_stride + panel * kSplitColumns * w.out_stride;
+      Right* destination = panel_at(g, panel, block);
+      for (int64_t t = 0; t < grid_.tap_count; ++t) {
+        for (int64_t c = block; c < block + channels; c += kTileDepth) {
+          const Matrix<Scalar> tap = {source + grid_.taps[t].weight_offset + c * w.in_stride, w.in_stride,
+                                      w.out_stride};
+          note(split_right(tap, min_of(kTileDepth, block + channels - c), columns, destination++));
+        }
+      }
+    });
+  }
+
+  void run_task(int64_t task) {
+    const Block block = blocks_.at(task / out_blocks() / conv_.groups);
+    const int64_t g = task / out_blocks() % conv_.groups;
+    const int64_t out_channel = task % out_blocks() * out_block_;
+    const int64_t out_channels = min_of(out_block_, out_channels_ - out_channel);
+    const Window window = grid_.input_window(block);
+    const int64_t window_pixels = block.images * window.rows * window.columns, block_units = units(channel_block_);
+    const Scratch<float> staged(window_pixels * channel_block_), sums(block.pixels() * out_channels);
+    const Scratch<Left> split(window_pixels * block_units);
+    const Scratch<int64_t> places(block.pixels());
+    grid_.place_pixels(block, places.data());
+    start_sums(conv_, block.pixels(), g * out_channels_ + out_channel, out_channels, sums.data(), out_channels);
+    Tiles tiles;
+    for (int64_t c = 0; c < in_channels_; c += channel_block_) {
+      const int64_t channels = min_of(channel_block_, in_channels_ - c);
+      stage_block(conv_.input, block, g * in_channels_ + c, channels, window, staged.data());
+      note(split_left(Matrix<float>{staged.data(), channels, 1}, window_pixels, channels, split.data(),
+                      units(channels)));
+      multiply_taps(tiles, places.data(), block.pixels(), window, units(channels), split.data(),
+                    panel_at(g, out_channel / kSplitColumns, c), units(in_channels_) * grid_.tap_count, out_channels,
+                    sums.data());
+    }
+    unstage_block(conv_.output, block, g * out_channels_ + out_channel, out_channels, grid_.output_window(block),
+                  sums.data());
+  }
+
+  // sums[pixel][0 .. out_channels) += all taps of `channel_units` units of channels.
+  void multiply_taps(Tiles& tiles, const int64_t* places, int64_t pixels, const Window& window, int64_t channel_units,
+                     const Left* split, const Right* panels, int64_t panel_stride, int64_t out_channels,
+                     float* sums) const {
+    const int64_t taps_per_run = max_of(1, kRunUnits / channel_units);
+    Scratch<Left> gathered(kSplitRows * taps_per_run * channel_units);
+    UnitSegment segments[kRunUnits];
+    for (int64_t t = 0; t < grid_.tap_count; t += taps_per_run) {
+      const int64_t taps = min_of(taps_per_run, grid_.tap_count - t);
+      for (int64_t p = 0; p < pixels; p += kSplitRows) {
+        const int64_t rows = min_of(kSplitRows, pixels - p);
+        LeftRows<Planes> left = {split + places[p] * channel_units, channel_units * pixel_step(places + p, rows)};
+        const bool in_place = left.unit_stride > 0;
+        if (!in_place) left = {gathered.data(), taps * channel_units};
+        for (int64_t tap = 0; tap < taps; ++tap) {
+          const int64_t offset = grid_.tap_pixel(grid_.taps[t + tap], window) * channel_units;
+          if (!in_place) gather(places + p, rows, channel_units, split + offset, tap, taps, gathered.data());
+          segments[tap] = {channel_units, in_place ? offset : tap * channel_units, (t + tap) * channel_units};
+        }
+        for (int64_t j = 0; j < out_channels; j += kSplitColumns) {
+          multiply_split(tiles, rows, min_of(kSplitColumns, out_channels - j), left,
+                         panels + j / kSplitColumns * panel_stride, segments, taps, sums + p * out_channels + j,
+                         out_channels, true);
+        }
+      }
+    }
+  }
+
+  // The distance of neighbouring pixels in the window when they are a whole number of tiles equally far apart, else 0.
+  static int64_t pixel_step(const int64_t* places, int64_t rows) {
+    if (rows % kTileHeight != 0) return 0;
+    const int64_t step = places[1] - places[0];
+    for (int64_t r = 2; r < rows; ++r) {
+      if (places[r] - places[r - 1] != step) return 0;
+    }
+    return step;
+  }
+
+  static void gather(const int64_t* places, int64_t rows, int64_t channel_units, const Left* split, int64_t tap,
+                     int64_t taps, Left* gathered) {
+    for (int64_t r = 0; r < rows; ++r) {
+      __builtin_memcpy(gathered + (r * taps + tap) * channel_units, split + places[r] * channel_units,
+                       static_cast<size_t>(channel_units) * sizeof(Left));
+    }
+  }
+
+  const Convolution<Scalar>& conv_;
+  const Grid& grid_;
+  int64_t in_channels_, out_channels_, panels_;  // of one group
+  Blocks blocks_;
+  int64_t channel_block_, out_block_;
+  Right* weights_ = nullptr;
+  bool can_split_ = true;
+};
+
+}  // namespace
+
+template <class Scalar>
+bool convolve_on_tiles(const Convolution<Scalar>& convolution) {
+  if constexpr (kHasTiles && !std::is_same_v<Scalar, double>) {
+    const int64_t groups = convolution.groups;
+    if (convolution.input.C / groups < kFewestChannels || convolution.output.C / groups < kFewestChannels) return false;
+    switch (planes_of<Scalar>()) {
+      case 1:
+        return TileConvolution<1, Scalar>(convolution).run();
+      case 2:
+        return TileConvolution<2, Scalar>(convolution).run();
+      default:
+        return TileConvolution<3, Scalar>(convolution).run();
+    }
+  }
+  return false;
+}
+
+template bool convolve_on_tiles(const Convolution<float>&);
+template bool convolve_on_tiles(const Convolution<double>&);
+template bool convolve_on_tiles(const Convolution<bfloat16>&);
+template bool convolve_on_tiles(const Convolution<float16>&);
+
+}  // namespace dlkernels::DLKERNELS_ISA
