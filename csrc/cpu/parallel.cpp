@@ -1,14 +1,58 @@
 #include "parallel.h"
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include <atomic>
 #include <cstdlib>
 #include <new>
+#include <thread>
 #include <vector>
 
 namespace dlkernels {
+
+// The last to arrive opens the next round. The others watch for a while, because the rest of a phase is short against a
+// sleep; then they give way, and at last they sleep, because the member they wait for may need their processor.
+class Team {
+ public:
+  void meet(int64_t members) {
+    const uint32_t round = round_.load(std::memory_order_relaxed);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == members) {
+      arrived_.store(0, std::memory_order_relaxed);
+      round_.store(round + 1, std::memory_order_release);
+      round_.notify_all();
+      return;
+    }
+    for (int turn = 0; turn < kWatches + kYields; ++turn) {
+      if (round_.load(std::memory_order_acquire) != round) return;
+      turn < kWatches ? pause() : std::this_thread::yield();
+    }
+    round_.wait(round, std::memory_order_acquire);
+  }
+
+ private:
+  static constexpr int kWatches = 2000;  // of some 20 ns each
+  static constexpr int kYields = 100;
+  static void pause() {
+#if defined(__x86_64__)
+    _mm_pause();
+#elif defined(__aarch64__)
+    asm volatile("isb");
+#endif
+  }
+  alignas(64) std::atomic<int64_t> arrived_{0};
+  alignas(64) std::atomic<uint32_t> round_{0};
+};
+
 namespace {
 
 void run_serially(int64_t tasks, int64_t, void (*body)(void*, int64_t, int64_t), void* context) {
   body(context, 0, tasks);
+}
+
+void run_alone(int64_t, void (*body)(void*, int64_t, int64_t), void* context) {
+  body(context, 0, 1);
 }
 
 void* allocate_aligned(size_t bytes) {
@@ -25,7 +69,7 @@ int all_planes() {
   return 3;
 }
 
-Runtime active = {run_serially, allocate_aligned, free_aligned, all_planes};
+Runtime active = {run_serially, run_alone, allocate_aligned, free_aligned, all_planes};
 
 // Every block starts with its own size, in a line of its own so that the payload stays aligned.
 constexpr size_t kHeader = 64;
@@ -94,6 +138,26 @@ void run_tasks(int64_t tasks, int64_t grain, void (*body)(void*, int64_t, int64_
   if (tasks <= 0) return;
   if (tasks <= grain || tasks == 1) return body(context, 0, tasks);
   active.run(tasks, grain, body, context);
+}
+
+void run_team(int64_t wanted, void (*body)(void*, Team&, int64_t, int64_t), void* context) {
+  Team team;
+  if (wanted <= 1) return body(context, team, 0, 1);
+  struct Call {
+    Team& team;
+    void (*body)(void*, Team&, int64_t, int64_t);
+    void* context;
+    static void run(void* call, int64_t member, int64_t members) {
+      const Call& self = *static_cast<Call*>(call);
+      self.body(self.context, self.team, member, members);
+    }
+  };
+  Call call{team, body, context};
+  active.run_together(wanted, &Call::run, &call);
+}
+
+void meet_team(Team& team, int64_t members) {
+  team.meet(members);
 }
 
 void* acquire_scratch(size_t bytes) {

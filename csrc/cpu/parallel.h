@@ -12,6 +12,12 @@ namespace dlkernels {
 // Which thread runs a task, and how tasks are grouped, is not fixed: results may depend on the task index alone.
 void run_tasks(int64_t tasks, int64_t grain, void (*body)(void* context, int64_t begin, int64_t end), void* context);
 
+// A team: threads that run body(context, team, member, members) at the same time, one for each member, and may meet.
+// It has `wanted` members or as many as the pool has threads to give, down to one. The body does not throw.
+class Team;
+void run_team(int64_t wanted, void (*body)(void* context, Team& team, int64_t member, int64_t members), void* context);
+void meet_team(Team& team, int64_t members);
+
 // Uninitialised memory, aligned to 64 bytes; throws what the installed allocator throws. Blocks are kept for reuse.
 void* acquire_scratch(size_t bytes);
 void release_scratch(void* memory) noexcept;
@@ -22,6 +28,7 @@ int float32_planes();
 // The host's pool, allocator and setting; by default one thread, aligned_alloc and 3.
 struct Runtime {
   void (*run)(int64_t tasks, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context);
+  void (*run_together)(int64_t wanted, void (*body)(void*, int64_t member, int64_t members), void* context);
   void* (*allocate)(size_t bytes);
   void (*deallocate)(void* memory) noexcept;
   int (*float32_planes)();
@@ -45,6 +52,46 @@ inline void parallel_for(int64_t tasks, int64_t grain, Body&& body) {
   };
   Call call{body};
   run_tasks(tasks, grain, &Call::run, &call);
+}
+
+// One member of a team. Results may depend neither on how many there are nor on which of them does what.
+class Member {
+ public:
+  struct Range {
+    int64_t begin, end;
+  };
+  Member(Team& team, int64_t index, int64_t count) : team_(team), index_(index), count_(count) {}
+
+  // Returns when every member has called it; what they wrote before, all of them see after.
+  void meet() const {
+    if (count_ > 1) meet_team(team_, count_);
+  }
+  // This member's part of [0, tasks): the same tasks each time, so that what they read stays in its caches.
+  Range share(int64_t tasks) const { return {tasks * index_ / count_, tasks * (index_ + 1) / count_}; }
+  // for each task in this member's share: body(task).
+  template <class Body>
+  void for_share(int64_t tasks, Body&& body) const {
+    const Range range = share(tasks);
+    for (int64_t task = range.begin; task < range.end; ++task) body(task);
+  }
+
+ private:
+  Team& team_;
+  int64_t index_, count_;
+};
+
+// body(member) by every member of a team: one parallel region for work in phases, where a loop of parallel_for would
+// begin and end a region for each.
+template <class Body>
+inline void run_members(int64_t wanted, Body&& body) {
+  struct Call {
+    Body& body;
+    static void run(void* context, Team& team, int64_t member, int64_t members) {
+      static_cast<Call*>(context)->body(Member(team, member, members));
+    }
+  };
+  Call call{body};
+  run_team(wanted, &Call::run, &call);
 }
 
 // An array of T that goes back to the pool at the end of its scope.

@@ -347,6 +347,21 @@ DLKERNELS_INLINE double reduce_max(VecD a) {
 }
 #endif
 
+// Lane i: the sum over the lanes of rows[i]. Each pass adds the halves of two vectors and interleaves the results.
+template <class T>
+DLKERNELS_INLINE Vec<T> reduce_add_each(Vec<T> (&rows)[Vec<T>::size]) {
+  constexpr int64_t size = Vec<T>::size;
+  constexpr auto lanes = std::make_index_sequence<size>();
+#pragma GCC unroll 4
+  for (int64_t half = size / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < half; ++i) {
+      rows[i] = interleave<0>(rows[i], rows[i + half], lanes) + interleave<size / 2>(rows[i], rows[i + half], lanes);
+    }
+  }
+  return rows[0];
+}
+
 // The sum over the lanes in double, in the same tree order.
 template <class T>
 DLKERNELS_INLINE double reduce_add_wide(Vec<T> a) {

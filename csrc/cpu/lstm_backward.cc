@@ -1,0 +1,287 @@
+// Long short-term memory, one layer in one direction: backward. Notation as in lstm_forward.cc; dy_t is the gradient of
+// the output, da_t that of the gates before their nonlinearity.
+//
+// The time loop runs the other way: dh_t = dy_t + W_hh^T da_(t+1) for a panel of hidden units, followed at once by the
+// cell's derivative, which gives da_t for these units. As forward, it is one parallel region of a team that meets after
+// every step. The gradients of weights, biases and input are products over all rows after the loop. With few rows, where
+// such a product does little with each element that it writes, they are taken in the same region: from operands as
+// they lie, straight into the result.
+//
+// Cost: twice that of forward.
+#include "lstm_sequence.h"
+#include "vmath.h"
+
+namespace dlkernels::DLKERNELS_ISA {
+namespace {
+
+template <class Scalar>
+class BackwardPass {
+  using T = accumulate_t<Scalar>;
+  static constexpr int64_t kWidth = kTileColumns<T>;
+  static constexpr bool kRounds = sizeof(T) != sizeof(Scalar);
+
+ public:
+  explicit BackwardPass(const LstmBackwardArgs& args)
+      : args_(args),
+        layer_(args.layer),
+        sequence_(args.layer),
+        H_(layer_.hidden_size),
+        outputs_(layer_.projection_size > 0 ? layer_.projection_size : layer_.hidden_size),
+        few_rows_(!kRounds && layer_.rows <= kFewRows),
+        w_hh_({static_cast<const Scalar*>(layer_.w_hh), outputs_, 1}, kGates * H_, outputs_,
+              few_rows_ && layer_.steps <= kFewSteps),
+        w_hr_({static_cast<const Scalar*>(layer_.w_hr), H_, 1}, layer_.projection_size,
+              layer_.projection_size > 0 ? H_ : 0, few_rows_ && layer_.steps <= kFewSteps),
+        c0_(layer_.c0, layer_.batch * H_),
+        h_before_(args.grad_w_hh != nullptr && layer_.steps > 1 ? layer_.rows * outputs_ : 0),
+        grad_gates_(layer_.rows * kGates * H_),
+        grad_h_(layer_.batch * outputs_),
+        grad_c_(layer_.batch * H_),
+        grad_unprojected_(layer_.projection_size > 0 ? layer_.batch * H_ : 0),
+        grad_hidden_(layer_.projection_size > 0 ? layer_.rows * outputs_ : 0),
+        gates_(static_cast<const T*>(args.gates)),
+        cells_(static_cast<const T*>(args.cells)) {}
+
+  void run() {
+    start_from(args_.grad_h_n, layer_.batch * outputs_, grad_h_.data());
+    start_from(args_.grad_c_n, layer_.batch * H_, grad_c_.data());
+    const int64_t members = members_for(layer_, ceil_div(outputs_, kWidth), kGates * H_, outputs_);
+    run_members(members, [&](const Member& member) {
+      if (h_before_.data() != nullptr) gather_hidden(member);
+      for (int64_t turn = layer_.steps - 1; turn >= 0; --turn) {
+        step(member, turn);
+        member.meet();
+        if (layer_.projection_size > 0) {
+          unproject(member, turn);
+          member.meet();
+        }
+      }
+      if (args_.grad_h0 != nullptr) step(member, -1);
+      if (args_.grad_bias != nullptr) sum_bias(member);
+      if constexpr (!kRounds) {
+        if (few_rows_) finish_few_rows(member);
+      }
+    });
+    if (args_.grad_h0 != nullptr) {
+      narrow_row(grad_h_.data(), layer_.batch * outputs_, static_cast<Scalar*>(args_.grad_h0));
+    }
+    if (args_.grad_c0 != nullptr) {
+      narrow_row(grad_c_.data(), layer_.batch * H_, static_cast<Scalar*>(args_.grad_c0));
+    }
+    if (!few_rows_) finish_many_rows();
+    if (args_.grad_w_hr != nullptr) finish_projection();
+  }
+
+ private:
+  void start_from(const void* grad, int64_t count, T* state) {
+    if (grad == nullptr) return fill(state, T(0), count);
+    widen_row(static_cast<const Scalar*>(grad), count, state);
+  }
+
+  // dh before this turn's output gradient, from the turn taken after it, and without a projection the cells' part too.
+  // Turn -1 leaves the gradient of h0.
+  void step(const Member& member, int64_t turn) {
+    const int64_t later_rows = turn + 1 < layer_.steps ? sequence_.size(turn + 1) : 0;
+    const int64_t rows = turn >= 0 ? sequence_.size(turn) : 0;
+    const T* later = later_rows > 0 ? grad_gates_.data() + sequence_.offset(turn + 1) * kGates * H_ : nullptr;
+    visit_share(member, ceil_div(outputs_, kWidth), max_of(rows, later_rows), turn % 2 == 0,
+                [&](int64_t panel, int64_t row, int64_t count) {
+                  const int64_t j = panel * kWidth, columns = min_of(kWidth, outputs_ - j);
+                  if (row < later_rows) {
+                    multiply_deep(
+                        min_of(count, later_rows - row), columns, kGates * H_,
+                        [&](int64_t i) { return later + (row + i) * kGates * H_; }, panel_of(w_hh_, panel),
+                        grad_h_.data() + row * outputs_ + j, outputs_);
+                  }
+                  for (int64_t i = row; i < min_of(row + count, rows); ++i) {
+                    if (layer_.projection_size > 0) {
+                      add_grad_output(turn, i, j, columns);
+                    } else {
+                      differentiate_cells(turn, i, j, columns);
+                    }
+                  }
+                });
+  }
+
+  static Panels<T> panel_of(const RightOperand<Scalar>& b, int64_t panel) {
+    return {b.panels.data + panel * b.panels.panel_stride, b.panels.row_stride, b.panels.panel_stride};
+  }
+
+  Vec<T> grad_output(int64_t at, int64_t lanes) const {
+    const Scalar* grad = static_cast<const Scalar*>(args_.grad_output);
+    return grad == nullptr ? Vec<T>::zero() : load(grad + at, lanes);
+  }
+
+  void add_grad_output(int64_t turn, int64_t i, int64_t j, int64_t columns) {
+    const int64_t place = (sequence_.offset(turn) + i) * outputs_;
+    for (int64_t u = j; u < j + columns; u += Vec<T>::size) {
+      const int64_t lanes = min_of(Vec<T>::size, j + columns - u);
+      store(grad_hidden_.data() + place + u,
+            load(grad_h_.data() + i * outputs_ + u, lanes) + grad_output(place + u, lanes), lanes);
+    }
+  }
+
+  // With a projection: the gradient of r_t = dh_t W_hr, then the cells' part.
+  void unproject(const Member& member, int64_t turn) {
+    const T* grad_hidden = grad_hidden_.data() + sequence_.offset(turn) * outputs_;
+    visit_share(member, ceil_div(H_, kWidth), sequence_.size(turn), turn % 2 == 0,
+                [&](int64_t panel, int64_t row, int64_t count) {
+                  const int64_t j = panel * kWidth, columns = min_of(kWidth, H_ - j);
+                  multiply_deep(
+                      count, columns, outputs_, [&](int64_t i) { return grad_hidden + (row + i) * outputs_; },
+                      panel_of(w_hr_, panel), grad_unprojected_.data() + row * H_ + j, H_);
+                  for (int64_t i = row; i < row + count; ++i) differentiate_cells(turn, i, j, columns);
+                });
+  }
+
+  // da_t and the gradient of c_(t-1) for units [j, j + columns) of sequence i.
+  void differentiate_cells(int64_t turn, int64_t i, int64_t j, int64_t columns) {
+    const int64_t place = sequence_.offset(turn) + i;
+    const T* c_before = state_before<T>(sequence_, turn, cells_, c0_.data(), H_)(i);
+    const T* gates = gates_ + place * kGates * H_;
+    T* grad_gates = grad_gates_.data() + place * kGates * H_;
+    T* grad_c = grad_c_.data() + i * H_;
+    const bool projected = layer_.projection_size > 0;
+    const T* grad_r = (projected ? grad_unprojected_.data() : grad_h_.data()) + i * H_;
+    const Vec<T> one = T(1);
+    for (int64_t u = j; u < j + columns; u += Vec<T>::size) {
+      const int64_t lanes = min_of(Vec<T>::size, j + columns - u);
+      const Vec<T> in = load(gates + u, lanes), forget = load(gates + H_ + u, lanes);
+      const Vec<T> candidate = load(gates + 2 * H_ + u, lanes), out = load(gates + 3 * H_ + u, lanes);
+      const Vec<T> before = load(c_before + u, lanes);
+      const Vec<T> cell =
+          cells_ == nullptr ? fma(forget, before, in * candidate) : load(cells_ + place * H_ + u, lanes);
+      const Vec<T> squashed = tanh(cell);
+      Vec<T> grad_hidden = load(grad_r + u, lanes);
+      if (!projected) grad_hidden += grad_output(place * H_ + u, lanes);
+      const Vec<T> grad_cell = fma(grad_hidden * out, one - squashed * squashed, load(grad_c + u, lanes));
+      store(grad_gates + u, grad_cell * candidate * in * (one - in), lanes);
+      store(grad_gates + H_ + u, grad_cell * before * forget * (one - forget), lanes);
+      store(grad_gates + 2 * H_ + u, grad_cell * in * (one - candidate * candidate), lanes);
+      store(grad_gates + 3 * H_ + u, grad_hidden * squashed * out * (one - out), lanes);
+      store(grad_c + u, grad_cell * forget, lanes);
+    }
+  }
+
+  // The hidden state before every row.
+  void gather_hidden(const Member& member) {
+    member.for_share(layer_.steps, [&](int64_t turn) {
+      const auto before = state_before<Scalar>(sequence_, turn, static_cast<const Scalar*>(args_.output),
+                                               static_cast<const Scalar*>(layer_.h0), outputs_);
+      for (int64_t i = 0; i < sequence_.size(turn); ++i) {
+        __builtin_memcpy(h_before_.data() + (sequence_.offset(turn) + i) * outputs_, before(i),
+                         static_cast<size_t>(outputs_) * sizeof(Scalar));
+      }
+    });
+  }
+  Matrix<Scalar> hidden_before() const {
+    return {h_before_.data() != nullptr ? h_before_.data() : static_cast<const Scalar*>(layer_.h0), outputs_, 1};
+  }
+  Matrix<Scalar> input() const { return {static_cast<const Scalar*>(layer_.input), layer_.input_row_stride, 1}; }
+  Matrix<Scalar> w_ih() const { return {static_cast<const Scalar*>(layer_.w_ih), layer_.input_size, 1}; }
+
+  void finish_many_rows() {
+    const Matrix<T> grad_gates = {grad_gates_.data(), kGates * H_, 1};
+    product(layer_.rows, layer_.input_size, kGates * H_, grad_gates, w_ih(), args_.grad_input);
+    product(kGates * H_, layer_.input_size, layer_.rows, grad_gates.transposed(), input(), args_.grad_w_ih);
+    product(kGates * H_, outputs_, layer_.rows, grad_gates.transposed(), hidden_before(), args_.grad_w_hh);
+  }
+  template <class B>
+  static void product(int64_t rows, int64_t columns, int64_t depth, Matrix<T> a, Matrix<B> b, void* destination) {
+    if (destination == nullptr) return;
+    gemm<T>(rows, columns, depth, a, b, [&](int64_t i, int64_t j, int64_t count, const T* values) {
+      narrow_row(values, count, static_cast<Scalar*>(destination) + i * columns + j);
+    });
+  }
+
+  void finish_few_rows(const Member& member) {
+    const int64_t inputs = layer_.input_size;
+    if (T* grad_input = static_cast<T*>(args_.grad_input)) {
+      const Panels<T> weight = plain_panels<T>(w_ih().data, inputs);
+      visit_share(member, ceil_div(inputs, kWidth), layer_.rows, false, [&](int64_t panel, int64_t row, int64_t count) {
+        const int64_t j = panel * kWidth;
+        const Panels<T> part = {weight.data + j, weight.row_stride, weight.panel_stride};
+        multiply_deep(
+            count, min_of(kWidth, inputs - j), kGates * H_,
+            [&](int64_t i) { return grad_gates_.data() + (row + i) * kGates * H_; }, part,
+            grad_input + row * inputs + j, inputs);
+      });
+    }
+    multiply_gates(member, input(), inputs, args_.grad_w_ih);
+    multiply_gates(member, hidden_before(), outputs_, args_.grad_w_hh);
+  }
+
+  // grad_weight = da^T b for few rows: b's panels as they lie, da transposed block by block.
+  void multiply_gates(const Member& member, Matrix<Scalar> b, int64_t columns, void* grad_weight) {
+    if (grad_weight == nullptr) return;
+    constexpr int64_t kBlock = 48;
+    const Panels<T> panels = plain_panels<T>(b.data, b.row_stride);
+    const Matrix<T> grad_gates = {grad_gates_.data(), 1, kGates * H_};  // transposed
+    member.for_share(ceil_div(kGates * H_, kBlock), [&](int64_t block) {
+      alignas(64) T buffer[kBlock * kFewRows];
+      const int64_t gate = block * kBlock, gates = min_of(kBlock, kGates * H_ - gate);
+      pack_rows(grad_gates.at(gate, 0), gates, layer_.rows, buffer, kFewRows);
+      multiply(gates, columns, layer_.rows, buffer, kFewRows, panels,
+               static_cast<T*>(grad_weight) + gate * columns, columns, false);
+    });
+  }
+
+  // Column sums of da, in runs of rows so that long sequences add no long chains.
+  void sum_bias(const Member& member) {
+    constexpr int64_t kColumns = 256, kRun = 64;
+    const int64_t columns = kGates * H_, tasks = ceil_div(columns, kColumns);
+    member.for_share(tasks, [&](int64_t task) {
+      const int64_t j = task * kColumns, count = min_of(kColumns, columns - j);
+      alignas(64) T total[kColumns], run[kColumns];
+      fill(total, T(0), count);
+      for (int64_t row = 0; row < layer_.rows; row += kRun) {
+        fill(run, T(0), count);
+        for (int64_t i = row; i < min_of(row + kRun, layer_.rows); ++i) {
+          add_to(run, grad_gates_.data() + i * columns + j, count);
+        }
+        add_to(total, run, count);
+      }
+      narrow_row(total, count, static_cast<Scalar*>(args_.grad_bias) + j);
+    });
+  }
+
+  // dW_hr = sum over rows of dh_t r_t^T; r_t = o tanh(c) is computed again.
+  void finish_projection() {
+    const Scratch<T> unprojected(layer_.rows * H_);
+    parallel_for(layer_.rows, 16, [&](int64_t row) {
+      for (int64_t u = 0; u < H_; u += Vec<T>::size) {
+        const int64_t lanes = min_of(Vec<T>::size, H_ - u);
+        const Vec<T> out = load(gates_ + (row * kGates + 3) * H_ + u, lanes);
+        store(unprojected.data() + row * H_ + u, out * tanh(load(cells_ + row * H_ + u, lanes)), lanes);
+      }
+    });
+    product(outputs_, H_, layer_.rows, Matrix<T>{grad_hidden_.data(), 1, outputs_},
+            Matrix<T>{unprojected.data(), H_, 1}, args_.grad_w_hr);
+  }
+
+  const LstmBackwardArgs& args_;
+  const LstmLayer& layer_;
+  Sequence sequence_;
+  int64_t H_, outputs_;
+  bool few_rows_;
+  RightOperand<Scalar> w_hh_, w_hr_;
+  Widened<Scalar> c0_;
+  Scratch<Scalar> h_before_;     // of every row, when more than one step wants the gradient of w_hh
+  Scratch<T> grad_gates_;        // da, [rows][4 H]
+  Scratch<T> grad_h_, grad_c_;   // of the states between two turns, [batch][...]
+  Scratch<T> grad_unprojected_;  // with a projection: of r_t, [batch][H]
+  Scratch<T> grad_hidden_;       // with a projection: of h_t, [rows][outputs]
+  const T* gates_;
+  const T* cells_;
+};
+
+}  // namespace
+
+void lstm_backward(const LstmBackwardArgs& args) {
+  dispatch(args.layer.dtype, [&](auto* type) {
+    using Scalar = std::remove_pointer_t<decltype(type)>;
+    BackwardPass<Scalar>(args).run();
+  });
+}
+
+}  // namespace dlkernels::DLKERNELS_ISA

@@ -1,0 +1,309 @@
+// Long short-term memory (Hochreiter and Schmidhuber 1997, with forget gates), one layer in one direction: forward.
+//
+//   a_t = W_ih x_t + W_hh h_(t-1) + b        four blocks of H rows: i, f, g, o
+//   i, f, o = sigmoid(a),  g = tanh(a)
+//   c_t = f c_(t-1) + i g,   r_t = o tanh(c_t),   h_t = r_t, or W_hr r_t with a projection
+//
+// The input's share of a_t is one product over all rows (all steps), written where the gates will be. The time loop
+// then needs only W_hh. A team of threads runs it in one parallel region and meets after every step; a member keeps the
+// same hidden units, hence the same slice of W_hh, in its second-level cache. W_hh is packed once, as panels that hold
+// the four gates of a vector of units side by side, so that a member multiplies a block of rows by one such panel and
+// turns the result, still in the first-level cache, into gates, cell and hidden state. Where packing costs more than it
+// saves, weights are read as they lie: few rows in all take dot products with the rows of W_ih, few steps with W_hh.
+//
+// Half types: rows, weights and outputs are rounded; a_t, c_t and the h_t that the next step reads stay float32.
+// Cost: 2 * 4H * (input + output) operations a row.
+#include "lstm_sequence.h"
+#include "vmath.h"
+
+namespace dlkernels::DLKERNELS_ISA {
+namespace {
+
+// ---- dot products with unpacked weights ------------------------------------------------------------------------------
+
+// Rows of a tile of dot products; its sums are as many as a vector has lanes, and are added up together.
+template <class T>
+constexpr int kDotRows = Vec<T>::size >= 16 ? 4 : Vec<T>::size >= 4 ? 2 : 1;
+
+// sums[r * columns + c] = x[r] . w[c] for Rows rows and size / Rows columns.
+template <int Rows, class T, class X, class W>
+DLKERNELS_INLINE Vec<T> dot_products(int64_t depth, const X* const* x, const W* const* w) {
+  constexpr int64_t size = Vec<T>::size;
+  constexpr int64_t columns = size / Rows;
+  Vec<T> sums[size];
+  for (Vec<T>& sum : sums) sum = Vec<T>::zero();
+  auto accumulate = [&](int64_t k, int64_t lanes) {
+    Vec<T> values[Rows];
+    for (int r = 0; r < Rows; ++r) values[r] = load_lanes(x[r] + k, lanes);
+    for (int64_t c = 0; c < columns; ++c) {
+      const Vec<T> weights = load_lanes(w[c] + k, lanes);
+      for (int r = 0; r < Rows; ++r) sums[r * columns + c] = fma(values[r], weights, sums[r * columns + c]);
+    }
+  };
+  int64_t k = 0;
+  for (; k + size <= depth; k += size) accumulate(k, size);
+  if (k < depth) accumulate(k, depth - k);
+  return reduce_add_each(sums);
+}
+
+// finish(i, sums): the products of row i with `columns` rows of w, at most a vector of them. The weights come from
+// memory once and stay in the first-level cache for all rows.
+template <class T, class W, class Row, class Finish>
+inline void multiply_by_dots(int64_t rows, int64_t columns, int64_t depth, Row&& row, const W* w, int64_t w_row_stride,
+                             Finish&& finish) {
+  constexpr int64_t size = Vec<T>::size;
+  const W* w_rows[size];
+  for (int64_t c = 0; c < size; ++c) w_rows[c] = w + min_of(c, columns - 1) * w_row_stride;
+  constexpr int kRows = kDotRows<T>;
+  constexpr int64_t tile_columns = size / kRows;
+  int64_t i = 0;
+  for (; i + kRows <= rows; i += kRows) {
+    alignas(64) T sums[kRows * size];
+    decltype(row(i)) x[kRows];
+    for (int r = 0; r < kRows; ++r) x[r] = row(i + r);
+    for (int64_t c = 0; c < columns; c += tile_columns) {
+      alignas(64) T tile[size];
+      store(tile, dot_products<kRows, T>(depth, x, w_rows + c));
+      for (int r = 0; r < kRows; ++r) {
+        for (int64_t t = 0; t < tile_columns; ++t) sums[r * size + c + t] = tile[r * tile_columns + t];
+      }
+    }
+    for (int r = 0; r < kRows; ++r) finish(i + r, load(sums + r * size));
+  }
+  for (; i < rows; ++i) {
+    const auto x = row(i);
+    finish(i, dot_products<1, T>(depth, &x, w_rows));
+  }
+}
+
+// ---- the pass --------------------------------------------------------------------------------------------------------
+
+template <class Scalar>
+class ForwardPass {
+  using T = accumulate_t<Scalar>;
+  static constexpr int64_t kUnits = Vec<T>::size;  // hidden units of a panel
+  static constexpr int64_t kPanel = kGates * kUnits;
+  static constexpr bool kRounds = sizeof(T) != sizeof(Scalar);
+
+ public:
+  explicit ForwardPass(const LstmForwardArgs& args)
+      : args_(args),
+        layer_(args.layer),
+        sequence_(args.layer),
+        H_(layer_.hidden_size),
+        outputs_(layer_.projection_size > 0 ? layer_.projection_size : layer_.hidden_size),
+        few_rows_(layer_.rows <= kFewRows),
+        few_steps_(few_rows_ && layer_.steps <= kFewSteps),
+        bias_(kGates * H_),
+        h0_(layer_.h0, layer_.batch * outputs_),
+        c0_(layer_.c0, layer_.batch * H_),
+        rounded_from_(kRounds ? layer_.rows * outputs_ : 0),
+        recurrent_(few_steps_ ? 0 : round_up(H_, kUnits) * kGates * outputs_),
+        unprojected_(layer_.projection_size > 0 ? layer_.batch * H_ : 0),
+        gates_(static_cast<T*>(args.gates)),
+        cells_(static_cast<T*>(args.cells)),
+        output_(static_cast<Scalar*>(args.output)) {
+    if constexpr (kRounds) {
+      hidden_ = rounded_from_.data();
+    } else {
+      hidden_ = output_;
+    }
+  }
+
+  void run() {
+    add_biases();
+    if (!few_rows_) multiply_input();
+    if (!few_steps_) pack_recurrent();
+    const RightOperand<Scalar> projection({static_cast<const Scalar*>(layer_.w_hr), 1, H_}, H_, layer_.projection_size,
+                                          false);
+    const int64_t depth = outputs_ + (few_rows_ ? layer_.input_size : 0);
+    run_members(members_for(layer_, ceil_div(H_, kUnits), depth, kGates * H_), [&](const Member& member) {
+      if (few_rows_) {
+        multiply_few_inputs(member);
+        member.meet();
+      }
+      for (int64_t turn = 0; turn < layer_.steps; ++turn) {
+        step(member, turn);
+        member.meet();
+        if (layer_.projection_size > 0) {
+          project(member, turn, projection.panels);
+          member.meet();
+        }
+      }
+    });
+    copy_last_states();
+  }
+
+ private:
+  void add_biases() {
+    fill(bias_.data(), T(0), kGates * H_);
+    add_bias(static_cast<const Scalar*>(layer_.b_ih));
+    add_bias(static_cast<const Scalar*>(layer_.b_hh));
+  }
+  void add_bias(const Scalar* values) {
+    for (int64_t j = 0; values != nullptr && j < kGates * H_; j += Vec<T>::size) {
+      const int64_t lanes = min_of(Vec<T>::size, kGates * H_ - j);
+      store(bias_.data() + j, load(bias_.data() + j, lanes) + load(values + j, lanes), lanes);
+    }
+  }
+
+  // gates = input W_ih^T + bias, for all rows.
+  void multiply_input() {
+    const Matrix<Scalar> input = {static_cast<const Scalar*>(layer_.input), layer_.input_row_stride, 1};
+    const Matrix<Scalar> weight = {static_cast<const Scalar*>(layer_.w_ih), 1, layer_.input_size};
+    gemm<T>(layer_.rows, kGates * H_, layer_.input_size, input, weight,
+            [&](int64_t i, int64_t j, int64_t count, const T* values) {
+              T* out = gates_ + i * kGates * H_ + j;
+              narrow_row<T>(values, count, out);
+              add_to(out, bias_.data() + j, count);
+            });
+  }
+
+  // The same by dot products, a vector of gates at a time.
+  void multiply_few_inputs(const Member& member) {
+    const int64_t inputs = layer_.input_size, columns = kGates * H_;
+    const Scalar* input = static_cast<const Scalar*>(layer_.input);
+    const Scalar* weight = static_cast<const Scalar*>(layer_.w_ih);
+    member.for_share(ceil_div(columns, kUnits), [&](int64_t task) {
+      const int64_t j = task * kUnits, count = min_of(kUnits, columns - j);
+      const Vec<T> bias = load_lanes(bias_.data() + j, count);
+      multiply_by_dots<T>(
+          layer_.rows, count, inputs, [&](int64_t i) { return input + i * layer_.input_row_stride; },
+          weight + j * inputs, inputs,
+          [&](int64_t i, Vec<T> sums) { store_lanes(gates_ + i * columns + j, sums + bias, count); });
+    });
+  }
+
+  // Element (k, [gate][unit]) of a block of units is W_hh[gate * H + unit][k]; units beyond H are zero.
+  void pack_recurrent() {
+    const Matrix<Scalar> weight = {static_cast<const Scalar*>(layer_.w_hh), 1, outputs_};
+    parallel_for(ceil_div(H_, kUnits), 2, [&](int64_t block) {
+      const int64_t unit = block * kUnits, units = min_of(kUnits, H_ - unit);
+      T* packed = recurrent_.data() + block * kPanel * outputs_;
+      if (units < kUnits) fill(packed, T(0), kPanel * outputs_);
+      for (int64_t gate = 0; gate < kGates; ++gate) {
+        T* panel = packed + gate / kTileVectors * kTileColumns<T> * outputs_ + gate % kTileVectors * kUnits;
+        pack_rows(weight.at(0, gate * H_ + unit), outputs_, units, panel, kTileColumns<T>);
+      }
+    });
+  }
+
+  // One turn of this member's units and rows.
+  void step(const Member& member, int64_t turn) {
+    const auto h_before = state_before<T>(sequence_, turn, hidden_, h0_.data(), outputs_);
+    const auto c_before = state_before<T>(sequence_, turn, cells_, c0_.data(), H_);
+    const int64_t first = sequence_.offset(turn);
+    visit_share(member, ceil_div(H_, kUnits), sequence_.size(turn), turn % 2 == 1,
+                [&](int64_t block, int64_t row, int64_t rows) {
+                  alignas(64) T sums[kStepRows * kPanel];
+                  const int64_t unit = block * kUnits, lanes = min_of(kUnits, H_ - unit);
+                  multiply_hidden(unit, lanes, row, rows, h_before, sums);
+                  for (int64_t i = 0; i < rows; ++i) {
+                    const T* c_row = c_before(row + i) + unit;
+                    if (lanes == kUnits) {
+                      update_cell<true>(sums + i * kPanel, first + row + i, row + i, unit, lanes, c_row);
+                    } else {
+                      update_cell<false>(sums + i * kPanel, first + row + i, row + i, unit, lanes, c_row);
+                    }
+                  }
+                });
+  }
+
+  // sums[i][gate][u] = h_(row + i) . W_hh[gate * H + unit + u]
+  void multiply_hidden(int64_t unit, int64_t units, int64_t row, int64_t rows, const StateBefore<T>& h_before,
+                       T* sums) {
+    auto hidden = [&](int64_t i) { return h_before(row + i); };
+    if (!few_steps_) {
+      const Panels<T> panels = packed_panels<T>(recurrent_.data() + unit * kGates * outputs_, outputs_);
+      return multiply_deep(rows, kPanel, outputs_, hidden, panels, sums, kPanel);
+    }
+    const Scalar* weight = static_cast<const Scalar*>(layer_.w_hh) + unit * outputs_;
+    for (int64_t gate = 0; gate < kGates; ++gate) {
+      multiply_by_dots<T>(
+          rows, units, outputs_, hidden, weight + gate * H_ * outputs_, outputs_,
+          [&](int64_t i, Vec<T> products) { store(sums + i * kPanel + gate * kUnits, products); });
+    }
+  }
+
+  // Gates, cell and hidden state of one row from its pre-activations.
+  template <bool Whole>
+  DLKERNELS_INLINE void update_cell(const T* sums, int64_t place, int64_t i, int64_t unit, int64_t lanes,
+                                    const T* c_before) {
+    auto get = [lanes](const T* p) { return Whole ? load(p) : load(p, lanes); };
+    auto put = [lanes](auto* p, Vec<T> value) { Whole ? store(p, value) : store(p, value, lanes); };
+    T* gates = gates_ + place * kGates * H_ + unit;
+    Vec<T> a[kGates];
+    for (int64_t g = 0; g < kGates; ++g) a[g] = load(sums + g * kUnits) + get(gates + g * H_);
+    const Vec<T> in = sigmoid(a[0]), forget = sigmoid(a[1]), candidate = tanh(a[2]), out = sigmoid(a[3]);
+    const Vec<T> cell = fma(forget, get(c_before), in * candidate);
+    const Vec<T> hidden = out * tanh(cell);
+    put(gates, in);
+    put(gates + H_, forget);
+    put(gates + 2 * H_, candidate);
+    put(gates + 3 * H_, out);
+    put(cells_ + place * H_ + unit, cell);
+    if (layer_.projection_size > 0) {
+      put(unprojected_.data() + i * H_ + unit, hidden);
+    } else {
+      put(hidden_ + place * H_ + unit, hidden);
+      if constexpr (kRounds) put(output_ + place * H_ + unit, hidden);
+    }
+  }
+
+  // hidden = unprojected W_hr^T for one turn.
+  void project(const Member& member, int64_t turn, Panels<T> weight) {
+    const int64_t first = sequence_.offset(turn), width = kTileColumns<T>;
+    visit_share(member, ceil_div(outputs_, width), sequence_.size(turn), turn % 2 == 1,
+                [&](int64_t panel, int64_t row, int64_t rows) {
+                  const int64_t j = panel * width, columns = min_of(width, outputs_ - j);
+                  T* hidden = hidden_ + (first + row) * outputs_ + j;
+                  const Panels<T> part = {weight.data + panel * weight.panel_stride, weight.row_stride, 0};
+                  multiply_deep(
+                      rows, columns, H_, [&](int64_t i) { return unprojected_.data() + (row + i) * H_; }, part, hidden,
+                      outputs_);
+                  if constexpr (kRounds) {
+                    Scalar* output = output_ + (first + row) * outputs_ + j;
+                    for (int64_t i = 0; i < rows; ++i) {
+                      narrow_row(hidden + i * outputs_, columns, output + i * outputs_);
+                    }
+                  }
+                });
+  }
+
+  void copy_last_states() {
+    if (args_.h_n == nullptr && args_.c_n == nullptr) return;
+    for (int64_t i = 0; i < layer_.batch; ++i) {
+      const int64_t place = sequence_.offset(sequence_.last_turn(i)) + i;
+      if (args_.h_n != nullptr) {
+        narrow_row(hidden_ + place * outputs_, outputs_, static_cast<Scalar*>(args_.h_n) + i * outputs_);
+      }
+      if (args_.c_n != nullptr) narrow_row(cells_ + place * H_, H_, static_cast<Scalar*>(args_.c_n) + i * H_);
+    }
+  }
+
+  const LstmForwardArgs& args_;
+  const LstmLayer& layer_;
+  Sequence sequence_;
+  int64_t H_, outputs_;
+  bool few_rows_, few_steps_;  // W_ih, W_hh are read as they lie
+  Scratch<T> bias_;  // b_ih + b_hh
+  Widened<Scalar> h0_, c0_;
+  Scratch<T> rounded_from_;  // the hidden states before they were rounded to the output
+  Scratch<T> recurrent_;     // W_hh as panels
+  Scratch<T> unprojected_;   // [batch][H]
+  T* hidden_;
+  T* gates_;
+  T* cells_;
+  Scalar* output_;
+};
+
+}  // namespace
+
+void lstm_forward(const LstmForwardArgs& args) {
+  dispatch(args.layer.dtype, [&](auto* type) {
+    using Scalar = std::remove_pointer_t<decltype(type)>;
+    ForwardPass<Scalar>(args).run();
+  });
+}
+
+}  // namespace dlkernels::DLKERNELS_ISA

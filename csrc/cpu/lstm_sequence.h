@@ -1,0 +1,161 @@
+// What both directions of the LSTM need: its operands in the type of the sums, the order of the packed rows, and how the
+// members of a team share a step. The formulas are in lstm_forward.cc and lstm_backward.cc.
+#pragma once
+
+#include "gemm.h"
+#include "lstm.h"
+
+namespace dlkernels::DLKERNELS_ISA {
+
+void lstm_forward(const LstmForwardArgs& args);
+void lstm_backward(const LstmBackwardArgs& args);
+
+// Rows of a step that a member takes at once: whole product tiles, and their gates fit in the first-level cache.
+inline constexpr int64_t kStepRows = 48;
+
+// A call with at most so many rows reads w_ih as it lies, one with at most so many steps besides also w_hh: packing a
+// matrix costs about as much as two steps.
+inline constexpr int64_t kFewRows = 64;
+inline constexpr int64_t kFewSteps = 4;
+
+// Calls with less work than this stay on one thread, and so do members without kMemberWork in a step; in multiply-adds
+// and weights read.
+inline constexpr int64_t kSerialWork = 300000;
+inline constexpr int64_t kMemberWork = 16384;
+
+inline constexpr int64_t kGates = 4;
+
+// ---- operands ------------------------------------------------------------------------------------------------------
+
+// `count` elements in the type of the sums: in place when they already are.
+template <class Scalar>
+class Widened {
+  using T = accumulate_t<Scalar>;
+
+ public:
+  Widened(const void* source, int64_t count) : copy_(sizeof(T) == sizeof(Scalar) ? 0 : count) {
+    const Scalar* values = static_cast<const Scalar*>(source);
+    if constexpr (sizeof(T) == sizeof(Scalar)) {
+      data_ = values;
+    } else {
+      widen_row(values, count, copy_.data());
+      data_ = copy_.data();
+    }
+  }
+  const T* data() const { return data_; }
+
+ private:
+  Scratch<T> copy_;
+  const T* data_;
+};
+
+// A right operand [depth][columns] as panels: packed, or in place when it may be.
+template <class Scalar>
+class RightOperand {
+  using T = accumulate_t<Scalar>;
+  static constexpr int64_t width = kTileColumns<T>;
+
+ public:
+  RightOperand(Matrix<Scalar> b, int64_t depth, int64_t columns, bool in_place)
+      : packed_(in_place ? 0 : round_up(columns, width) * depth) {
+    if constexpr (sizeof(T) == sizeof(Scalar)) {
+      if (in_place) {
+        panels = plain_panels<T>(b.data, b.row_stride);
+        return;
+      }
+    }
+    parallel_for(ceil_div(columns, width), 2, [&](int64_t panel) {
+      pack_rows(b.at(0, panel * width), depth, min_of(width, columns - panel * width),
+                packed_.data() + panel * width * depth, width);
+    });
+    panels = packed_panels<T>(packed_.data(), depth);
+  }
+  Panels<T> panels;
+
+ private:
+  Scratch<T> packed_;
+};
+
+// c[i][j] = sum over k of row(i)[k] * b(k, j) for whole panels of columns, in runs of kDepthBlock.
+template <class T, class Row>
+inline void multiply_deep(int64_t rows, int64_t columns, int64_t depth, Row&& row, Panels<T> b, T* c,
+                          int64_t c_row_stride) {
+  for (int64_t k = 0; k < depth; k += kDepthBlock) {
+    const Panels<T> run = {b.data + k * b.row_stride, b.row_stride, b.panel_stride};
+    multiply_rows<T>(
+        rows, columns, min_of(kDepthBlock, depth - k), [&](int64_t i) { return row(i) + k; }, run, c, c_row_stride,
+        k > 0);
+  }
+}
+
+// The packed rows of a call: sizes and places of the steps in the order in which they are taken.
+class Sequence {
+ public:
+  explicit Sequence(const LstmLayer& layer) : layer_(layer), offsets_(layer.batch_sizes == nullptr ? 0 : layer.steps) {
+    int64_t offset = 0;
+    for (int64_t step = 0; layer.batch_sizes != nullptr && step < layer.steps; ++step) {
+      offsets_[step] = offset;
+      offset += layer.batch_sizes[step];
+    }
+  }
+  int64_t step(int64_t turn) const { return layer_.reverse ? layer_.steps - 1 - turn : turn; }
+  int64_t size(int64_t turn) const {
+    return layer_.batch_sizes == nullptr ? layer_.batch : layer_.batch_sizes[step(turn)];
+  }
+  int64_t offset(int64_t turn) const {
+    return layer_.batch_sizes == nullptr ? step(turn) * layer_.batch : offsets_[step(turn)];
+  }
+  // How many rows of this turn continue a row of the turn before; the others start from h0 and c0.
+  int64_t continued(int64_t turn) const { return turn == 0 ? 0 : min_of(size(turn - 1), size(turn)); }
+  // The turn in which sequence i was taken last.
+  int64_t last_turn(int64_t i) const {
+    int64_t turn = layer_.steps - 1;
+    while (turn > 0 && size(turn) <= i) --turn;
+    return turn;
+  }
+
+ private:
+  const LstmLayer& layer_;
+  Scratch<int64_t> offsets_;
+};
+
+// Where the state before a turn is found, sequence by sequence.
+template <class T>
+struct StateBefore {
+  const T* continued;
+  const T* initial;
+  int64_t count, width;
+  DLKERNELS_INLINE const T* operator()(int64_t i) const { return (i < count ? continued : initial) + i * width; }
+};
+template <class T>
+inline StateBefore<T> state_before(const Sequence& sequence, int64_t turn, const T* states, const T* initial, int64_t width) {
+  const int64_t count = sequence.continued(turn);
+  return {count > 0 ? states + sequence.offset(turn - 1) * width : initial, initial, count, width};
+}
+
+// ---- sharing -------------------------------------------------------------------------------------------------------
+
+// How many members are worth having: for a step of `blocks` blocks of columns, each a product with `depth` rows of
+// weights; columns in all.
+inline int64_t members_for(const LstmLayer& layer, int64_t blocks, int64_t depth, int64_t columns) {
+  if ((layer.rows + 4) * depth * columns < kSerialWork) return 1;
+  return min_of(blocks * ceil_div(layer.batch, kTileRows), (layer.batch + 4) * depth * columns / kMemberWork);
+}
+
+// visit(block, row, count) for the member's share of blocks x rows; whole tiles of rows, at most kStepRows at once.
+// Every other turn is taken backwards: it begins with the weights that the turn before has left in the cache.
+template <class Visit>
+inline void visit_share(const Member& member, int64_t blocks, int64_t rows, bool backwards, Visit&& visit) {
+  const int64_t tiles = ceil_div(rows, kTileRows);
+  const Member::Range share = member.share(blocks * tiles);
+  if (share.begin == share.end) return;
+  const int64_t first = share.begin / tiles, last = (share.end - 1) / tiles;
+  for (int64_t n = first; n <= last; ++n) {
+    const int64_t block = backwards ? first + last - n : n;
+    const int64_t begin = max_of(share.begin - block * tiles, 0) * kTileRows;
+    const int64_t end = min_of((share.end - block * tiles) * kTileRows, rows);
+    for (int64_t row = begin; row < end; row += kStepRows) visit(block, row, min_of(kStepRows, end - row));
+  }
+}
+
+}  // namespace dlkernels::DLKERNELS_ISA
