@@ -25,54 +25,55 @@ namespace {
 template <class T>
 constexpr int kDotRows = Vec<T>::size >= 16 ? 4 : Vec<T>::size >= 4 ? 2 : 1;
 
-// sums[r * columns + c] = x[r] . w[c] for Rows rows and size / Rows columns.
+// sums[r * columns + c] += x[r] . w[c] at depth k, for Rows rows and size / Rows columns. Indices that are constants from
+// the start, not from an unrolled loop, keep the sums in registers.
+template <int Rows, class T, class X, class W, size_t... Sum>
+DLKERNELS_INLINE void accumulate_dots(int64_t k, int64_t lanes, const X* const* x, const W* const* w, Vec<T>* sums,
+                                      std::index_sequence<Sum...>) {
+  constexpr size_t columns = sizeof...(Sum) / Rows;
+  ((sums[Sum] = fma(load_lanes(x[Sum / columns] + k, lanes), load_lanes(w[Sum % columns] + k, lanes), sums[Sum])), ...);
+}
+
+// Lane r * columns + c: x[r] . w[c].
 template <int Rows, class T, class X, class W>
 DLKERNELS_INLINE Vec<T> dot_products(int64_t depth, const X* const* x, const W* const* w) {
   constexpr int64_t size = Vec<T>::size;
-  constexpr int64_t columns = size / Rows;
+  constexpr auto indices = std::make_index_sequence<size>();
   Vec<T> sums[size];
   for (Vec<T>& sum : sums) sum = Vec<T>::zero();
-  auto accumulate = [&](int64_t k, int64_t lanes) {
-    Vec<T> values[Rows];
-    for (int r = 0; r < Rows; ++r) values[r] = load_lanes(x[r] + k, lanes);
-    for (int64_t c = 0; c < columns; ++c) {
-      const Vec<T> weights = load_lanes(w[c] + k, lanes);
-      for (int r = 0; r < Rows; ++r) sums[r * columns + c] = fma(values[r], weights, sums[r * columns + c]);
-    }
-  };
   int64_t k = 0;
-  for (; k + size <= depth; k += size) accumulate(k, size);
-  if (k < depth) accumulate(k, depth - k);
+  for (; k + size <= depth; k += size) accumulate_dots<Rows, T>(k, size, x, w, sums, indices);
+  if (k < depth) accumulate_dots<Rows, T>(k, depth - k, x, w, sums, indices);
   return reduce_add_each(sums);
 }
 
-// finish(i, sums): the products of row i with `columns` rows of w, at most a vector of them. The weights come from
-// memory once and stay in the first-level cache for all rows.
-template <class T, class W, class Row, class Finish>
+// out[i][c] = row(i) . w[c] for `rows` rows and `columns` <= size rows of w, which come from memory once and stay in the
+// first-level cache for all rows.
+template <class T, class W, class Row>
 inline void multiply_by_dots(int64_t rows, int64_t columns, int64_t depth, Row&& row, const W* w, int64_t w_row_stride,
-                             Finish&& finish) {
+                             T* out, int64_t out_row_stride) {
   constexpr int64_t size = Vec<T>::size;
+  constexpr int kRows = kDotRows<T>;
+  constexpr int64_t kColumns = size / kRows;
   const W* w_rows[size];
   for (int64_t c = 0; c < size; ++c) w_rows[c] = w + min_of(c, columns - 1) * w_row_stride;
-  constexpr int kRows = kDotRows<T>;
-  constexpr int64_t tile_columns = size / kRows;
   int64_t i = 0;
   for (; i + kRows <= rows; i += kRows) {
-    alignas(64) T sums[kRows * size];
     decltype(row(i)) x[kRows];
     for (int r = 0; r < kRows; ++r) x[r] = row(i + r);
-    for (int64_t c = 0; c < columns; c += tile_columns) {
+    for (int64_t c = 0; c < columns; c += kColumns) {
       alignas(64) T tile[size];
       store(tile, dot_products<kRows, T>(depth, x, w_rows + c));
       for (int r = 0; r < kRows; ++r) {
-        for (int64_t t = 0; t < tile_columns; ++t) sums[r * size + c + t] = tile[r * tile_columns + t];
+        for (int64_t t = 0; t < min_of(kColumns, columns - c); ++t) {
+          out[(i + r) * out_row_stride + c + t] = tile[r * kColumns + t];
+        }
       }
     }
-    for (int r = 0; r < kRows; ++r) finish(i + r, load(sums + r * size));
   }
   for (; i < rows; ++i) {
     const auto x = row(i);
-    finish(i, dot_products<1, T>(depth, &x, w_rows));
+    store_lanes(out + i * out_row_stride, dot_products<1, T>(depth, &x, w_rows), columns);
   }
 }
 
@@ -166,11 +167,10 @@ class ForwardPass {
     const Scalar* weight = static_cast<const Scalar*>(layer_.w_ih);
     member.for_share(ceil_div(columns, kUnits), [&](int64_t task) {
       const int64_t j = task * kUnits, count = min_of(kUnits, columns - j);
-      const Vec<T> bias = load_lanes(bias_.data() + j, count);
       multiply_by_dots<T>(
           layer_.rows, count, inputs, [&](int64_t i) { return input + i * layer_.input_row_stride; },
-          weight + j * inputs, inputs,
-          [&](int64_t i, Vec<T> sums) { store_lanes(gates_ + i * columns + j, sums + bias, count); });
+          weight + j * inputs, inputs, gates_ + j, columns);
+      for (int64_t i = 0; i < layer_.rows; ++i) add_to(gates_ + i * columns + j, bias_.data() + j, count);
     });
   }
 
@@ -219,9 +219,8 @@ class ForwardPass {
     }
     const Scalar* weight = static_cast<const Scalar*>(layer_.w_hh) + unit * outputs_;
     for (int64_t gate = 0; gate < kGates; ++gate) {
-      multiply_by_dots<T>(
-          rows, units, outputs_, hidden, weight + gate * H_ * outputs_, outputs_,
-          [&](int64_t i, Vec<T> products) { store(sums + i * kPanel + gate * kUnits, products); });
+      multiply_by_dots<T>(rows, units, outputs_, hidden, weight + gate * H_ * outputs_, outputs_, sums + gate * kUnits,
+                          kPanel);
     }
   }
 
@@ -233,7 +232,7 @@ class ForwardPass {
     auto put = [lanes](auto* p, Vec<T> value) { Whole ? store(p, value) : store(p, value, lanes); };
     T* gates = gates_ + place * kGates * H_ + unit;
     Vec<T> a[kGates];
-    for (int64_t g = 0; g < kGates; ++g) a[g] = load(sums + g * kUnits) + get(gates + g * H_);
+    for (int64_t g = 0; g < kGates; ++g) a[g] = get(sums + g * kUnits) + get(gates + g * H_);
     const Vec<T> in = sigmoid(a[0]), forget = sigmoid(a[1]), candidate = tanh(a[2]), out = sigmoid(a[3]);
     const Vec<T> cell = fma(forget, get(c_before), in * candidate);
     const Vec<T> hidden = out * tanh(cell);

@@ -348,17 +348,19 @@ DLKERNELS_INLINE double reduce_max(VecD a) {
 #endif
 
 // Lane i: the sum over the lanes of rows[i]. Each pass adds the halves of two vectors and interleaves the results.
-template <class T>
-DLKERNELS_INLINE Vec<T> reduce_add_each(Vec<T> (&rows)[Vec<T>::size]) {
+template <class T, size_t... Row>
+DLKERNELS_INLINE void add_halves(Vec<T>* rows, std::index_sequence<Row...>) {
   constexpr int64_t size = Vec<T>::size;
   constexpr auto lanes = std::make_index_sequence<size>();
-#pragma GCC unroll 4
-  for (int64_t half = size / 2; half > 0; half /= 2) {
-#pragma GCC unroll 8
-    for (int64_t i = 0; i < half; ++i) {
-      rows[i] = interleave<0>(rows[i], rows[i + half], lanes) + interleave<size / 2>(rows[i], rows[i + half], lanes);
-    }
-  }
+  constexpr size_t half = sizeof...(Row);
+  ((rows[Row] = interleave<0>(rows[Row], rows[Row + half], lanes) +
+                interleave<size / 2>(rows[Row], rows[Row + half], lanes)),
+   ...);
+  if constexpr (half > 1) add_halves(rows, std::make_index_sequence<half / 2>());
+}
+template <class T>
+DLKERNELS_INLINE Vec<T> reduce_add_each(Vec<T> (&rows)[Vec<T>::size]) {
+  add_halves(rows, std::make_index_sequence<Vec<T>::size / 2>());
   return rows[0];
 }
 
