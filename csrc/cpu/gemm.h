@@ -71,11 +71,12 @@ void multiply_tile(int64_t tile_rows, int64_t columns, int64_t depth, const T* c
 template <class T, class Row>
 inline void multiply_rows(int64_t rows, int64_t columns, int64_t depth, Row&& row, Panels<T> b, T* c,
                           int64_t c_row_stride, bool accumulate) {
+  const int64_t tiles = ceil_div(rows, kTileRows);  // of equal height: a low one reads B for little
   for (int64_t j = 0; j < columns; j += kTileColumns<T>) {
     const T* panel = b.data + j / kTileColumns<T> * b.panel_stride;
     const int64_t tile_columns = min_of(kTileColumns<T>, columns - j);
-    for (int64_t i = 0; i < rows; i += kTileRows) {
-      const int64_t tile_rows = min_of(kTileRows, rows - i);
+    for (int64_t t = 0; t < tiles; ++t) {
+      const int64_t i = rows * t / tiles, tile_rows = rows * (t + 1) / tiles - i;
       const T* pointers[kTileRows];
       for (int64_t r = 0; r < tile_rows; ++r) pointers[r] = row(i + r);
       multiply_tile<T>(tile_rows, tile_columns, depth, pointers, panel, b.row_stride, c + i * c_row_stride + j,

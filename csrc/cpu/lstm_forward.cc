@@ -4,12 +4,15 @@
 //   i, f, o = sigmoid(a),  g = tanh(a)
 //   c_t = f c_(t-1) + i g,   r_t = o tanh(c_t),   h_t = r_t, or W_hr r_t with a projection
 //
-// The input's share of a_t is one product over all rows (all steps), written where the gates will be. The time loop
-// then needs only W_hh. A team of threads runs it in one parallel region and meets after every step; a member keeps the
-// same hidden units, hence the same slice of W_hh, in its second-level cache. W_hh is packed once, as panels that hold
-// the four gates of a vector of units side by side, so that a member multiplies a block of rows by one such panel and
-// turns the result, still in the first-level cache, into gates, cell and hidden state. Where packing costs more than it
-// saves, weights are read as they lie: few rows in all take dot products with the rows of W_ih, few steps with W_hh.
+// A team of threads runs the time loop in one parallel region and meets after every step; a member keeps the same
+// hidden units, hence the same slice of the weights, in its second-level cache. The weights are packed once, as panels
+// that hold the four gates of a vector of units side by side, so that a member multiplies a block of rows by one such
+// panel and turns the result, still in the first-level cache, into gates, cell and hidden state.
+//
+// With many sequences at once, the panels hold W_ih above W_hh, and a step takes both products. With few, a step costs
+// as much as reading the weights: the input's share of a_t is then one product over all rows before the time loop,
+// written where the gates will be. Where even packing costs more than it saves, weights are read as they lie: few rows
+// in all take dot products with the rows of W_ih, few steps also with those of W_hh.
 //
 // Half types: rows, weights and outputs are rounded; a_t, c_t and the h_t that the next step reads stay float32.
 // Cost: 2 * 4H * (input + output) operations a row.
@@ -95,11 +98,14 @@ class ForwardPass {
         outputs_(layer_.projection_size > 0 ? layer_.projection_size : layer_.hidden_size),
         few_rows_(layer_.rows <= kFewRows),
         few_steps_(few_rows_ && layer_.steps <= kFewSteps),
+        many_sequences_(!few_rows_ && layer_.batch >= kManySequences),
+        depth_(outputs_ + (many_sequences_ ? layer_.input_size : 0)),
         bias_(kGates * H_),
         h0_(layer_.h0, layer_.batch * outputs_),
         c0_(layer_.c0, layer_.batch * H_),
         rounded_from_(kRounds ? layer_.rows * outputs_ : 0),
-        recurrent_(few_steps_ ? 0 : round_up(H_, kUnits) * kGates * outputs_),
+        wide_input_(kRounds && many_sequences_ ? layer_.rows * layer_.input_size : 0),
+        weights_(few_steps_ ? 0 : round_up(H_, kUnits) * kGates * depth_),
         unprojected_(layer_.projection_size > 0 ? layer_.batch * H_ : 0),
         gates_(static_cast<T*>(args.gates)),
         cells_(static_cast<T*>(args.cells)),
@@ -113,16 +119,15 @@ class ForwardPass {
 
   void run() {
     add_biases();
-    if (!few_rows_) multiply_input();
-    if (!few_steps_) pack_recurrent();
+    if (!few_rows_ && !many_sequences_) multiply_input();
+    if (!few_steps_) pack_weights();
     const RightOperand<Scalar> projection({static_cast<const Scalar*>(layer_.w_hr), 1, H_}, H_, layer_.projection_size,
                                           false);
-    const int64_t depth = outputs_ + (few_rows_ ? layer_.input_size : 0);
+    const int64_t depth = few_rows_ ? layer_.input_size + outputs_ : depth_;
     run_members(members_for(layer_, ceil_div(H_, kUnits), depth, kGates * H_), [&](const Member& member) {
-      if (few_rows_) {
-        multiply_few_inputs(member);
-        member.meet();
-      }
+      if (few_rows_) multiply_few_inputs(member);
+      if (wide_input_.data() != nullptr) widen_input(member);
+      member.meet();
       for (int64_t turn = 0; turn < layer_.steps; ++turn) {
         step(member, turn);
         member.meet();
@@ -174,16 +179,36 @@ class ForwardPass {
     });
   }
 
-  // Element (k, [gate][unit]) of a block of units is W_hh[gate * H + unit][k]; units beyond H are zero.
-  void pack_recurrent() {
-    const Matrix<Scalar> weight = {static_cast<const Scalar*>(layer_.w_hh), 1, outputs_};
+  void widen_input(const Member& member) {
+    const int64_t inputs = layer_.input_size;
+    const Scalar* input = static_cast<const Scalar*>(layer_.input);
+    member.for_share(layer_.rows, [&](int64_t i) {
+      widen_row(input + i * layer_.input_row_stride, inputs, wide_input_.data() + i * inputs);
+    });
+  }
+  const T* input_row(int64_t i) const {
+    if constexpr (kRounds) {
+      return wide_input_.data() + i * layer_.input_size;
+    } else {
+      return static_cast<const T*>(layer_.input) + i * layer_.input_row_stride;
+    }
+  }
+
+  // Element (k, [gate][unit]) of a block of units is W[gate * H + unit][k]; units beyond H are zero.
+  void pack_weights() {
+    const int64_t inputs = depth_ - outputs_;
     parallel_for(ceil_div(H_, kUnits), 2, [&](int64_t block) {
       const int64_t unit = block * kUnits, units = min_of(kUnits, H_ - unit);
-      T* packed = recurrent_.data() + block * kPanel * outputs_;
-      if (units < kUnits) fill(packed, T(0), kPanel * outputs_);
+      T* packed = weights_.data() + block * kPanel * depth_;
+      if (units < kUnits) fill(packed, T(0), kPanel * depth_);
       for (int64_t gate = 0; gate < kGates; ++gate) {
-        T* panel = packed + gate / kTileVectors * kTileColumns<T> * outputs_ + gate % kTileVectors * kUnits;
-        pack_rows(weight.at(0, gate * H_ + unit), outputs_, units, panel, kTileColumns<T>);
+        T* panel = packed + gate / kTileVectors * kTileColumns<T> * depth_ + gate % kTileVectors * kUnits;
+        const int64_t row = gate * H_ + unit;
+        const Matrix<Scalar> w_ih = {static_cast<const Scalar*>(layer_.w_ih) + row * layer_.input_size, 1,
+                                     layer_.input_size};
+        const Matrix<Scalar> w_hh = {static_cast<const Scalar*>(layer_.w_hh) + row * outputs_, 1, outputs_};
+        pack_rows(w_ih, inputs, units, panel, kTileColumns<T>);
+        pack_rows(w_hh, outputs_, units, panel + inputs * kTileColumns<T>, kTileColumns<T>);
       }
     });
   }
@@ -197,7 +222,7 @@ class ForwardPass {
                 [&](int64_t block, int64_t row, int64_t rows) {
                   alignas(64) T sums[kStepRows * kPanel];
                   const int64_t unit = block * kUnits, lanes = min_of(kUnits, H_ - unit);
-                  multiply_hidden(unit, lanes, row, rows, h_before, sums);
+                  multiply_weights(unit, lanes, first, row, rows, h_before, sums);
                   for (int64_t i = 0; i < rows; ++i) {
                     const T* c_row = c_before(row + i) + unit;
                     if (lanes == kUnits) {
@@ -209,13 +234,17 @@ class ForwardPass {
                 });
   }
 
-  // sums[i][gate][u] = h_(row + i) . W_hh[gate * H + unit + u]
-  void multiply_hidden(int64_t unit, int64_t units, int64_t row, int64_t rows, const StateBefore<T>& h_before,
-                       T* sums) {
+  // sums[i][gate][u] = h_(row + i) . W_hh[gate * H + unit + u], with the input's share when a step takes it.
+  void multiply_weights(int64_t unit, int64_t units, int64_t first, int64_t row, int64_t rows,
+                        const StateBefore<T>& h_before, T* sums) {
     auto hidden = [&](int64_t i) { return h_before(row + i); };
     if (!few_steps_) {
-      const Panels<T> panels = packed_panels<T>(recurrent_.data() + unit * kGates * outputs_, outputs_);
-      return multiply_deep(rows, kPanel, outputs_, hidden, panels, sums, kPanel);
+      const int64_t inputs = depth_ - outputs_;
+      const Panels<T> panels = packed_panels<T>(weights_.data() + unit * kGates * depth_, depth_);
+      const Panels<T> from_hidden = {panels.data + inputs * panels.row_stride, panels.row_stride, panels.panel_stride};
+      multiply_deep(
+          rows, kPanel, inputs, [&](int64_t i) { return input_row(first + row + i); }, panels, sums, kPanel);
+      return multiply_deep(rows, kPanel, outputs_, hidden, from_hidden, sums, kPanel, inputs > 0);
     }
     const Scalar* weight = static_cast<const Scalar*>(layer_.w_hh) + unit * outputs_;
     for (int64_t gate = 0; gate < kGates; ++gate) {
@@ -232,7 +261,8 @@ class ForwardPass {
     auto put = [lanes](auto* p, Vec<T> value) { Whole ? store(p, value) : store(p, value, lanes); };
     T* gates = gates_ + place * kGates * H_ + unit;
     Vec<T> a[kGates];
-    for (int64_t g = 0; g < kGates; ++g) a[g] = get(sums + g * kUnits) + get(gates + g * H_);
+    const T* rest = many_sequences_ ? bias_.data() + unit : gates;
+    for (int64_t g = 0; g < kGates; ++g) a[g] = get(sums + g * kUnits) + get(rest + g * H_);
     const Vec<T> in = sigmoid(a[0]), forget = sigmoid(a[1]), candidate = tanh(a[2]), out = sigmoid(a[3]);
     const Vec<T> cell = fma(forget, get(c_before), in * candidate);
     const Vec<T> hidden = out * tanh(cell);
@@ -285,10 +315,13 @@ class ForwardPass {
   Sequence sequence_;
   int64_t H_, outputs_;
   bool few_rows_, few_steps_;  // W_ih, W_hh are read as they lie
+  bool many_sequences_;        // steps multiply the input too
+  int64_t depth_;              // of the products of a step
   Scratch<T> bias_;  // b_ih + b_hh
   Widened<Scalar> h0_, c0_;
   Scratch<T> rounded_from_;  // the hidden states before they were rounded to the output
-  Scratch<T> recurrent_;     // W_hh as panels
+  Scratch<T> wide_input_;    // the input in the type of the sums, where steps read it
+  Scratch<T> weights_;       // [W_ih, W_hh] or W_hh as panels
   Scratch<T> unprojected_;   // [batch][H]
   T* hidden_;
   T* gates_;

@@ -18,6 +18,9 @@ inline constexpr int64_t kStepRows = 48;
 inline constexpr int64_t kFewRows = 64;
 inline constexpr int64_t kFewSteps = 4;
 
+// Sequences at once for which a step is worth a pass over w_ih.
+inline constexpr int64_t kManySequences = 16;
+
 // Calls with less work than this stay on one thread, and so do members without kMemberWork in a step; in multiply-adds
 // and weights read.
 inline constexpr int64_t kSerialWork = 300000;
@@ -76,15 +79,15 @@ class RightOperand {
   Scratch<T> packed_;
 };
 
-// c[i][j] = sum over k of row(i)[k] * b(k, j) for whole panels of columns, in runs of kDepthBlock.
+// c[i][j] (+)= sum over k of row(i)[k] * b(k, j) for whole panels of columns, in runs of kDepthBlock.
 template <class T, class Row>
 inline void multiply_deep(int64_t rows, int64_t columns, int64_t depth, Row&& row, Panels<T> b, T* c,
-                          int64_t c_row_stride) {
+                          int64_t c_row_stride, bool accumulate = false) {
   for (int64_t k = 0; k < depth; k += kDepthBlock) {
     const Panels<T> run = {b.data + k * b.row_stride, b.row_stride, b.panel_stride};
     multiply_rows<T>(
         rows, columns, min_of(kDepthBlock, depth - k), [&](int64_t i) { return row(i) + k; }, run, c, c_row_stride,
-        k > 0);
+        accumulate || k > 0);
   }
 }
 
