@@ -18,7 +18,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / f"{sysconfig.get_config_var('SOABI')}-torch{torch.__version__}"
-WIDE_ISAS = ["avx2", "avx512", "amx"]
+WIDE_ISAS = ["avx2", "avx512", "avx512_bf16", "amx"]
 
 
 def run(command, **environment):

@@ -8,36 +8,47 @@ namespace {
 
 template <class T>
 using TileFunction = void (*)(const Segment* segments, int64_t segment_count, const T* const* rows, const T* b,
-                              int64_t b_row_stride, T* c, int64_t c_row_stride, int64_t last_lanes, bool accumulate);
+                              int64_t b_row_stride, accumulate_t<T>* c, int64_t c_row_stride, int64_t last_lanes,
+                              bool accumulate);
 
 // `Partial`: only `last_lanes` lanes of the last vector exist in b and c.
 template <class T, int Rows, int Vectors, bool Partial>
 void tile(const Segment* segments, int64_t segment_count, const T* const* rows, const T* b_data, int64_t b_row_stride,
-          T* c, int64_t c_row_stride, int64_t last_lanes, bool accumulate) {
-  constexpr int64_t lanes = Vec<T>::size;
-  Vec<T> sum[Rows][Vectors];
+          accumulate_t<T>* c, int64_t c_row_stride, int64_t last_lanes, bool accumulate) {
+  using Sum = Vec<accumulate_t<T>>;
+  constexpr int64_t lanes = Sum::size;
+  constexpr int64_t step = Step<T>::depth;
+  Sum sum[Rows][Vectors];
   for (int r = 0; r < Rows; ++r) {
-    for (int v = 0; v < Vectors; ++v) sum[r][v] = Vec<T>::zero();
+    for (int v = 0; v < Vectors; ++v) sum[r][v] = Sum::zero();
   }
   for (const Segment* segment = segments; segment != segments + segment_count; ++segment) {
     const T* a[Rows];
     for (int r = 0; r < Rows; ++r) a[r] = rows[r] + segment->a_offset;
     const T* b = b_data + segment->b_offset;
-    for (int64_t k = 0; k < segment->depth; ++k) {
-      Vec<T> b_row[Vectors];
+    auto add_step = [&](auto spread) {
+      typename Step<T>::Register b_row[Vectors];
       for (int v = 0; v < Vectors; ++v) {
-        b_row[v] = Partial && v == Vectors - 1 ? load(b + v * lanes, last_lanes) : load(b + v * lanes);
+        const T* right = b + v * lanes * step;
+        b_row[v] = Partial && v == Vectors - 1 ? Step<T>::load_right(right, last_lanes) : Step<T>::load_right(right);
       }
       for (int r = 0; r < Rows; ++r) {
-        const Vec<T> broadcast = a[r][k];
-        for (int v = 0; v < Vectors; ++v) sum[r][v] = fma(broadcast, b_row[v], sum[r][v]);
+        const typename Step<T>::Register left = spread(a[r]);
+        for (int v = 0; v < Vectors; ++v) sum[r][v] = Step<T>::add(left, b_row[v], sum[r][v]);
       }
-      b += b_row_stride;
+    };
+    int64_t k = 0;
+    for (; k + step <= segment->depth; k += step) {
+      add_step([k](const T* row) { return Step<T>::spread_left(row + k); });
+      b += b_row_stride * step;
+    }
+    if constexpr (step > 1) {
+      if (k < segment->depth) add_step([k](const T* row) { return Step<T>::spread_last(row + k); });
     }
   }
   for (int r = 0; r < Rows; ++r) {
     for (int v = 0; v < Vectors; ++v) {
-      T* out = c + r * c_row_stride + v * lanes;
+      accumulate_t<T>* out = c + r * c_row_stride + v * lanes;
       if (Partial && v == Vectors - 1) {
         store(out, accumulate ? load(out, last_lanes) + sum[r][v] : sum[r][v], last_lanes);
       } else {
@@ -71,18 +82,19 @@ constexpr TileTable<T> tile_table;
 
 template <class T>
 void multiply_tile(int64_t tile_rows, int64_t columns, const Segment* segments, int64_t segment_count,
-                   const T* const* rows, const T* b, int64_t b_row_stride, T* c, int64_t c_row_stride,
+                   const T* const* rows, const T* b, int64_t b_row_stride, accumulate_t<T>* c, int64_t c_row_stride,
                    bool accumulate) {
-  const int64_t vectors = ceil_div(columns, Vec<T>::size);
-  const int64_t last_lanes = columns - (vectors - 1) * Vec<T>::size;
-  const bool partial = last_lanes != Vec<T>::size;
+  constexpr int64_t lanes = Vec<accumulate_t<T>>::size;
+  const int64_t vectors = ceil_div(columns, lanes);
+  const int64_t last_lanes = columns - (vectors - 1) * lanes;
+  const bool partial = last_lanes != lanes;
   tile_table<T>.functions[tile_rows - 1][vectors - 1][partial](segments, segment_count, rows, b, b_row_stride, c,
                                                                c_row_stride, last_lanes, accumulate);
 }
 
 template <class T>
 void multiply_tile(int64_t tile_rows, int64_t columns, int64_t depth, const T* const* rows, const T* b,
-                   int64_t b_row_stride, T* c, int64_t c_row_stride, bool accumulate) {
+                   int64_t b_row_stride, accumulate_t<T>* c, int64_t c_row_stride, bool accumulate) {
   const Segment segment = {depth, 0, 0};
   multiply_tile(tile_rows, columns, &segment, 1, rows, b, b_row_stride, c, c_row_stride, accumulate);
 }
@@ -95,5 +107,11 @@ template void multiply_tile<float>(int64_t, int64_t, int64_t, const float* const
                                    int64_t, bool);
 template void multiply_tile<double>(int64_t, int64_t, int64_t, const double* const*, const double*, int64_t, double*,
                                     int64_t, bool);
+#if defined(__AVX512BF16__)
+template void multiply_tile<bfloat16>(int64_t, int64_t, const Segment*, int64_t, const bfloat16* const*,
+                                      const bfloat16*, int64_t, float*, int64_t, bool);
+template void multiply_tile<bfloat16>(int64_t, int64_t, int64_t, const bfloat16* const*, const bfloat16*, int64_t,
+                                      float*, int64_t, bool);
+#endif
 
 }  // namespace dlkernels::DLKERNELS_ISA

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "pack.h"
+#include "pairs.h"
 #include "parallel.h"
 #include "simd.h"
 #include "split.h"
@@ -21,7 +22,7 @@ inline constexpr int64_t kTileRows = 6, kTileVectors = 2;
 inline constexpr int64_t kTileRows = 4, kTileVectors = 2;
 #endif
 template <class T>
-inline constexpr int64_t kTileColumns = kTileVectors * Vec<T>::size;
+inline constexpr int64_t kTileColumns = kTileVectors * Vec<accumulate_t<T>>::size;
 
 // Depth of one accumulation run: a panel of B stays in the second-level cache, and sums of at most this many products
 // are added to C one after another, which is as accurate as any blocked product.
@@ -33,7 +34,8 @@ inline constexpr int64_t kColumnBlock = 512;
 
 // B as panels of kTileColumns columns: element (k, j) of panel p is data[p * panel_stride + k * row_stride + j].
 // A packed operand has row_stride = kTileColumns and panel_stride = depth * kTileColumns; a plain row-major matrix is
-// already this with row_stride = its leading dimension and panel_stride = kTileColumns.
+// already this with row_stride = its leading dimension and panel_stride = kTileColumns. A panel of bfloat16 is packed as
+// pairs (pairs.h): an even k is at the same place, and panel_stride counts the depth rounded up.
 template <class T>
 struct Panels {
   const T* data;
@@ -43,7 +45,7 @@ struct Panels {
 
 template <class T>
 inline Panels<T> packed_panels(const T* data, int64_t depth) {
-  return {data, kTileColumns<T>, depth * kTileColumns<T>};
+  return {data, kTileColumns<T>, round_up(depth, Step<T>::depth) * kTileColumns<T>};
 }
 template <class T>
 inline Panels<T> plain_panels(const T* data, int64_t row_stride) {
@@ -60,16 +62,17 @@ struct Segment {
 // element of b beyond `columns`.
 template <class T>
 void multiply_tile(int64_t tile_rows, int64_t columns, const Segment* segments, int64_t segment_count,
-                   const T* const* rows, const T* b, int64_t b_row_stride, T* c, int64_t c_row_stride, bool accumulate);
+                   const T* const* rows, const T* b, int64_t b_row_stride, accumulate_t<T>* c, int64_t c_row_stride,
+                   bool accumulate);
 
 // The same for one segment: c[i][j] (+)= sum over k of rows[i][k] * b[k][j].
 template <class T>
 void multiply_tile(int64_t tile_rows, int64_t columns, int64_t depth, const T* const* rows, const T* b,
-                   int64_t b_row_stride, T* c, int64_t c_row_stride, bool accumulate);
+                   int64_t b_row_stride, accumulate_t<T>* c, int64_t c_row_stride, bool accumulate);
 
 // c[i][j] (+)= sum over k of row(i)[k] * b(k, j) on the calling thread; row(i) returns the pointer to row i of A.
 template <class T, class Row>
-inline void multiply_rows(int64_t rows, int64_t columns, int64_t depth, Row&& row, Panels<T> b, T* c,
+inline void multiply_rows(int64_t rows, int64_t columns, int64_t depth, Row&& row, Panels<T> b, accumulate_t<T>* c,
                           int64_t c_row_stride, bool accumulate) {
   const int64_t tiles = ceil_div(rows, kTileRows);  // of equal height: a low one reads B for little
   for (int64_t j = 0; j < columns; j += kTileColumns<T>) {
@@ -87,8 +90,8 @@ inline void multiply_rows(int64_t rows, int64_t columns, int64_t depth, Row&& ro
 
 // The same for a row-major A.
 template <class T>
-inline void multiply(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t a_row_stride, Panels<T> b, T* c,
-                     int64_t c_row_stride, bool accumulate) {
+inline void multiply(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t a_row_stride, Panels<T> b,
+                     accumulate_t<T>* c, int64_t c_row_stride, bool accumulate) {
   multiply_rows<T>(
       rows, columns, depth, [=](int64_t i) { return a + i * a_row_stride; }, b, c, c_row_stride, accumulate);
 }
@@ -125,21 +128,21 @@ inline void pack_all(Matrix<Scalar> b, int64_t depth, int64_t columns, T* packed
     const int64_t k = task / panels * kDepthBlock;
     const int64_t j = task % panels * width;
     const int64_t block_depth = min_of(kDepthBlock, depth - k);
-    pack_rows(b.at(k, j), block_depth, min_of(width, columns - j), packed + k * panels * width + j * block_depth,
-              width);
+    pack_panel(b.at(k, j), block_depth, min_of(width, columns - j),
+               packed + k * panels * width + j * round_up(block_depth, Step<T>::depth), width);
   });
 }
 
 // One output block's part of the depth, [k_begin, k_end), by fused multiply-adds; k_begin is a multiple of kDepthBlock.
 template <class T, class ScalarA>
 inline void multiply_block(Matrix<ScalarA> a, const T* packed_b, int64_t padded_columns, const ProductBlock& block,
-                           int64_t depth, T* c, int64_t c_row_stride) {
+                           int64_t depth, accumulate_t<T>* c, int64_t c_row_stride) {
   const Scratch<T> buffer(block.rows * kDepthBlock);
   for (int64_t k = block.k_begin; k < block.k_end; k += kDepthBlock) {
     const int64_t block_depth = min_of(kDepthBlock, depth - k);
     int64_t a_row_stride;
     const T* a_rows = rows_of<T>(a.at(block.i, k), block.rows, block_depth, buffer.data(), &a_row_stride);
-    const T* panel = packed_b + k * padded_columns + block.j * block_depth;
+    const T* panel = packed_b + k * padded_columns + block.j * round_up(block_depth, Step<T>::depth);
     multiply<T>(block.rows, block.columns, block_depth, a_rows, a_row_stride, packed_panels(panel, block_depth), c,
                 c_row_stride, k > block.k_begin);
   }
@@ -278,11 +281,13 @@ inline void gemm(int64_t M, int64_t N, int64_t K, Matrix<ScalarA> a, Matrix<Scal
   if constexpr (kHasTiles && std::is_same_v<T, float>) {
     if (detail::try_tiles(M, N, K, a, b, finish)) return;
   }
-  const int64_t padded_columns = round_up(N, kTileColumns<T>);
-  const Scratch<T> packed_b(padded_columns * K);
-  detail::pack_all<T>(b, K, N, packed_b.data());
+  constexpr bool halves = std::is_same_v<ScalarA, bfloat16> && std::is_same_v<ScalarB, bfloat16>;
+  using Factor = std::conditional_t<halves && std::is_same_v<T, float>, factor_t<bfloat16>, T>;
+  const int64_t padded_columns = round_up(N, kTileColumns<Factor>);
+  const Scratch<Factor> packed_b(padded_columns * round_up(K, Step<Factor>::depth));
+  detail::pack_all<Factor>(b, K, N, packed_b.data());
   auto multiply_block = [&](const detail::ProductBlock& block, T* c, int64_t c_row_stride) {
-    detail::multiply_block<T>(a, packed_b.data(), padded_columns, block, K, c, c_row_stride);
+    detail::multiply_block<Factor>(a, packed_b.data(), padded_columns, block, K, c, c_row_stride);
   };
   detail::run_product<T>(M, N, K, multiply_block, finish);
 }

@@ -27,6 +27,9 @@ extern const KernelTable table;
 namespace avx512 {
 extern const KernelTable table;
 }
+namespace avx512_bf16 {
+extern const KernelTable table;
+}
 namespace amx {
 extern const KernelTable table;
 }
@@ -76,6 +79,7 @@ Tables find_tables() {
   __builtin_cpu_init();
   if (has_avx2()) tables.usable.push_back(&avx2::table);
   if (has_avx512()) tables.usable.push_back(&avx512::table);
+  if (has_avx512() && __builtin_cpu_supports("avx512bf16")) tables.usable.push_back(&avx512_bf16::table);
   if (has_amx()) tables.usable.push_back(&amx::table);
 #endif
   tables.widest = tables.usable.back();

@@ -7,6 +7,7 @@
 // such a product does little with each element that it writes, they are taken in the same region: from operands as
 // they lie, straight into the result.
 //
+// Half types: as forward; where products take pairs of bfloat16, da_t and dh_t are rounded to it, as torch rounds them.
 // Cost: twice that of forward.
 #include "lstm_sequence.h"
 #include "vmath.h"
@@ -17,6 +18,7 @@ namespace {
 template <class Scalar>
 class BackwardPass {
   using T = accumulate_t<Scalar>;
+  using Factor = factor_t<Scalar>;
   static constexpr int64_t kWidth = kTileColumns<T>;
   static constexpr bool kRounds = sizeof(T) != sizeof(Scalar);
 
@@ -83,14 +85,14 @@ class BackwardPass {
   void step(const Member& member, int64_t turn) {
     const int64_t later_rows = turn + 1 < layer_.steps ? sequence_.size(turn + 1) : 0;
     const int64_t rows = turn >= 0 ? sequence_.size(turn) : 0;
-    const T* later = later_rows > 0 ? grad_gates_.data() + sequence_.offset(turn + 1) * kGates * H_ : nullptr;
+    const Factor* later = later_rows > 0 ? grad_gates_.data() + sequence_.offset(turn + 1) * kGates * H_ : nullptr;
     visit_share(member, ceil_div(outputs_, kWidth), max_of(rows, later_rows), turn % 2 == 0,
                 [&](int64_t panel, int64_t row, int64_t count) {
                   const int64_t j = panel * kWidth, columns = min_of(kWidth, outputs_ - j);
                   if (row < later_rows) {
                     multiply_deep(
                         min_of(count, later_rows - row), columns, kGates * H_,
-                        [&](int64_t i) { return later + (row + i) * kGates * H_; }, panel_of(w_hh_, panel),
+                        [&](int64_t i) { return later + (row + i) * kGates * H_; }, w_hh_.panel(panel),
                         grad_h_.data() + row * outputs_ + j, outputs_);
                   }
                   for (int64_t i = row; i < min_of(row + count, rows); ++i) {
@@ -101,10 +103,6 @@ class BackwardPass {
                     }
                   }
                 });
-  }
-
-  static Panels<T> panel_of(const RightOperand<Scalar>& b, int64_t panel) {
-    return {b.panels.data + panel * b.panels.panel_stride, b.panels.row_stride, b.panels.panel_stride};
   }
 
   Vec<T> grad_output(int64_t at, int64_t lanes) const {
@@ -123,13 +121,13 @@ class BackwardPass {
 
   // With a projection: the gradient of r_t = dh_t W_hr, then the cells' part.
   void unproject(const Member& member, int64_t turn) {
-    const T* grad_hidden = grad_hidden_.data() + sequence_.offset(turn) * outputs_;
+    const Factor* grad_hidden = grad_hidden_.data() + sequence_.offset(turn) * outputs_;
     visit_share(member, ceil_div(H_, kWidth), sequence_.size(turn), turn % 2 == 0,
                 [&](int64_t panel, int64_t row, int64_t count) {
                   const int64_t j = panel * kWidth, columns = min_of(kWidth, H_ - j);
                   multiply_deep(
                       count, columns, outputs_, [&](int64_t i) { return grad_hidden + (row + i) * outputs_; },
-                      panel_of(w_hr_, panel), grad_unprojected_.data() + row * H_ + j, H_);
+                      w_hr_.panel(panel), grad_unprojected_.data() + row * H_ + j, H_);
                   for (int64_t i = row; i < row + count; ++i) differentiate_cells(turn, i, j, columns);
                 });
   }
@@ -139,7 +137,7 @@ class BackwardPass {
     const int64_t place = sequence_.offset(turn) + i;
     const T* c_before = state_before<T>(sequence_, turn, cells_, c0_.data(), H_)(i);
     const T* gates = gates_ + place * kGates * H_;
-    T* grad_gates = grad_gates_.data() + place * kGates * H_;
+    Factor* grad_gates = grad_gates_.data() + place * kGates * H_;
     T* grad_c = grad_c_.data() + i * H_;
     const bool projected = layer_.projection_size > 0;
     const T* grad_r = (projected ? grad_unprojected_.data() : grad_h_.data()) + i * H_;
@@ -181,13 +179,13 @@ class BackwardPass {
   Matrix<Scalar> w_ih() const { return {static_cast<const Scalar*>(layer_.w_ih), layer_.input_size, 1}; }
 
   void finish_many_rows() {
-    const Matrix<T> grad_gates = {grad_gates_.data(), kGates * H_, 1};
+    const Matrix<Factor> grad_gates = {grad_gates_.data(), kGates * H_, 1};
     product(layer_.rows, layer_.input_size, kGates * H_, grad_gates, w_ih(), args_.grad_input);
     product(kGates * H_, layer_.input_size, layer_.rows, grad_gates.transposed(), input(), args_.grad_w_ih);
     product(kGates * H_, outputs_, layer_.rows, grad_gates.transposed(), hidden_before(), args_.grad_w_hh);
   }
   template <class B>
-  static void product(int64_t rows, int64_t columns, int64_t depth, Matrix<T> a, Matrix<B> b, void* destination) {
+  static void product(int64_t rows, int64_t columns, int64_t depth, Matrix<Factor> a, Matrix<B> b, void* destination) {
     if (destination == nullptr) return;
     gemm<T>(rows, columns, depth, a, b, [&](int64_t i, int64_t j, int64_t count, const T* values) {
       narrow_row(values, count, static_cast<Scalar*>(destination) + i * columns + j);
@@ -226,6 +224,13 @@ class BackwardPass {
     });
   }
 
+  static void add_row(T* sum, const Factor* addend, int64_t count) {
+    for (int64_t j = 0; j < count; j += Vec<T>::size) {
+      const int64_t lanes = min_of(Vec<T>::size, count - j);
+      store_lanes(sum + j, load_lanes(sum + j, lanes) + load_lanes(addend + j, lanes), lanes);
+    }
+  }
+
   // Column sums of da, in runs of rows so that long sequences add no long chains.
   void sum_bias(const Member& member) {
     constexpr int64_t kColumns = 256, kRun = 64;
@@ -237,7 +242,7 @@ class BackwardPass {
       for (int64_t row = 0; row < layer_.rows; row += kRun) {
         fill(run, T(0), count);
         for (int64_t i = row; i < min_of(row + kRun, layer_.rows); ++i) {
-          add_to(run, grad_gates_.data() + i * columns + j, count);
+          add_row(run, grad_gates_.data() + i * columns + j, count);
         }
         add_to(total, run, count);
       }
@@ -247,7 +252,7 @@ class BackwardPass {
 
   // dW_hr = sum over rows of dh_t r_t^T; r_t = o tanh(c) is computed again.
   void finish_projection() {
-    const Scratch<T> unprojected(layer_.rows * H_);
+    const Scratch<Factor> unprojected(layer_.rows * H_);
     parallel_for(layer_.rows, 16, [&](int64_t row) {
       for (int64_t u = 0; u < H_; u += Vec<T>::size) {
         const int64_t lanes = min_of(Vec<T>::size, H_ - u);
@@ -255,8 +260,8 @@ class BackwardPass {
         store(unprojected.data() + row * H_ + u, out * tanh(load(cells_ + row * H_ + u, lanes)), lanes);
       }
     });
-    product(outputs_, H_, layer_.rows, Matrix<T>{grad_hidden_.data(), 1, outputs_},
-            Matrix<T>{unprojected.data(), H_, 1}, args_.grad_w_hr);
+    product(outputs_, H_, layer_.rows, Matrix<Factor>{grad_hidden_.data(), 1, outputs_},
+            Matrix<Factor>{unprojected.data(), H_, 1}, args_.grad_w_hr);
   }
 
   const LstmBackwardArgs& args_;
@@ -265,12 +270,12 @@ class BackwardPass {
   int64_t H_, outputs_;
   bool few_rows_;
   RightOperand<Scalar> w_hh_, w_hr_;
-  Widened<Scalar> c0_;
+  Widened<Scalar, T> c0_;
   Scratch<Scalar> h_before_;     // of every row, when more than one step wants the gradient of w_hh
-  Scratch<T> grad_gates_;        // da, [rows][4 H]
+  Scratch<Factor> grad_gates_;   // da, [rows][4 H]
   Scratch<T> grad_h_, grad_c_;   // of the states between two turns, [batch][...]
   Scratch<T> grad_unprojected_;  // with a projection: of r_t, [batch][H]
-  Scratch<T> grad_hidden_;       // with a projection: of h_t, [rows][outputs]
+  Scratch<Factor> grad_hidden_;  // with a projection: of h_t, [rows][outputs]
   const T* gates_;
   const T* cells_;
 };

@@ -14,7 +14,8 @@
 // written where the gates will be. Where even packing costs more than it saves, weights are read as they lie: few rows
 // in all take dot products with the rows of W_ih, few steps also with those of W_hh.
 //
-// Half types: rows, weights and outputs are rounded; a_t, c_t and the h_t that the next step reads stay float32.
+// Half types: rows, weights and outputs are rounded; a_t and c_t stay float32, and so does the h_t that the next step
+// reads, unless products take pairs of bfloat16.
 // Cost: 2 * 4H * (input + output) operations a row.
 #include "lstm_sequence.h"
 #include "vmath.h"
@@ -85,9 +86,10 @@ inline void multiply_by_dots(int64_t rows, int64_t columns, int64_t depth, Row&&
 template <class Scalar>
 class ForwardPass {
   using T = accumulate_t<Scalar>;
+  using Factor = factor_t<Scalar>;
   static constexpr int64_t kUnits = Vec<T>::size;  // hidden units of a panel
   static constexpr int64_t kPanel = kGates * kUnits;
-  static constexpr bool kRounds = sizeof(T) != sizeof(Scalar);
+  static constexpr bool kWidens = !std::is_same_v<Scalar, Factor>;
 
  public:
   explicit ForwardPass(const LstmForwardArgs& args)
@@ -98,19 +100,19 @@ class ForwardPass {
         outputs_(layer_.projection_size > 0 ? layer_.projection_size : layer_.hidden_size),
         few_rows_(layer_.rows <= kFewRows),
         few_steps_(few_rows_ && layer_.steps <= kFewSteps),
-        many_sequences_(!few_rows_ && layer_.batch >= kManySequences),
-        depth_(outputs_ + (many_sequences_ ? layer_.input_size : 0)),
+        many_sequences_(!few_rows_ && !kHasTiles && layer_.batch >= kManySequences),
+        padded_inputs_(many_sequences_ ? round_up(layer_.input_size, Step<Factor>::depth) : 0),
         bias_(kGates * H_),
         h0_(layer_.h0, layer_.batch * outputs_),
         c0_(layer_.c0, layer_.batch * H_),
-        rounded_from_(kRounds ? layer_.rows * outputs_ : 0),
-        wide_input_(kRounds && many_sequences_ ? layer_.rows * layer_.input_size : 0),
-        weights_(few_steps_ ? 0 : round_up(H_, kUnits) * kGates * depth_),
+        rounded_from_(kWidens ? layer_.rows * outputs_ : 0),
+        wide_input_(kWidens && many_sequences_ ? layer_.rows * layer_.input_size : 0),
+        weights_(few_steps_ ? 0 : round_up(H_, kUnits) * kGates * panel_depth()),
         unprojected_(layer_.projection_size > 0 ? layer_.batch * H_ : 0),
         gates_(static_cast<T*>(args.gates)),
         cells_(static_cast<T*>(args.cells)),
         output_(static_cast<Scalar*>(args.output)) {
-    if constexpr (kRounds) {
+    if constexpr (kWidens) {
       hidden_ = rounded_from_.data();
     } else {
       hidden_ = output_;
@@ -123,16 +125,18 @@ class ForwardPass {
     if (!few_steps_) pack_weights();
     const RightOperand<Scalar> projection({static_cast<const Scalar*>(layer_.w_hr), 1, H_}, H_, layer_.projection_size,
                                           false);
-    const int64_t depth = few_rows_ ? layer_.input_size + outputs_ : depth_;
+    const int64_t depth = outputs_ + (few_rows_ || many_sequences_ ? layer_.input_size : 0);
     run_members(members_for(layer_, ceil_div(H_, kUnits), depth, kGates * H_), [&](const Member& member) {
       if (few_rows_) multiply_few_inputs(member);
-      if (wide_input_.data() != nullptr) widen_input(member);
+      if constexpr (kWidens) {
+        if (many_sequences_) widen_input(member);
+      }
       member.meet();
       for (int64_t turn = 0; turn < layer_.steps; ++turn) {
         step(member, turn);
         member.meet();
         if (layer_.projection_size > 0) {
-          project(member, turn, projection.panels);
+          project(member, turn, projection);
           member.meet();
         }
       }
@@ -186,36 +190,39 @@ class ForwardPass {
       widen_row(input + i * layer_.input_row_stride, inputs, wide_input_.data() + i * inputs);
     });
   }
-  const T* input_row(int64_t i) const {
-    if constexpr (kRounds) {
+  const Factor* input_row(int64_t i) const {
+    if constexpr (kWidens) {
       return wide_input_.data() + i * layer_.input_size;
     } else {
-      return static_cast<const T*>(layer_.input) + i * layer_.input_row_stride;
+      return static_cast<const Factor*>(layer_.input) + i * layer_.input_row_stride;
     }
   }
 
+  int64_t panel_depth() const { return padded_inputs_ + round_up(outputs_, Step<Factor>::depth); }
+
   // Element (k, [gate][unit]) of a block of units is W[gate * H + unit][k]; units beyond H are zero.
   void pack_weights() {
-    const int64_t inputs = depth_ - outputs_;
+    constexpr int64_t width = kTileColumns<Factor>;
+    const int64_t depth = panel_depth(), inputs = layer_.input_size;
     parallel_for(ceil_div(H_, kUnits), 2, [&](int64_t block) {
       const int64_t unit = block * kUnits, units = min_of(kUnits, H_ - unit);
-      T* packed = weights_.data() + block * kPanel * depth_;
-      if (units < kUnits) fill(packed, T(0), kPanel * depth_);
+      Factor* packed = weights_.data() + block * kPanel * depth;
+      if (units < kUnits) fill(packed, Factor(), kPanel * depth);
       for (int64_t gate = 0; gate < kGates; ++gate) {
-        T* panel = packed + gate / kTileVectors * kTileColumns<T> * depth_ + gate % kTileVectors * kUnits;
+        Factor* panel =
+            packed + gate / kTileVectors * width * depth + gate % kTileVectors * kUnits * Step<Factor>::depth;
         const int64_t row = gate * H_ + unit;
-        const Matrix<Scalar> w_ih = {static_cast<const Scalar*>(layer_.w_ih) + row * layer_.input_size, 1,
-                                     layer_.input_size};
+        const Matrix<Scalar> w_ih = {static_cast<const Scalar*>(layer_.w_ih) + row * inputs, 1, inputs};
         const Matrix<Scalar> w_hh = {static_cast<const Scalar*>(layer_.w_hh) + row * outputs_, 1, outputs_};
-        pack_rows(w_ih, inputs, units, panel, kTileColumns<T>);
-        pack_rows(w_hh, outputs_, units, panel + inputs * kTileColumns<T>, kTileColumns<T>);
+        if (many_sequences_) pack_panel(w_ih, inputs, units, panel, width);
+        pack_panel(w_hh, outputs_, units, panel + padded_inputs_ * width, width);
       }
     });
   }
 
   // One turn of this member's units and rows.
   void step(const Member& member, int64_t turn) {
-    const auto h_before = state_before<T>(sequence_, turn, hidden_, h0_.data(), outputs_);
+    const auto h_before = state_before<Factor>(sequence_, turn, hidden_, h0_.data(), outputs_);
     const auto c_before = state_before<T>(sequence_, turn, cells_, c0_.data(), H_);
     const int64_t first = sequence_.offset(turn);
     visit_share(member, ceil_div(H_, kUnits), sequence_.size(turn), turn % 2 == 1,
@@ -236,15 +243,18 @@ class ForwardPass {
 
   // sums[i][gate][u] = h_(row + i) . W_hh[gate * H + unit + u], with the input's share when a step takes it.
   void multiply_weights(int64_t unit, int64_t units, int64_t first, int64_t row, int64_t rows,
-                        const StateBefore<T>& h_before, T* sums) {
+                        const StateBefore<Factor>& h_before, T* sums) {
     auto hidden = [&](int64_t i) { return h_before(row + i); };
     if (!few_steps_) {
-      const int64_t inputs = depth_ - outputs_;
-      const Panels<T> panels = packed_panels<T>(weights_.data() + unit * kGates * depth_, depth_);
-      const Panels<T> from_hidden = {panels.data + inputs * panels.row_stride, panels.row_stride, panels.panel_stride};
-      multiply_deep(
-          rows, kPanel, inputs, [&](int64_t i) { return input_row(first + row + i); }, panels, sums, kPanel);
-      return multiply_deep(rows, kPanel, outputs_, hidden, from_hidden, sums, kPanel, inputs > 0);
+      const Panels<Factor> panels = packed_panels<Factor>(weights_.data() + unit * kGates * panel_depth(), panel_depth());
+      const Panels<Factor> below = {panels.data + padded_inputs_ * panels.row_stride, panels.row_stride,
+                                    panels.panel_stride};
+      if (many_sequences_) {
+        multiply_deep(
+            rows, kPanel, layer_.input_size, [&](int64_t i) { return input_row(first + row + i); }, panels, sums,
+            kPanel);
+      }
+      return multiply_deep(rows, kPanel, outputs_, hidden, below, sums, kPanel, padded_inputs_ > 0);
     }
     const Scalar* weight = static_cast<const Scalar*>(layer_.w_hh) + unit * outputs_;
     for (int64_t gate = 0; gate < kGates; ++gate) {
@@ -275,26 +285,25 @@ class ForwardPass {
       put(unprojected_.data() + i * H_ + unit, hidden);
     } else {
       put(hidden_ + place * H_ + unit, hidden);
-      if constexpr (kRounds) put(output_ + place * H_ + unit, hidden);
+      if constexpr (kWidens) put(output_ + place * H_ + unit, hidden);
     }
   }
 
   // hidden = unprojected W_hr^T for one turn.
-  void project(const Member& member, int64_t turn, Panels<T> weight) {
-    const int64_t first = sequence_.offset(turn), width = kTileColumns<T>;
+  void project(const Member& member, int64_t turn, const RightOperand<Scalar>& weight) {
+    constexpr int64_t width = kTileColumns<Factor>;
+    const int64_t first = sequence_.offset(turn);
     visit_share(member, ceil_div(outputs_, width), sequence_.size(turn), turn % 2 == 1,
                 [&](int64_t panel, int64_t row, int64_t rows) {
+                  alignas(64) T sums[kStepRows * width];
                   const int64_t j = panel * width, columns = min_of(width, outputs_ - j);
-                  T* hidden = hidden_ + (first + row) * outputs_ + j;
-                  const Panels<T> part = {weight.data + panel * weight.panel_stride, weight.row_stride, 0};
                   multiply_deep(
-                      rows, columns, H_, [&](int64_t i) { return unprojected_.data() + (row + i) * H_; }, part, hidden,
-                      outputs_);
-                  if constexpr (kRounds) {
-                    Scalar* output = output_ + (first + row) * outputs_ + j;
-                    for (int64_t i = 0; i < rows; ++i) {
-                      narrow_row(hidden + i * outputs_, columns, output + i * outputs_);
-                    }
+                      rows, columns, H_, [&](int64_t i) { return unprojected_.data() + (row + i) * H_; },
+                      weight.panel(panel), sums, width);
+                  for (int64_t i = 0; i < rows; ++i) {
+                    const int64_t place = (first + row + i) * outputs_ + j;
+                    narrow_row(sums + i * width, columns, hidden_ + place);
+                    if constexpr (kWidens) narrow_row(sums + i * width, columns, output_ + place);
                   }
                 });
   }
@@ -304,7 +313,8 @@ class ForwardPass {
     for (int64_t i = 0; i < layer_.batch; ++i) {
       const int64_t place = sequence_.offset(sequence_.last_turn(i)) + i;
       if (args_.h_n != nullptr) {
-        narrow_row(hidden_ + place * outputs_, outputs_, static_cast<Scalar*>(args_.h_n) + i * outputs_);
+        __builtin_memcpy(static_cast<Scalar*>(args_.h_n) + i * outputs_, output_ + place * outputs_,
+                         static_cast<size_t>(outputs_) * sizeof(Scalar));
       }
       if (args_.c_n != nullptr) narrow_row(cells_ + place * H_, H_, static_cast<Scalar*>(args_.c_n) + i * H_);
     }
@@ -315,15 +325,16 @@ class ForwardPass {
   Sequence sequence_;
   int64_t H_, outputs_;
   bool few_rows_, few_steps_;  // W_ih, W_hh are read as they lie
-  bool many_sequences_;        // steps multiply the input too
-  int64_t depth_;              // of the products of a step
+  bool many_sequences_;        // steps multiply the input too; with matrix units, one product for all is faster
+  int64_t padded_inputs_;      // rows of a panel that are for W_ih
   Scratch<T> bias_;  // b_ih + b_hh
-  Widened<Scalar> h0_, c0_;
-  Scratch<T> rounded_from_;  // the hidden states before they were rounded to the output
-  Scratch<T> wide_input_;    // the input in the type of the sums, where steps read it
-  Scratch<T> weights_;       // [W_ih, W_hh] or W_hh as panels
-  Scratch<T> unprojected_;   // [batch][H]
-  T* hidden_;
+  Widened<Scalar, Factor> h0_;
+  Widened<Scalar, T> c0_;
+  Scratch<Factor> rounded_from_;  // the hidden states before they were rounded to the output
+  Scratch<Factor> wide_input_;  // the input in the type of the products, where steps read it
+  Scratch<Factor> weights_;       // [W_ih, W_hh] or W_hh as panels
+  Scratch<Factor> unprojected_;   // [batch][H]
+  Factor* hidden_;
   T* gates_;
   T* cells_;
   Scalar* output_;

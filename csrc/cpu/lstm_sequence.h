@@ -30,62 +30,65 @@ inline constexpr int64_t kGates = 4;
 
 // ---- operands ------------------------------------------------------------------------------------------------------
 
-// `count` elements in the type of the sums: in place when they already are.
-template <class Scalar>
+// `count` elements as Wide: in place when they already are.
+template <class Scalar, class Wide>
 class Widened {
-  using T = accumulate_t<Scalar>;
+  static constexpr bool kInPlace = std::is_same_v<Scalar, Wide>;
 
  public:
-  Widened(const void* source, int64_t count) : copy_(sizeof(T) == sizeof(Scalar) ? 0 : count) {
+  Widened(const void* source, int64_t count) : copy_(kInPlace ? 0 : count) {
     const Scalar* values = static_cast<const Scalar*>(source);
-    if constexpr (sizeof(T) == sizeof(Scalar)) {
+    if constexpr (kInPlace) {
       data_ = values;
     } else {
       widen_row(values, count, copy_.data());
       data_ = copy_.data();
     }
   }
-  const T* data() const { return data_; }
+  const Wide* data() const { return data_; }
 
  private:
-  Scratch<T> copy_;
-  const T* data_;
+  Scratch<Wide> copy_;
+  const Wide* data_;
 };
 
 // A right operand [depth][columns] as panels: packed, or in place when it may be.
 template <class Scalar>
 class RightOperand {
-  using T = accumulate_t<Scalar>;
-  static constexpr int64_t width = kTileColumns<T>;
+  using Factor = factor_t<Scalar>;
+  static constexpr int64_t width = kTileColumns<Factor>;
 
  public:
   RightOperand(Matrix<Scalar> b, int64_t depth, int64_t columns, bool in_place)
-      : packed_(in_place ? 0 : round_up(columns, width) * depth) {
-    if constexpr (sizeof(T) == sizeof(Scalar)) {
+      : packed_(in_place ? 0 : round_up(columns, width) * round_up(depth, Step<Factor>::depth)) {
+    if constexpr (sizeof(accumulate_t<Scalar>) == sizeof(Scalar)) {
       if (in_place) {
-        panels = plain_panels<T>(b.data, b.row_stride);
+        panels_ = plain_panels<Factor>(b.data, b.row_stride);
         return;
       }
     }
+    panels_ = packed_panels<Factor>(packed_.data(), depth);
     parallel_for(ceil_div(columns, width), 2, [&](int64_t panel) {
-      pack_rows(b.at(0, panel * width), depth, min_of(width, columns - panel * width),
-                packed_.data() + panel * width * depth, width);
+      pack_panel(b.at(0, panel * width), depth, min_of(width, columns - panel * width),
+                 packed_.data() + panel * panels_.panel_stride, width);
     });
-    panels = packed_panels<T>(packed_.data(), depth);
   }
-  Panels<T> panels;
+  Panels<Factor> panel(int64_t index) const {
+    return {panels_.data + index * panels_.panel_stride, panels_.row_stride, panels_.panel_stride};
+  }
 
  private:
-  Scratch<T> packed_;
+  Panels<Factor> panels_;
+  Scratch<Factor> packed_;
 };
 
 // c[i][j] (+)= sum over k of row(i)[k] * b(k, j) for whole panels of columns, in runs of kDepthBlock.
-template <class T, class Row>
-inline void multiply_deep(int64_t rows, int64_t columns, int64_t depth, Row&& row, Panels<T> b, T* c,
-                          int64_t c_row_stride, bool accumulate = false) {
+template <class Factor, class Row>
+inline void multiply_deep(int64_t rows, int64_t columns, int64_t depth, Row&& row, Panels<Factor> b,
+                          accumulate_t<Factor>* c, int64_t c_row_stride, bool accumulate = false) {
   for (int64_t k = 0; k < depth; k += kDepthBlock) {
-    const Panels<T> run = {b.data + k * b.row_stride, b.row_stride, b.panel_stride};
-    multiply_rows<T>(
+    const Panels<Factor> run = {b.data + k * b.row_stride, b.row_stride, b.panel_stride};
+    multiply_rows<Factor>(
         rows, columns, min_of(kDepthBlock, depth - k), [&](int64_t i) { return row(i) + k; }, run, c, c_row_stride,
         accumulate || k > 0);
   }
