@@ -29,33 +29,38 @@ namespace {
 template <class T>
 constexpr int kDotRows = Vec<T>::size >= 16 ? 4 : Vec<T>::size >= 4 ? 2 : 1;
 
-// sums[r * columns + c] += x[r] . w[c] at depth k, for Rows rows and size / Rows columns. Indices that are constants from
-// the start, not from an unrolled loop, keep the sums in registers.
-template <int Rows, class T, class X, class W, size_t... Sum>
-DLKERNELS_INLINE void accumulate_dots(int64_t k, int64_t lanes, const X* const* x, const W* const* w, Vec<T>* sums,
-                                      std::index_sequence<Sum...>) {
+// sums[r * columns + c] += x[r] . w[c] from depth k on, for Rows rows and size / Rows columns. Indices that are constants
+// from the start, not from an unrolled loop, keep the sums in registers.
+template <int Rows, class Factor, class X, class W, size_t... Sum>
+DLKERNELS_INLINE void accumulate_dots(int64_t k, int64_t count, const X* const* x, const W* const* w,
+                                      Vec<accumulate_t<Factor>>* sums, std::index_sequence<Sum...>) {
+  using S = Step<Factor>;
   constexpr size_t columns = sizeof...(Sum) / Rows;
-  ((sums[Sum] = fma(load_lanes(x[Sum / columns] + k, lanes), load_lanes(w[Sum % columns] + k, lanes), sums[Sum])), ...);
+  ((sums[Sum] = S::add(S::load_along(x[Sum / columns] + k, count), S::load_along(w[Sum % columns] + k, count),
+                       sums[Sum])),
+   ...);
 }
 
 // Lane r * columns + c: x[r] . w[c].
-template <int Rows, class T, class X, class W>
-DLKERNELS_INLINE Vec<T> dot_products(int64_t depth, const X* const* x, const W* const* w) {
-  constexpr int64_t size = Vec<T>::size;
-  constexpr auto indices = std::make_index_sequence<size>();
-  Vec<T> sums[size];
-  for (Vec<T>& sum : sums) sum = Vec<T>::zero();
+template <int Rows, class Factor, class X, class W>
+DLKERNELS_INLINE Vec<accumulate_t<Factor>> dot_products(int64_t depth, const X* const* x, const W* const* w) {
+  using Sum = Vec<accumulate_t<Factor>>;
+  constexpr int64_t whole = Sum::size * Step<Factor>::depth;
+  constexpr auto indices = std::make_index_sequence<Sum::size>();
+  Sum sums[Sum::size];
+  for (Sum& sum : sums) sum = Sum::zero();
   int64_t k = 0;
-  for (; k + size <= depth; k += size) accumulate_dots<Rows, T>(k, size, x, w, sums, indices);
-  if (k < depth) accumulate_dots<Rows, T>(k, depth - k, x, w, sums, indices);
+  for (; k + whole <= depth; k += whole) accumulate_dots<Rows, Factor>(k, whole, x, w, sums, indices);
+  if (k < depth) accumulate_dots<Rows, Factor>(k, depth - k, x, w, sums, indices);
   return reduce_add_each(sums);
 }
 
 // out[i][c] = row(i) . w[c] for `rows` rows and `columns` <= size rows of w, which come from memory once and stay in the
 // first-level cache for all rows.
-template <class T, class W, class Row>
+template <class Factor, class W, class Row>
 inline void multiply_by_dots(int64_t rows, int64_t columns, int64_t depth, Row&& row, const W* w, int64_t w_row_stride,
-                             T* out, int64_t out_row_stride) {
+                             accumulate_t<Factor>* out, int64_t out_row_stride) {
+  using T = accumulate_t<Factor>;
   constexpr int64_t size = Vec<T>::size;
   constexpr int kRows = kDotRows<T>;
   constexpr int64_t kColumns = size / kRows;
@@ -67,7 +72,7 @@ inline void multiply_by_dots(int64_t rows, int64_t columns, int64_t depth, Row&&
     for (int r = 0; r < kRows; ++r) x[r] = row(i + r);
     for (int64_t c = 0; c < columns; c += kColumns) {
       alignas(64) T tile[size];
-      store(tile, dot_products<kRows, T>(depth, x, w_rows + c));
+      store(tile, dot_products<kRows, Factor>(depth, x, w_rows + c));
       for (int r = 0; r < kRows; ++r) {
         for (int64_t t = 0; t < min_of(kColumns, columns - c); ++t) {
           out[(i + r) * out_row_stride + c + t] = tile[r * kColumns + t];
@@ -77,7 +82,7 @@ inline void multiply_by_dots(int64_t rows, int64_t columns, int64_t depth, Row&&
   }
   for (; i < rows; ++i) {
     const auto x = row(i);
-    store_lanes(out + i * out_row_stride, dot_products<1, T>(depth, &x, w_rows), columns);
+    store_lanes(out + i * out_row_stride, dot_products<1, Factor>(depth, &x, w_rows), columns);
   }
 }
 
@@ -176,7 +181,7 @@ class ForwardPass {
     const Scalar* weight = static_cast<const Scalar*>(layer_.w_ih);
     member.for_share(ceil_div(columns, kUnits), [&](int64_t task) {
       const int64_t j = task * kUnits, count = min_of(kUnits, columns - j);
-      multiply_by_dots<T>(
+      multiply_by_dots<Factor>(
           layer_.rows, count, inputs, [&](int64_t i) { return input + i * layer_.input_row_stride; },
           weight + j * inputs, inputs, gates_ + j, columns);
       for (int64_t i = 0; i < layer_.rows; ++i) add_to(gates_ + i * columns + j, bias_.data() + j, count);
@@ -258,7 +263,7 @@ class ForwardPass {
     }
     const Scalar* weight = static_cast<const Scalar*>(layer_.w_hh) + unit * outputs_;
     for (int64_t gate = 0; gate < kGates; ++gate) {
-      multiply_by_dots<T>(rows, units, outputs_, hidden, weight + gate * H_ * outputs_, outputs_, sums + gate * kUnits,
+      multiply_by_dots<Factor>(rows, units, outputs_, hidden, weight + gate * H_ * outputs_, outputs_, sums + gate * kUnits,
                           kPanel);
     }
   }

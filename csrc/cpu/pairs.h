@@ -18,11 +18,16 @@ template <class Scalar>
 using factor_t =
     std::conditional_t<kHasPairs && std::is_same_v<Scalar, bfloat16>, bfloat16, accumulate_t<Scalar>>;
 
-// One step of a product along the depth, for the micro-kernel: the elements it takes, the registers that hold them.
+// A multiply-add of the products: the elements of the depth that it takes in a lane, the registers that hold them. The
+// micro-kernel spreads a left element over the lanes; dot products load both sides along the depth.
 template <class Factor>
 struct Step {
   static constexpr int64_t depth = 1;
   using Register = Vec<Factor>;
+  template <class Scalar>
+  static DLKERNELS_INLINE Register load_along(const Scalar* p, int64_t count) {
+    return load_lanes(p, count);
+  }
   static DLKERNELS_INLINE Register load_right(const Factor* p) { return load(p); }
   static DLKERNELS_INLINE Register load_right(const Factor* p, int64_t lanes) { return load(p, lanes); }
   static DLKERNELS_INLINE Register spread_left(const Factor* p) { return Vec<Factor>(*p); }
@@ -33,6 +38,10 @@ template <>
 struct Step<bfloat16> {
   static constexpr int64_t depth = 2;
   using Register = __m512bh;
+  static DLKERNELS_INLINE Register load_along(const bfloat16* p, int64_t count) {
+    if (count == 2 * VecF::size) return load_right(p);
+    return (__m512bh)_mm512_maskz_loadu_epi16((1u << count) - 1, p);
+  }
   static DLKERNELS_INLINE Register load_right(const bfloat16* p) { return (__m512bh)_mm512_loadu_si512(p); }
   static DLKERNELS_INLINE Register load_right(const bfloat16* p, int64_t) { return load_right(p); }  // panels are whole
   static DLKERNELS_INLINE Register spread_left(const bfloat16* p) {
