@@ -11,9 +11,10 @@
 // above one, each of the stride_H x stride_W residues of the input's coordinates is a convolution of stride one with
 // the taps that reach it, so nothing is multiplied by zeros that the stride put there.
 //
-// Dense convolutions are products over (tap, channel) (conv2d_dense.cc, conv2d_tiles.cc on matrix units). With one
-// channel per group there is no product: lanes are channels, and each tap is a multiply-add (conv2d_depthwise.cc). The
-// gradient of the weight is a product whose depth is the pixels (conv2d_weight_gradient.cc).
+// Dense convolutions are products over (tap, channel). Their columns, which the lanes lie along, are output channels
+// (conv2d_dense.cc; conv2d_tiles.cc on matrix units) or pixels (conv2d_planar.cc), whichever fill the lanes and lie there in memory. With one channel
+// per group there is no product: lanes are channels, and each tap is a multiply-add (conv2d_depthwise.cc). The gradient
+// of the weight is a product whose depth is the pixels (conv2d_weight_gradient.cc).
 //
 // 2 N K output_H output_W C/groups kernel_H kernel_W operations each way. Both layouts share every sum.
 #include "conv2d_parts.h"
@@ -30,49 +31,91 @@ template <class Scalar>
 void convolve(const Convolution<Scalar>& convolution) {
   if (is_depthwise(convolution.input.C, convolution.output.C, convolution.groups)) {
     convolve_depthwise(convolution);
-  } else if (!convolve_on_tiles(convolution)) {
+  } else if (!convolve_on_tiles(convolution) && !(is_planar_better(convolution) && convolve_planar(convolution))) {
     convolve_dense(convolution);
   }
 }
+
+// The weight with neighbouring input channels side by side in memory, as every product wants it: a copy, unless it is
+// so already or has no others.
+template <class Scalar>
+class PackableWeight {
+ public:
+  PackableWeight(const Conv2dGeometry& g, const void* weight)
+      : data(static_cast<const Scalar*>(weight)),
+        copy_(needs_copy(g) ? g.K * g.C / g.groups * g.kernel_H * g.kernel_W : 0) {
+    for (int i = 0; i < 4; ++i) strides[i] = g.weight_strides[i];
+    if (!needs_copy(g)) return;
+    const int64_t channels = g.C / g.groups, taps = g.kernel_H * g.kernel_W, size = channels * taps;
+    parallel_for(g.K, ceil_div(1 << 15, size), [&](int64_t k) {
+      transpose(data + k * g.weight_strides[0], taps, channels, taps, copy_.data() + k * size, channels);
+    });
+    data = copy_.data();
+    strides[0] = size, strides[1] = 1, strides[2] = g.kernel_W * channels, strides[3] = channels;
+  }
+
+  const Scalar* data;
+  int64_t strides[4];
+
+ private:
+  static bool needs_copy(const Conv2dGeometry& g) {
+    const int64_t taps = g.kernel_H * g.kernel_W;
+    return g.C > g.groups && taps > 1 && g.weight_strides[3] == 1 && g.weight_strides[2] == g.kernel_W &&
+           g.weight_strides[1] == taps;
+  }
+  Scratch<Scalar> copy_;
+};
 
 // ---- forward --------------------------------------------------------------------------------------------------------
 
 template <class Scalar>
 void forward_of(const Conv2dForwardArgs& args) {
   const Conv2dGeometry& g = args.geometry;
+  const PackableWeight<Scalar> weight(g, args.weight);
   Scratch<Tap> taps(g.kernel_H * g.kernel_W);
+  Phase phase;
   convolve<Scalar>({input_images(g, static_cast<const Scalar*>(args.input)),
-                    {static_cast<const Scalar*>(args.weight), g.K / g.groups * g.weight_strides[0], g.weight_strides[1],
-                     g.weight_strides[0]},
+                    {weight.data, g.K / g.groups * weight.strides[0], weight.strides[1], weight.strides[0]},
                     static_cast<const Scalar*>(args.bias),
                     output_images(g, static_cast<Scalar*>(args.output)),
                     g.groups,
-                    forward_grid(g, taps.data())});
+                    forward_grid(g, weight.strides, taps.data(), &phase)});
 }
 
 // ---- gradients ------------------------------------------------------------------------------------------------------
 
-// Input pixels (q stride + residue): kernel position kh reaches them from output row q + (residue + padding - kh
-// dilation) / stride where that is whole.
-Grid input_gradient_grid(const Conv2dGeometry& g, int64_t residue_y, int64_t residue_x, Tap* taps) {
-  int64_t count = 0;
-  for (int64_t kh = g.kernel_H - 1; kh >= 0; --kh) {
-    const int64_t y = residue_y + g.padding_top - kh * g.dilation_H;
-    if (y % g.stride_H != 0) continue;
-    for (int64_t kw = g.kernel_W - 1; kw >= 0; --kw) {
-      const int64_t x = residue_x + g.padding_left - kw * g.dilation_W;
-      if (x % g.stride_W != 0) continue;
-      taps[count++] = {y / g.stride_H, x / g.stride_W, kh * g.weight_strides[2] + kw * g.weight_strides[3]};
+// A phase for each residue of the input's coordinates. To pixels (q stride + residue), kernel position kh comes from
+// output row q + (residue + padding - kh dilation) / stride where that is whole.
+Grid input_gradient_grid(const Conv2dGeometry& g, const int64_t* weight_strides, Tap* taps, Phase* phases) {
+  int64_t count = 0, phase_count = 0;
+  for (int64_t residue_y = 0; residue_y < min_of(g.stride_H, g.H); ++residue_y) {
+    for (int64_t residue_x = 0; residue_x < min_of(g.stride_W, g.W); ++residue_x) {
+      const int64_t first_tap = count;
+      for (int64_t kh = g.kernel_H - 1; kh >= 0; --kh) {
+        const int64_t y = residue_y + g.padding_top - kh * g.dilation_H;
+        if (y % g.stride_H != 0) continue;
+        for (int64_t kw = g.kernel_W - 1; kw >= 0; --kw) {
+          const int64_t x = residue_x + g.padding_left - kw * g.dilation_W;
+          if (x % g.stride_W != 0) continue;
+          taps[count++] = {y / g.stride_H, x / g.stride_W, kh * weight_strides[2] + kw * weight_strides[3]};
+        }
+      }
+      phases[phase_count++] = {ceil_div(g.H - residue_y, g.stride_H),
+                               ceil_div(g.W - residue_x, g.stride_W),
+                               residue_y,
+                               residue_x,
+                               first_tap,
+                               count - first_tap};
     }
   }
-  Grid grid = {ceil_div(g.H - residue_y, g.stride_H),
-               ceil_div(g.W - residue_x, g.stride_W),
-               residue_y,
-               residue_x,
+  Grid grid = {ceil_div(g.H, g.stride_H),
+               ceil_div(g.W, g.stride_W),
                g.stride_H,
                g.stride_W,
                1,
                1,
+               phases,
+               phase_count,
                nullptr,
                0};
   grid.set_taps(taps, count);
@@ -82,18 +125,15 @@ Grid input_gradient_grid(const Conv2dGeometry& g, int64_t residue_y, int64_t res
 template <class Scalar>
 void input_gradient(const Conv2dBackwardArgs& args) {
   const Conv2dGeometry& g = args.geometry;
+  const PackableWeight<Scalar> weight(g, args.weight);
   Scratch<Tap> taps(g.kernel_H * g.kernel_W);
-  for (int64_t y = 0; y < min_of(g.stride_H, g.H); ++y) {
-    for (int64_t x = 0; x < min_of(g.stride_W, g.W); ++x) {
-      convolve<Scalar>({output_images(g, static_cast<const Scalar*>(args.grad_output)),
-                        {static_cast<const Scalar*>(args.weight), g.K / g.groups * g.weight_strides[0],
-                         g.weight_strides[0], g.weight_strides[1]},
-                        nullptr,
-                        {static_cast<Scalar*>(args.grad_input), g.C * g.H * g.W, g.N, g.C, g.H, g.W, g.channels_last},
-                        g.groups,
-                        input_gradient_grid(g, y, x, taps.data())});
-    }
-  }
+  Scratch<Phase> phases(min_of(g.stride_H, g.H) * min_of(g.stride_W, g.W));
+  convolve<Scalar>({output_images(g, static_cast<const Scalar*>(args.grad_output)),
+                    {weight.data, g.K / g.groups * weight.strides[0], weight.strides[0], weight.strides[1]},
+                    nullptr,
+                    {static_cast<Scalar*>(args.grad_input), g.C * g.H * g.W, g.N, g.C, g.H, g.W, g.channels_last},
+                    g.groups,
+                    input_gradient_grid(g, weight.strides, taps.data(), phases.data())});
 }
 
 template <class Scalar>

@@ -13,9 +13,6 @@
 namespace dlkernels::DLKERNELS_ISA {
 namespace {
 
-constexpr int64_t kPixelBlock = 192;          // output pixels of a task
-constexpr int64_t kOutputChannelBlock = 256;  // output channels of a task
-
 template <class Scalar>
 class DenseConvolution {
   using T = accumulate_t<Scalar>;
@@ -30,9 +27,7 @@ class DenseConvolution {
         panels_(ceil_div(out_channels_, kPanel)),
         depth_(in_channels_ * grid_.tap_count),
         blocks_(conv_.input.N, grid_.rows, grid_.columns, kPixelBlock) {
-    // The channel block is settled before blocks are made smaller for balance, so that it depends on shapes only.
-    channel_block_ = channel_block<T>(in_channels_, grid_.tap_count == 1 ? kDepthBlock : kChannelBlock,
-                                      grid_.window_pixels(blocks_));
+    channel_block_ = channels_of_runs(conv_);
     out_block_ = min_of(out_channels_, kOutputChannelBlock);
     for (int64_t pixels = kPixelBlock; tasks() < kWantedTasks / 2; pixels /= 2) {
       if (out_block_ > kPanel) {
@@ -90,33 +85,42 @@ class DenseConvolution {
     const int64_t out_channels = min_of(out_block_, out_channels_ - out_channel);
     const Window window = grid_.input_window(block);
     const int64_t first_out = g * out_channels_ + out_channel;
-    const bool direct = is_one_matrix(block);
     Scratch<T> staged(block.images * window.rows * window.columns * channel_block_);
-    Scratch<T> results(direct ? 0 : block.pixels() * out_channels);
+    Scratch<T> results(is_one_matrix(block) ? 0 : block.pixels() * out_channels);
     Scratch<int64_t> places(block.pixels());
-    grid_.place_pixels(block, places.data());
-    T* sums = results.data();
-    int64_t stride = out_channels;
-    if constexpr (sizeof(T) == sizeof(Scalar)) {
-      if (direct) {
-        sums = conv_.output.at(block.image, first_out, grid_.output_y + block.row, grid_.output_x + block.column);
-        stride = conv_.output.C;
+    bool is_staged = false;
+    for (int64_t index = 0; index < grid_.phase_count; ++index) {
+      const Phase& phase = grid_.phases[index];
+      const Block part = grid_.phase_block(block, phase);
+      if (part.pixels() == 0) continue;
+      const bool direct = is_one_matrix(part);
+      T* sums = results.data();
+      int64_t stride = out_channels;
+      if constexpr (sizeof(T) == sizeof(Scalar)) {
+        if (direct) {
+          sums = conv_.output.at(block.image, first_out, phase.output_y + block.row, phase.output_x + block.column);
+          stride = conv_.output.C;
+        }
+      }
+      grid_.place_pixels(part, window, places.data());
+      // Without a bias, nothing where products write first.
+      if (conv_.bias != nullptr || phase.tap_count == 0) {
+        start_sums(conv_, part.pixels(), first_out, out_channels, sums, stride);
+      }
+      for (int64_t c = 0; c < in_channels_ && phase.tap_count > 0; c += channel_block_) {
+        const int64_t channels = min_of(channel_block_, in_channels_ - c);
+        if (!is_staged) stage_block(conv_.input, block, g * in_channels_ + c, channels, window, staged.data());
+        is_staged = channel_block_ == in_channels_;
+        for (int64_t j = 0; j < out_channels; j += kPanel) {
+          const T* panel = packed_panel(g, (out_channel + j) / kPanel) + c * grid_.tap_count * kPanel;
+          multiply_panel(part, phase, places.data(), window, channels, staged.data(), panel,
+                         min_of(kPanel, out_channels - j), sums + j, stride, c > 0 || conv_.bias != nullptr);
+        }
+      }
+      if (!direct) {
+        unstage_block(conv_.output, part, first_out, out_channels, grid_.output_window(part, phase), sums);
       }
     }
-    // Without a bias, nothing where the products write first.
-    if (conv_.bias != nullptr || depth_ == 0) {
-      start_sums(conv_, block.pixels(), first_out, out_channels, sums, stride);
-    }
-    for (int64_t c = 0; c < in_channels_ && depth_ > 0; c += channel_block_) {
-      const int64_t channels = min_of(channel_block_, in_channels_ - c);
-      stage_block(conv_.input, block, g * in_channels_ + c, channels, window, staged.data());
-      for (int64_t j = 0; j < out_channels; j += kPanel) {
-        const T* panel = packed_panel(g, (out_channel + j) / kPanel) + c * grid_.tap_count * kPanel;
-        multiply_panel(block, places.data(), window, channels, staged.data(), panel, min_of(kPanel, out_channels - j),
-                       sums + j, stride, c > 0 || conv_.bias != nullptr);
-      }
-    }
-    if (!direct) unstage_block(conv_.output, block, first_out, out_channels, grid_.output_window(block), sums);
   }
 
   // Whether the block's outputs are a matrix [pixel][channel] in place, with a constant distance between pixels.
@@ -125,21 +129,21 @@ class DenseConvolution {
            grid_.output_step_x == 1 && (block.columns == conv_.output.W || (block.rows == 1 && block.images == 1));
   }
 
-  // sums[pixel][0 .. columns) (+)= all taps of `channels` channels.
-  void multiply_panel(const Block& block, const int64_t* places, const Window& window, int64_t channels,
-                      const T* staged, const T* panel, int64_t columns, T* sums, int64_t sums_stride,
+  // sums[pixel][0 .. columns) (+)= all taps of the phase, of `channels` channels.
+  void multiply_panel(const Block& block, const Phase& phase, const int64_t* places, const Window& window,
+                      int64_t channels, const T* staged, const T* panel, int64_t columns, T* sums, int64_t sums_stride,
                       bool accumulate) const {
     const int64_t pixels = block.pixels(), taps_per_run = max_of(1, kDepthBlock / channels);
     const int64_t pixels_together = finite_weights_ ? kTileRows : 1;
     Segment segments[kDepthBlock];
-    for (int64_t t = 0; t < grid_.tap_count; t += taps_per_run) {
-      const int64_t taps = min_of(taps_per_run, grid_.tap_count - t);
-      const T* run = panel + t * channels * kPanel;
+    for (int64_t t = 0; t < phase.tap_count; t += taps_per_run) {
+      const int64_t first = phase.first_tap + t, taps = min_of(taps_per_run, phase.tap_count - t);
+      const T* run = panel + first * channels * kPanel;
       int64_t count = 0;
-      if (finite_weights_) count = segments_of(t, taps, block, -1, window, channels, segments);
+      if (finite_weights_) count = segments_of(first, taps, block, -1, window, channels, segments);
       for (int64_t p = 0; p < pixels; p += pixels_together) {
         const int64_t rows = min_of(pixels_together, pixels - p);
-        if (!finite_weights_) count = segments_of(t, taps, block, p, window, channels, segments);
+        if (!finite_weights_) count = segments_of(first, taps, block, p, window, channels, segments);
         const T* pointers[kTileRows];
         for (int64_t r = 0; r < rows; ++r) pointers[r] = staged + places[p + r] * channels;
         multiply_tile(rows, columns, segments, count, pointers, run, kPanel, sums + p * sums_stride, sums_stride,

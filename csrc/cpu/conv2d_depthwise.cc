@@ -1,135 +1,363 @@
-// Convolution with one channel per group. There is no product: lanes are channels, and each tap is a multiply-add. The
-// window of a block of pixels is staged pixel-major (window.h); the gradient of the weight keeps a sum per tap in
-// registers over the pixels of a chunk.
+// Convolution with one channel per group. There is no product: each tap is a multiply-add of a vector, along the
+// channels of channels_last images, which are read where they lie, or along the pixels of contiguous ones, a channel at
+// a time staged as a plane with its padding (planes.h). Several outputs are computed together, so that an input that
+// several of them read is loaded once. Both add the taps in the same order; a tap in the padding adds zero or is left
+// out.
+//
+// The gradient of the weight keeps a sum per tap in registers over the pixels of a chunk.
 #include "conv2d_parts.h"
+#include "planes.h"
 
 namespace dlkernels::DLKERNELS_ISA {
 namespace {
 
 constexpr int64_t kDepthwisePixels = 512;
+constexpr int64_t kPlanePixels = 2048;  // output pixels of a plane in the first-level cache
 constexpr int64_t kDepthwiseChannels = 64;
 
-// out[p] = bias + sum over taps of source[p + tap] * weight[tap], for Pixels pixels and one vector of channels.
-template <int Pixels, class T>
-DLKERNELS_INLINE void apply_taps(const T* source, int64_t source_stride, const int64_t* tap_offsets, int64_t taps,
-                                 const T* weight, int64_t weight_stride, Vec<T> bias, int64_t lanes, T* out,
+// The taps of a phase: rows x columns of them, the first at (dy, dx), the others equal steps away.
+struct TapRectangle {
+  int64_t rows, columns, dy, dx, step_y, step_x;
+
+  explicit TapRectangle(const Tap* taps, int64_t count) : rows(0), columns(0), dy(0), dx(0), step_y(1), step_x(1) {
+    if (count == 0) return;
+    while (columns < count && taps[columns].dy == taps[0].dy) ++columns;
+    rows = count / columns;
+    dy = taps[0].dy, dx = taps[0].dx;
+    if (rows > 1) step_y = taps[columns].dy - dy;
+    if (columns > 1) step_x = taps[1].dx - dx;
+  }
+};
+
+// ---- lanes are channels ---------------------------------------------------------------------------------------------
+
+// One vector of channels of Pixels outputs of a row, `taps` rows of Columns taps each: the inputs of a row of taps are
+// loaded once for all the outputs. Source rows are row_stride apart, pixels pixel_stride, outputs Step pixels.
+template <int Columns, int Step, int Pixels, class Scalar, class T = accumulate_t<Scalar>>
+DLKERNELS_INLINE void apply_taps(const Scalar* source, int64_t row_stride, int64_t pixel_stride, int64_t tap_rows,
+                                 const T* weight, int64_t weight_stride, Vec<T> bias, int64_t lanes, Scalar* out,
                                  int64_t out_stride) {
   Vec<T> sum[Pixels];
   for (int p = 0; p < Pixels; ++p) sum[p] = Vec<T>::zero();
-  for (int64_t t = 0; t < taps; ++t) {
-    const Vec<T> w = load_lanes(weight + t * weight_stride, lanes);
-    const T* shifted = source + tap_offsets[t];
-    for (int p = 0; p < Pixels; ++p) sum[p] = fma(load_lanes(shifted + p * source_stride, lanes), w, sum[p]);
+  for (int64_t row = 0; row < tap_rows; ++row, source += row_stride, weight += Columns * weight_stride) {
+    Vec<T> w[Columns], in[(Pixels - 1) * Step + Columns];
+    for (int t = 0; t < Columns; ++t) w[t] = load_lanes(weight + t * weight_stride, lanes);
+#pragma GCC unroll 32
+    for (int i = 0; i < (Pixels - 1) * Step + Columns; ++i) in[i] = load_lanes(source + i * pixel_stride, lanes);
+#pragma GCC unroll 8
+    for (int t = 0; t < Columns; ++t) {
+#pragma GCC unroll 8
+      for (int p = 0; p < Pixels; ++p) sum[p] = fma(in[p * Step + t], w[t], sum[p]);
+    }
   }
   for (int p = 0; p < Pixels; ++p) store_lanes(out + p * out_stride, sum[p] + bias, lanes);
 }
 
 template <class Scalar>
-class DepthwiseConvolution {
+class ChannelLanes {
   using T = accumulate_t<Scalar>;
-  static constexpr int64_t kPixels = 6;  // outputs computed together; they share the loads of the weights
+  static constexpr int64_t kPixels = 8;  // outputs computed together
 
  public:
-  explicit DepthwiseConvolution(const Convolution<Scalar>& convolution)
+  explicit ChannelLanes(const Convolution<Scalar>& convolution)
       : conv_(convolution),
         grid_(convolution.grid),
-        blocks_(conv_.input.N, grid_.rows, grid_.columns, kDepthwisePixels),
-        channels_(channel_block<T>(conv_.input.C, kDepthwiseChannels, grid_.window_pixels(blocks_))) {
-    blocks_.limit_images(images_that_fit<T>(channels_, grid_.window_pixels(blocks_)));
+        blocks_(conv_.input.N, grid_.rows, grid_.columns, kDepthwisePixels) {
+    blocks_.limit_images(1);
   }
 
   void run() {
     const int64_t C = conv_.input.C, taps = grid_.tap_count;
-    Scratch<T> packed(taps * C);  // [tap][channel]
+    Scratch<T> packed((taps + 1) * C);  // [tap][channel], then the bias
     for (int64_t t = 0; t < taps; ++t) {
       const Scalar* source = conv_.weights.data + grid_.taps[t].weight_offset;
       for (int64_t c = 0; c < C; ++c) packed[t * C + c] = load_one(source + c * conv_.weights.group_stride);
     }
-    const int64_t channel_blocks = ceil_div(C, channels_), tasks = blocks_.count() * channel_blocks;
+    fill(packed.data() + taps * C, T(0), C);
+    if (conv_.bias != nullptr) widen_row(conv_.bias, C, packed.data() + taps * C);
+    weight_ = packed.data();
     const double work = 1.0 * conv_.input.N * grid_.rows * grid_.columns * C * taps;
+    const int64_t tasks = blocks_.count();
     parallel_for(tasks, work < kSerialWork / 4 ? tasks : 1, [&](int64_t task) {
-      const int64_t c = task % channel_blocks * channels_;
-      run_block(blocks_.at(task / channel_blocks), c, min_of(channels_, C - c), packed.data() + c);
+      const Block block = blocks_.at(task);
+      for (int64_t index = 0; index < grid_.phase_count; ++index) {
+        const Phase& phase = grid_.phases[index];
+        const Block part = grid_.phase_block(block, phase);
+        for (int64_t i = 0; i < part.rows; ++i) run_row(part, phase, i);
+      }
     });
   }
 
  private:
-  void run_block(const Block& block, int64_t channel, int64_t channels, const T* weight) const {
-    const Window window = grid_.input_window(block), output_window = grid_.output_window(block);
-    const int64_t taps = grid_.tap_count, C = conv_.input.C;
-    // Channels-last results of the type of the sums go straight to the output.
-    constexpr bool same_type = sizeof(T) == sizeof(Scalar);
-    const bool direct = same_type && conv_.output.channels_last;
-    Scratch<T> staged(block.images * window.rows * window.columns * channels);
-    Scratch<T> results(direct ? 0 : block.pixels() * channels), bias(channels);
-    Scratch<int64_t> offsets(max_of(taps, 1));
-    for (int64_t t = 0; t < taps; ++t) offsets[t] = grid_.tap_pixel(grid_.taps[t], window) * channels;
-    if (taps > 0) stage_block(conv_.input, block, channel, channels, window, staged.data());
-    fill(bias.data(), T(0), channels);
-    if (conv_.bias != nullptr) widen_row(conv_.bias + channel, channels, bias.data());
-    bool finite = true;
-    for (int64_t t = 0; t < taps; ++t) finite = finite && all_finite(weight + t * C, channels);
-
-    for (int64_t row = 0; row < block.images * block.rows; ++row) {
-      const int64_t n = row / block.rows, i = row % block.rows;
-      const T* source = staged.data() + (n * window.rows + i * grid_.pixel_step_y()) * window.columns * channels;
-      T* out = results.data() + row * block.columns * channels;
-      int64_t out_stride = channels;
-      if constexpr (same_type) {
-        if (direct) {
-          out = conv_.output.at(block.image + n, channel, output_window.y + i * output_window.step_y, output_window.x);
-          out_stride = output_window.step_x * C;
-        }
-      }
-      if (finite) {
-        run_row(block.columns, channels, source, offsets.data(), weight, bias.data(), out, out_stride);
-      } else {
-        run_row_inside(block, row * block.columns, channels, source, offsets.data(), weight, bias.data(), out,
-                       out_stride);
-      }
-    }
-    if (!direct) unstage_block(conv_.output, block, channel, channels, output_window, results.data());
-  }
-
-  void run_row(int64_t columns, int64_t channels, const T* source, const int64_t* offsets, const T* weight,
-               const T* bias, T* out, int64_t out_stride) const {
-    const int64_t taps = grid_.tap_count, C = conv_.input.C, step = grid_.pixel_step_x() * channels;
-    constexpr int64_t size = Vec<T>::size;
-    int64_t j = 0;
-    for (; j + kPixels <= columns; j += kPixels) {
-      int64_t c = 0;
-      for (; c + size <= channels; c += size) {
-        apply_taps<kPixels>(source + j * step + c, step, offsets, taps, weight + c, C, load(bias + c), size,
-                            out + j * out_stride + c, out_stride);
-      }
-      if (c < channels) {
-        apply_taps<kPixels>(source + j * step + c, step, offsets, taps, weight + c, C, load(bias + c, channels - c),
-                            channels - c, out + j * out_stride + c, out_stride);
-      }
-    }
-    for (; j < columns; ++j) {
-      for (int64_t c = 0; c < channels; c += size) {
-        const int64_t lanes = min_of(size, channels - c);
-        apply_taps<1>(source + j * step + c, step, offsets, taps, weight + c, C, load_lanes(bias + c, lanes), lanes,
-                      out + j * out_stride + c, out_stride);
-      }
-    }
-  }
-
-  // The same with the taps that lie inside the image alone.
-  void run_row_inside(const Block& block, int64_t first_pixel, int64_t channels, const T* source,
-                      const int64_t* offsets, const T* weight, const T* bias, T* out, int64_t out_stride) const {
-    const int64_t C = conv_.input.C, step = grid_.pixel_step_x() * channels;
+  // One row of outputs. Taps outside the image are left out: rows of them for the whole row, columns at its two ends.
+  void run_row(const Block& block, const Phase& phase, int64_t i) const {
+    const TapRectangle taps(grid_.taps + phase.first_tap, phase.tap_count);
+    const Images<const Scalar>& input = conv_.input;
+    const int64_t y = (block.row + i) * grid_.input_step_y + taps.dy;
+    const int64_t first = y >= 0 ? 0 : min_of(taps.rows, ceil_div(-y, taps.step_y));
+    const int64_t end = y >= input.H ? first : max_of(first, min_of(taps.rows, ceil_div(input.H - y, taps.step_y)));
+    const int64_t x = block.column * grid_.input_step_x + taps.dx, last_x = x + (taps.columns - 1) * taps.step_x;
+    const int64_t step = grid_.input_step_x;
+    const int64_t inside = x >= 0 ? 0 : min_of(block.columns, ceil_div(-x, step));
+    const int64_t inside_end =
+        max_of(inside, last_x >= input.W ? 0 : min_of(block.columns, ceil_div(input.W - last_x, step)));
+    const Window w = grid_.output_window(block, phase);
+    Scalar* out = conv_.output.at(block.image, 0, w.y + i * w.step_y, w.x);
+    const int64_t out_step = w.step_x * input.C;
+    const T* weight = weight_ + (phase.first_tap + first * taps.columns) * input.C;
+    const Scalar* row = input.at(block.image, 0, y + first * taps.step_y, 0);
     for (int64_t j = 0; j < block.columns; ++j) {
-      __builtin_memcpy(out + j * out_stride, bias, static_cast<size_t>(channels) * sizeof(T));
-      for (int64_t t = 0; t < grid_.tap_count; ++t) {
-        if (!grid_.is_inside(grid_.taps[t], block, first_pixel + j, conv_.input.H, conv_.input.W)) continue;
-        for (int64_t c = 0; c < channels; c += Vec<T>::size) {
-          const int64_t lanes = min_of(Vec<T>::size, channels - c);
-          T* sum = out + j * out_stride + c;
-          apply_taps<1>(source + j * step + c, step, offsets + t, 1, weight + t * C + c, C, load_lanes(sum, lanes),
-                        lanes, sum, out_stride);
+      if (j == inside && inside < inside_end) {
+        run_inside(taps, end - first, row + (x + j * step) * input.C, weight, inside_end - inside, out + j * out_step,
+                   out_step);
+        j = inside_end;
+        if (j == block.columns) break;
+      }
+      const int64_t left = x + j * step;
+      const int64_t tap = left >= 0 ? 0 : min_of(taps.columns, ceil_div(-left, taps.step_x));
+      const int64_t tap_end =
+          max_of(tap, left >= input.W ? 0 : min_of(taps.columns, ceil_div(input.W - left, taps.step_x)));
+      run_pixel(taps, end - first, row + (left + tap * taps.step_x) * input.C, weight + tap * input.C, tap_end - tap,
+                out + j * out_step);
+    }
+  }
+
+  // One output of `columns` columns of taps.
+  void run_pixel(const TapRectangle& taps, int64_t tap_rows, const Scalar* source, const T* weight, int64_t columns,
+                 Scalar* out) const {
+    const int64_t C = conv_.input.C, row_stride = taps.step_y * conv_.input.W * C;
+    for (int64_t c = 0; c < C; c += Vec<T>::size) {
+      const int64_t lanes = min_of(Vec<T>::size, C - c);
+      Vec<T> sum = Vec<T>::zero();
+      for (int64_t row = 0; row < tap_rows; ++row) {
+        for (int64_t t = 0; t < columns; ++t) {
+          sum = fma(load_lanes(source + row * row_stride + t * taps.step_x * C + c, lanes),
+                    load_lanes(weight + (row * taps.columns + t) * C + c, lanes), sum);
         }
+      }
+      store_lanes(out + c, sum + load_lanes(bias() + c, lanes), lanes);
+    }
+  }
+
+  // Outputs all of whose columns of taps are inside.
+  void run_inside(const TapRectangle& taps, int64_t tap_rows, const Scalar* source, const T* weight, int64_t pixels,
+                  Scalar* out, int64_t out_stride) const {
+    const int64_t step = taps.step_x == 1 || taps.columns == 1 ? grid_.input_step_x : 0;
+    if (step == 1 && taps.columns == 1) return run_tiles<1, 1>(taps, tap_rows, source, weight, pixels, out, out_stride);
+    if (step == 1 && taps.columns == 2) return run_tiles<2, 1>(taps, tap_rows, source, weight, pixels, out, out_stride);
+    if (step == 1 && taps.columns == 3) return run_tiles<3, 1>(taps, tap_rows, source, weight, pixels, out, out_stride);
+    if (step == 1 && taps.columns == 5) return run_tiles<5, 1>(taps, tap_rows, source, weight, pixels, out, out_stride);
+    if (step == 1 && taps.columns == 7) return run_tiles<7, 1>(taps, tap_rows, source, weight, pixels, out, out_stride);
+    if (step == 2 && taps.columns == 3) return run_tiles<3, 2>(taps, tap_rows, source, weight, pixels, out, out_stride);
+    if (step == 2 && taps.columns == 5) return run_tiles<5, 2>(taps, tap_rows, source, weight, pixels, out, out_stride);
+    for (int64_t p = 0; p < pixels; ++p) {
+      run_pixel(taps, tap_rows, source + p * grid_.input_step_x * conv_.input.C, weight, taps.columns,
+                out + p * out_stride);
+    }
+  }
+
+  template <int Columns, int Step>
+  void run_tiles(const TapRectangle& taps, int64_t tap_rows, const Scalar* source, const T* weight, int64_t pixels,
+                 Scalar* out, int64_t out_stride) const {
+    // The last tile overlaps the one before it: the same results once more.
+    int64_t p = 0;
+    for (; p + kPixels <= pixels; p += kPixels) {
+      run_tile<Columns, Step, kPixels>(taps, tap_rows, source, weight, p, out, out_stride);
+    }
+    for (; p < pixels && pixels >= kPixels / 2; p += kPixels / 2) {
+      run_tile<Columns, Step, kPixels / 2>(taps, tap_rows, source, weight, min_of(p, pixels - kPixels / 2), out,
+                                           out_stride);
+    }
+    for (; p < pixels; ++p) run_tile<Columns, Step, 1>(taps, tap_rows, source, weight, p, out, out_stride);
+  }
+  template <int Columns, int Step, int Pixels>
+  void run_tile(const TapRectangle& taps, int64_t tap_rows, const Scalar* source, const T* weight, int64_t pixel,
+                Scalar* out, int64_t out_stride) const {
+    constexpr int64_t size = Vec<T>::size;
+    const int64_t C = conv_.input.C, row_stride = taps.step_y * conv_.input.W * C;
+    source += pixel * Step * C;
+    out += pixel * out_stride;
+    int64_t c = 0;
+    for (; c + size <= C; c += size) {
+      apply_taps<Columns, Step, Pixels>(source + c, row_stride, C, tap_rows, weight + c, C, load(bias() + c), size,
+                                        out + c, out_stride);
+    }
+    if (c < C) {
+      apply_taps<Columns, Step, Pixels>(source + c, row_stride, C, tap_rows, weight + c, C, load(bias() + c, C - c),
+                                        C - c, out + c, out_stride);
+    }
+  }
+
+  const T* bias() const { return weight_ + grid_.tap_count * conv_.input.C; }
+
+  const Convolution<Scalar>& conv_;
+  const Grid& grid_;
+  Blocks blocks_;
+  const T* weight_ = nullptr;
+};
+
+// ---- lanes are pixels -----------------------------------------------------------------------------------------------
+
+// Rows x Vectors outputs of one channel from a plane whose rows are row_stride apart: tap_rows x columns taps, TapRows
+// rows of them at a time; tap (0, t) reads at offsets[t], the rows of taps follow one another as the rows of the plane
+// do (or TapRows is 1). An input row is loaded once for all the output rows that it reaches.
+template <int TapRows, int Rows, int Vectors, class T>
+void apply_tap_rows(const T* source, int64_t row_stride, const int64_t* offsets, int64_t tap_rows, int64_t columns,
+                    const T* weight, T bias, T* out, int64_t out_stride) {
+  Vec<T> sum[Rows][Vectors];
+  for (int i = 0; i < Rows; ++i) {
+    for (int v = 0; v < Vectors; ++v) sum[i][v] = Vec<T>::zero();
+  }
+  for (int64_t first = 0; first < tap_rows; first += TapRows, weight += TapRows * columns, offsets += columns) {
+#pragma GCC unroll 16
+    for (int row = 0; row < Rows + TapRows - 1; ++row) {
+      for (int64_t t = 0; t < columns; ++t) {
+        const T* in = source + row * row_stride + offsets[t];
+        Vec<T> pixels[Vectors];
+        for (int v = 0; v < Vectors; ++v) pixels[v] = load(in + v * Vec<T>::size);
+#pragma GCC unroll 16
+        for (int i = 0; i < Rows; ++i) {
+          if (row - i < 0 || row - i >= TapRows) continue;
+          const Vec<T> w = weight[(row - i) * columns + t];
+          for (int v = 0; v < Vectors; ++v) sum[i][v] = fma(pixels[v], w, sum[i][v]);
+        }
+      }
+    }
+  }
+  for (int i = 0; i < Rows; ++i) {
+    for (int v = 0; v < Vectors; ++v) store(out + i * out_stride + v * Vec<T>::size, sum[i][v] + Vec<T>(bias));
+  }
+}
+
+template <class Scalar>
+class PixelLanes {
+  using T = accumulate_t<Scalar>;
+  static constexpr int64_t kRows = 4, kVectors = 2;  // outputs computed together
+  static constexpr int64_t kChannels = 16;           // of a task
+
+ public:
+  explicit PixelLanes(const Convolution<Scalar>& convolution)
+      : conv_(convolution),
+        grid_(convolution.grid),
+        blocks_(conv_.input.N, grid_.rows, grid_.columns, kPlanePixels / (grid_.phase_count > 1 ? 4 : 1)) {
+    blocks_.limit_images(1);
+  }
+
+  void run() const {
+    const int64_t C = conv_.input.C, channel_blocks = ceil_div(C, kChannels), tasks = blocks_.count() * channel_blocks;
+    const double work = 1.0 * conv_.input.N * grid_.rows * grid_.columns * C * grid_.tap_count;
+    parallel_for(tasks, work < kSerialWork / 4 ? tasks : 1, [&](int64_t task) {
+      const int64_t c = task % channel_blocks * kChannels;
+      run_block(blocks_.at(task / channel_blocks), c, min_of(C, c + kChannels));
+    });
+  }
+
+ private:
+  void run_block(const Block& block, int64_t channel, int64_t channel_end) const {
+    const Planes planes(grid_, block);
+    const int64_t taps = grid_.tap_count, slack = (kRows - 1) * planes.columns + kVectors * Vec<T>::size;
+    Scratch<T> staged(planes.channel_stride + slack), weight(taps), row(max_of(conv_.output.W, 1) + Vec<T>::size);
+    Scratch<T> results(kRows * round_up(block.columns, kVectors * Vec<T>::size) * phases_of_row());
+    Scratch<int64_t> offsets(taps);
+    for (int64_t t = 0; t < taps; ++t) offsets[t] = planes.tap_offset(grid_.taps[t], grid_);
+    fill(staged.data() + planes.channel_stride, T(0), slack);
+    for (int64_t c = channel; c < channel_end; ++c) {
+      for (int64_t t = 0; t < taps; ++t) {
+        weight[t] = load_one(conv_.weights.data + grid_.taps[t].weight_offset + c * conv_.weights.group_stride);
+      }
+      if (taps > 0 && !all_finite(weight.data(), taps)) {
+        run_inside(block, c, weight.data());
+        continue;
+      }
+      if (taps > 0) stage_planes(conv_.input, block, c, 1, planes, staged.data());
+      for (int64_t phase = 0; phase < grid_.phase_count; phase += phases_of_row()) {
+        for (int64_t i = 0; i < block.rows; i += kRows) {
+          run_rows(block, planes, phase, i, c, staged.data(), offsets.data(), weight.data(), results.data(),
+                   row.data());
+        }
+      }
+    }
+  }
+
+  int64_t phases_of_row() const {
+    int64_t count = 1;
+    while (count < grid_.phase_count && grid_.phases[count].output_y == grid_.phases[0].output_y) ++count;
+    return count;
+  }
+
+  // Rows [i, i + kRows) of the phases that make up whole rows of one channel.
+  void run_rows(const Block& block, const Planes& planes, int64_t first, int64_t i, int64_t channel, const T* staged,
+                const int64_t* offsets, const T* weight, T* results, T* row) const {
+    const int64_t count = phases_of_row(), stride = round_up(block.columns, kVectors * Vec<T>::size);
+    const T bias = conv_.bias == nullptr ? T(0) : load_one(conv_.bias + channel);
+    const Block part = grid_.phase_block(block, grid_.phases[first]);
+    const int64_t rows = min_of(kRows, part.rows - i);
+    if (rows <= 0) return;
+    for (int64_t p = 0; p < count; ++p) {
+      const Phase& phase = grid_.phases[first + p];
+      const TapRectangle taps(grid_.taps + phase.first_tap, phase.tap_count);
+      const auto apply = tile_for(taps.rows, planes.step_y == 1 && taps.step_y == 1, block.columns);
+      for (int64_t j = 0; j < block.columns; j += kVectors * Vec<T>::size) {
+        apply(staged + planes.flat(0, i, j), planes.columns, offsets + phase.first_tap, taps.rows, taps.columns,
+              weight + phase.first_tap, bias, results + p * kRows * stride + j, stride);
+      }
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      const Window w = grid_.output_window(part, grid_.phases[first]);
+      Scalar* out = conv_.output.at(block.image, channel, w.y + (i + r) * w.step_y, w.x);
+      if (count == 1) {
+        narrow_row(results + r * stride, part.columns, out);
+        continue;
+      }
+      int64_t columns = 0;
+      for (int64_t p = 0; p < count; ++p) {
+        const int64_t phase_columns = grid_.phase_block(block, grid_.phases[first + p]).columns;
+        scatter_row(results + (p * kRows + r) * stride, count, phase_columns, row + p);
+        columns += phase_columns;
+      }
+      narrow_row(row, columns, out);
+    }
+  }
+
+  using Tile = void (*)(const T*, int64_t, const int64_t*, int64_t, int64_t, const T*, T, T*, int64_t);
+  static Tile tile_for(int64_t tap_rows, bool rows_follow, int64_t columns) {
+    if (columns <= Vec<T>::size) return tile_of_width<1>(rows_follow ? tap_rows : 1);
+    return tile_of_width<kVectors>(rows_follow ? tap_rows : 1);
+  }
+  template <int Vectors>
+  static Tile tile_of_width(int64_t tap_rows) {
+    switch (tap_rows) {
+      case 2:
+        return apply_tap_rows<2, kRows, Vectors, T>;
+      case 3:
+        return apply_tap_rows<3, kRows, Vectors, T>;
+      case 5:
+        return apply_tap_rows<5, kRows, Vectors, T>;
+      case 7:
+        return apply_tap_rows<7, kRows, Vectors, T>;
+      default:
+        return apply_tap_rows<1, kRows, Vectors, T>;
+    }
+  }
+
+  // With a weight that is not finite: the taps inside the image alone.
+  void run_inside(const Block& block, int64_t channel, const T* weight) const {
+    const Vec<T> bias = conv_.bias == nullptr ? T(0) : load_one(conv_.bias + channel);
+    for (int64_t index = 0; index < grid_.phase_count; ++index) {
+      const Phase& phase = grid_.phases[index];
+      const Block part = grid_.phase_block(block, phase);
+      const Window w = grid_.output_window(part, phase);
+      for (int64_t pixel = 0; pixel < part.pixels(); ++pixel) {
+        const int64_t i = pixel / part.columns, j = pixel % part.columns;
+        Vec<T> sum = Vec<T>::zero();
+        for (int64_t t = phase.first_tap; t < phase.first_tap + phase.tap_count; ++t) {
+          const Tap& tap = grid_.taps[t];
+          if (!grid_.is_inside(tap, part, pixel, conv_.input.H, conv_.input.W)) continue;
+          const Vec<T> in = load_one(conv_.input.at(block.image, channel, (part.row + i) * grid_.input_step_y + tap.dy,
+                                                    (part.column + j) * grid_.input_step_x + tap.dx));
+          sum = fma(in, Vec<T>(weight[t]), sum);
+        }
+        store(conv_.output.at(block.image, channel, w.y + i * w.step_y, w.x + j * w.step_x), sum + bias, 1);
       }
     }
   }
@@ -137,7 +365,6 @@ class DepthwiseConvolution {
   const Convolution<Scalar>& conv_;
   const Grid& grid_;
   Blocks blocks_;
-  int64_t channels_;
 };
 
 // ---- gradient of the weight -----------------------------------------------------------------------------------------
@@ -207,8 +434,8 @@ class DepthwiseWeightGradient {
       const Block block = chunks_.at(chunk);
       const Window window = grid_.input_window(block);
       stage_block(input_, block, channel, channels, window, staged.data());
-      stage_block(grad_output_, block, channel, channels, grid_.output_window(block), gradient.data());
-      grid_.place_pixels(block, places.data());
+      stage_block(grad_output_, block, channel, channels, grid_.output_window(block, grid_.phases[0]), gradient.data());
+      grid_.place_pixels(block, window, places.data());
       for (int64_t t = 0; t < taps; ++t) offsets[t] = grid_.tap_pixel(grid_.taps[t], window) * channels;
       for (int64_t c = 0; c < channels; c += Vec<T>::size) {
         add_vector(block.pixels(), channels, min_of(Vec<T>::size, channels - c), gradient.data() + c, staged.data() + c,
@@ -247,13 +474,14 @@ class DepthwiseWeightGradient {
 
 template <class Scalar>
 void convolve_depthwise(const Convolution<Scalar>& convolution) {
-  DepthwiseConvolution<Scalar>(convolution).run();
+  convolution.output.channels_last ? ChannelLanes<Scalar>(convolution).run() : PixelLanes<Scalar>(convolution).run();
 }
 
 template <class Scalar>
 void depthwise_weight_gradient(const Conv2dBackwardArgs& args) {
   Scratch<Tap> taps(args.geometry.kernel_H * args.geometry.kernel_W);
-  const Grid grid = forward_grid(args.geometry, taps.data());
+  Phase phase;
+  const Grid grid = forward_grid(args.geometry, args.geometry.weight_strides, taps.data(), &phase);
   DepthwiseWeightGradient<Scalar>(args.geometry, grid, static_cast<const Scalar*>(args.input),
                                   static_cast<const Scalar*>(args.grad_output))
       .run(static_cast<Scalar*>(args.grad_weight));

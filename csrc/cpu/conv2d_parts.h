@@ -2,15 +2,23 @@
 #pragma once
 
 #include "conv2d.h"
+#include "gemm.h"
 #include "taps.h"
 
 namespace dlkernels::DLKERNELS_ISA {
 
 // ---- the parts ------------------------------------------------------------------------------------------------------
 
-// conv2d_dense.cc: products over (tap, channel), for forward and for the gradient of the input.
+// conv2d_dense.cc: products over (tap, channel) whose columns are output channels.
 template <class Scalar>
 void convolve_dense(const Convolution<Scalar>& convolution);
+
+// conv2d_planar.cc: the same sums in the same order, in products whose columns are pixels.
+template <class Scalar>
+bool is_planar_better(const Convolution<Scalar>& convolution);
+// Returns false, with nothing written, where a weight is not finite.
+template <class Scalar>
+bool convolve_planar(const Convolution<Scalar>& convolution);
 
 // conv2d_tiles.cc: the same on matrix units. False where there are none, where the shape wastes them, or where a number
 // cannot be split; the output is then unfinished.
@@ -33,6 +41,8 @@ void bias_gradient(const Conv2dBackwardArgs& args);
 
 // ---- what they share ------------------------------------------------------------------------------------------------
 
+inline constexpr int64_t kPixelBlock = 192;          // output pixels of a task
+inline constexpr int64_t kOutputChannelBlock = 256;  // output channels of a task
 inline constexpr int64_t kChannelBlock = 128;
 inline constexpr int64_t kWindowBytes = 2 << 20;    // fewer channels at a time when a window would be larger
 inline constexpr int64_t kPartialBytes = 32 << 20;  // bound of the gradient of the weight's partial sums
@@ -51,6 +61,13 @@ int64_t channel_block(int64_t channels, int64_t most, int64_t window_pixels) {
   while (block > 1 && block * window_pixels * static_cast<int64_t>(sizeof(T)) > kWindowBytes)
     block = ceil_div(block, 2);
   return block;
+}
+// Channels of one group that a run of sums goes over, tap by tap; runs end at this many channels or kDepthBlock sums.
+template <class Scalar>
+int64_t channels_of_runs(const Convolution<Scalar>& c) {
+  const Blocks blocks(c.input.N, c.grid.rows, c.grid.columns, kPixelBlock);
+  return channel_block<accumulate_t<Scalar>>(c.input.C / c.groups, c.grid.tap_count == 1 ? kDepthBlock : kChannelBlock,
+                                             c.grid.window_pixels(blocks));
 }
 template <class T>
 int64_t images_that_fit(int64_t channels, int64_t window_pixels) {
@@ -85,16 +102,17 @@ Images<Scalar> output_images(const Conv2dGeometry& g, Scalar* data) {
   return {data, g.output_image_stride, g.N, g.K, g.output_H, g.output_W, g.channels_last};
 }
 
-// One tap per kernel position, in the order of the kernel.
-inline Grid forward_grid(const Conv2dGeometry& g, Tap* taps) {
+// One phase with one tap per kernel position, in the order of the kernel.
+inline Grid forward_grid(const Conv2dGeometry& g, const int64_t* weight_strides, Tap* taps, Phase* phase) {
   int64_t count = 0;
   for (int64_t kh = 0; kh < g.kernel_H; ++kh) {
     for (int64_t kw = 0; kw < g.kernel_W; ++kw) {
       taps[count++] = {kh * g.dilation_H - g.padding_top, kw * g.dilation_W - g.padding_left,
-                       kh * g.weight_strides[2] + kw * g.weight_strides[3]};
+                       kh * weight_strides[2] + kw * weight_strides[3]};
     }
   }
-  Grid grid = {g.output_H, g.output_W, 0, 0, 1, 1, g.stride_H, g.stride_W, nullptr, 0};
+  *phase = {g.output_H, g.output_W, 0, 0, 0, count};
+  Grid grid = {g.output_H, g.output_W, 1, 1, g.stride_H, g.stride_W, phase, 1, nullptr, 0};
   grid.set_taps(taps, count);
   return grid;
 }

@@ -89,31 +89,39 @@ class TileConvolution {
     const Scratch<float> staged(window_pixels * channel_block_), sums(block.pixels() * out_channels);
     const Scratch<Left> split(window_pixels * block_units);
     const Scratch<int64_t> places(block.pixels());
-    grid_.place_pixels(block, places.data());
-    start_sums(conv_, block.pixels(), g * out_channels_ + out_channel, out_channels, sums.data(), out_channels);
     Tiles tiles;
-    for (int64_t c = 0; c < in_channels_; c += channel_block_) {
-      const int64_t channels = min_of(channel_block_, in_channels_ - c);
-      stage_block(conv_.input, block, g * in_channels_ + c, channels, window, staged.data());
-      note(split_left(Matrix<float>{staged.data(), channels, 1}, window_pixels, channels, split.data(),
-                      units(channels)));
-      multiply_taps(tiles, places.data(), block.pixels(), window, units(channels), split.data(),
-                    panel_at(g, out_channel / kSplitColumns, c), units(in_channels_) * grid_.tap_count, out_channels,
-                    sums.data());
+    bool is_staged = false;
+    for (const Phase* phase = grid_.phases; phase != grid_.phases + grid_.phase_count; ++phase) {
+      const Block part = grid_.phase_block(block, *phase);
+      if (part.pixels() == 0) continue;
+      grid_.place_pixels(part, window, places.data());
+      start_sums(conv_, part.pixels(), g * out_channels_ + out_channel, out_channels, sums.data(), out_channels);
+      for (int64_t c = 0; c < in_channels_ && phase->tap_count > 0; c += channel_block_) {
+        const int64_t channels = min_of(channel_block_, in_channels_ - c);
+        if (!is_staged) {
+          stage_block(conv_.input, block, g * in_channels_ + c, channels, window, staged.data());
+          const Matrix<float> pixels = {staged.data(), channels, 1};
+          note(split_left(pixels, window_pixels, channels, split.data(), units(channels)));
+        }
+        is_staged = channel_block_ >= in_channels_;
+        multiply_taps(tiles, *phase, places.data(), part.pixels(), window, units(channels), split.data(),
+                      panel_at(g, out_channel / kSplitColumns, c), units(in_channels_) * grid_.tap_count, out_channels,
+                      sums.data());
+      }
+      unstage_block(conv_.output, part, g * out_channels_ + out_channel, out_channels,
+                    grid_.output_window(part, *phase), sums.data());
     }
-    unstage_block(conv_.output, block, g * out_channels_ + out_channel, out_channels, grid_.output_window(block),
-                  sums.data());
   }
 
-  // sums[pixel][0 .. out_channels) += all taps of `channel_units` units of channels.
-  void multiply_taps(Tiles& tiles, const int64_t* places, int64_t pixels, const Window& window, int64_t channel_units,
-                     const Left* split, const Right* panels, int64_t panel_stride, int64_t out_channels,
-                     float* sums) const {
-    const int64_t taps_per_run = max_of(1, kRunUnits / channel_units);
+  // sums[pixel][0 .. out_channels) += all taps of the phase, of `channel_units` units of channels.
+  void multiply_taps(Tiles& tiles, const Phase& phase, const int64_t* places, int64_t pixels, const Window& window,
+                     int64_t channel_units, const Left* split, const Right* panels, int64_t panel_stride,
+                     int64_t out_channels, float* sums) const {
+    const int64_t taps_per_run = max_of(1, kRunUnits / channel_units), end = phase.first_tap + phase.tap_count;
     Scratch<Left> gathered(kSplitRows * taps_per_run * channel_units);
     UnitSegment segments[kRunUnits];
-    for (int64_t t = 0; t < grid_.tap_count; t += taps_per_run) {
-      const int64_t taps = min_of(taps_per_run, grid_.tap_count - t);
+    for (int64_t t = phase.first_tap; t < end; t += taps_per_run) {
+      const int64_t taps = min_of(taps_per_run, end - t);
       for (int64_t p = 0; p < pixels; p += kSplitRows) {
         const int64_t rows = min_of(kSplitRows, pixels - p);
         LeftRows<Planes> left = {split + places[p] * channel_units, channel_units * pixel_step(places + p, rows)};

@@ -78,7 +78,7 @@ class DenseWeightGradient {
       stage_block(input_, block, region.group * in_channels_ + region.in, region.in_count, window, staged.data());
       if (swapped_) {
         stage_block(grad_output_, block, region.group * out_channels_ + region.out, region.out_count,
-                    grid_.output_window(block), gradient.data());
+                    grid_.output_window(block, grid_.phases[0]), gradient.data());
         add_chunk_swapped(block, window, region, staged.data(), gradient.data(), sums);
       } else {
         stage_gradient(block, region, gradient.data());
@@ -210,7 +210,8 @@ class DenseWeightGradient {
 template <class Scalar>
 void dense_weight_gradient(const Conv2dBackwardArgs& args) {
   Scratch<Tap> taps(args.geometry.kernel_H * args.geometry.kernel_W);
-  const Grid grid = forward_grid(args.geometry, taps.data());
+  Phase phase;
+  const Grid grid = forward_grid(args.geometry, args.geometry.weight_strides, taps.data(), &phase);
   DenseWeightGradient<Scalar>(args.geometry, grid, static_cast<const Scalar*>(args.input),
                               static_cast<const Scalar*>(args.grad_output))
       .run(static_cast<Scalar*>(args.grad_weight));

@@ -11,12 +11,21 @@ struct Tap {
   int64_t weight_offset;  // of the tap's matrix, from the first
 };
 
-// Output pixels (y0 + i step, x0 + j step) for (i, j) in rows x columns; taps read the input at (i s + dy, j s + dx).
-struct Grid {
+// Output pixels that the same taps reach: (output_y + i step, output_x + j step) for (i, j) in rows x columns.
+struct Phase {
   int64_t rows, columns;
-  int64_t output_y, output_x, output_step_y, output_step_x;
+  int64_t output_y, output_x;
+  int64_t first_tap, tap_count;
+};
+
+// Output pixels in one or more phases; taps read the input at (i s + dy, j s + dx), in every phase.
+struct Grid {
+  int64_t rows, columns;  // of the largest phase
+  int64_t output_step_y, output_step_x;
   int64_t input_step_y, input_step_x;
-  const Tap* taps;
+  const Phase* phases;
+  int64_t phase_count;
+  const Tap* taps;  // of all phases
   int64_t tap_count;
   int64_t first_dy = 0, last_dy = 0, first_dx = 0, last_dx = 0;
 
@@ -47,9 +56,16 @@ struct Grid {
             window_step_y(),
             window_step_x()};
   }
-  Window output_window(const Block& block) const {
-    return {output_y + block.row * output_step_y,
-            output_x + block.column * output_step_x,
+  // The block's part of a phase; its rows and columns may be fewer, or none.
+  Block phase_block(const Block& block, const Phase& phase) const {
+    Block part = block;
+    part.rows = max_of(0, min_of(block.rows, phase.rows - block.row));
+    part.columns = max_of(0, min_of(block.columns, phase.columns - block.column));
+    return part;
+  }
+  Window output_window(const Block& block, const Phase& phase) const {
+    return {phase.output_y + block.row * output_step_y,
+            phase.output_x + block.column * output_step_x,
             block.rows,
             block.columns,
             output_step_y,
@@ -59,9 +75,8 @@ struct Grid {
   int64_t window_pixels(const Blocks& blocks) const {
     return window_rows(blocks.rows) * window_columns(blocks.columns);
   }
-  // Window pixel of every output pixel of the block at the first tap; a tap adds tap_pixel to it.
-  void place_pixels(const Block& block, int64_t* places) const {
-    const Window w = input_window(block);
+  // Pixel in window w of every output pixel of the block at the first tap; a tap adds tap_pixel to it.
+  void place_pixels(const Block& block, const Window& w, int64_t* places) const {
     for (int64_t n = 0; n < block.images; ++n) {
       for (int64_t i = 0; i < block.rows; ++i) {
         for (int64_t j = 0; j < block.columns; ++j) {

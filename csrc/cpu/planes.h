@@ -1,0 +1,126 @@
+// Windows of images as planes: [channel][residue of the row][residue of the column][image][row][column], padding
+// written out as zeros. Where neighbouring output pixels are `step` apart in the input, the pixels of one residue
+// modulo the step are one plane, so that what a tap reads for neighbouring output pixels is contiguous for every
+// stride. An output pixel (n, i, j) of a block stands at `flat` in every plane; a tap adds an offset. Between rows lie
+// pixels that no output has.
+#pragma once
+
+#include "taps.h"
+
+namespace dlkernels::DLKERNELS_ISA {
+
+struct Planes {
+  Window window;
+  int64_t images, step_y, step_x;
+  int64_t rows, columns;  // of one image in one plane
+  int64_t plane, channel_stride;
+
+  Planes(const Grid& grid, const Block& block)
+      : window(grid.input_window(block)),
+        images(block.images),
+        step_y(grid.pixel_step_y()),
+        step_x(grid.pixel_step_x()),
+        rows(ceil_div(window.rows, step_y)),
+        columns(ceil_div(window.columns, step_x)),
+        plane(images * rows * columns),
+        channel_stride(step_y * step_x * plane) {
+    if (channel_stride % 512 == 0) channel_stride += 16;  // channels in different sets of the first-level cache
+  }
+  int64_t flat(int64_t n, int64_t i, int64_t j) const { return (n * rows + i) * columns + j; }
+  // Pixels from the first of the block to the last, those between rows included.
+  int64_t flat_pixels(const Block& block) const { return flat(block.images - 1, block.rows - 1, block.columns); }
+  int64_t tap_offset(const Tap& tap, const Grid& grid) const {
+    const int64_t y = tap.dy - grid.first_dy, x = tap.dx - grid.first_dx;
+    return (y % step_y * step_x + x % step_x) * plane + y / step_y * columns + x / step_x;
+  }
+};
+
+namespace detail {
+
+// Every second lane of the 2 * size elements a b.
+template <class T, size_t... Lane>
+DLKERNELS_INLINE Vec<T> even_lanes(Vec<T> a, Vec<T> b, std::index_sequence<Lane...>) {
+  return Vec<T>(__builtin_shufflevector(a.raw, b.raw, static_cast<int>(2 * Lane)...));
+}
+// Every Step-th of Step * size elements; Step is a power of two.
+template <int Step, class Scalar, class T = accumulate_t<Scalar>>
+DLKERNELS_INLINE Vec<T> load_every(const Scalar* p) {
+  if constexpr (Step == 1) {
+    return load(p);
+  } else {
+    constexpr int64_t half = Step / 2 * Vec<T>::size;
+    return even_lanes(load_every<Step / 2>(p), load_every<Step / 2>(p + half),
+                      std::make_index_sequence<static_cast<size_t>(Vec<T>::size)>());
+  }
+}
+template <int Step, class Scalar, class T>
+inline void gather_row(const Scalar* source, int64_t count, T* destination) {
+  int64_t i = 0;
+  // The vectors reach Step - 1 elements beyond the last one wanted, so that another one must follow.
+  for (; i + Vec<T>::size < count; i += Vec<T>::size) store(destination + i, load_every<Step>(source + i * Step));
+  for (; i < count; ++i) destination[i] = load_one(source + i * Step);
+}
+
+}  // namespace detail
+
+// destination[i] = source[i * step]
+template <class Scalar, class T = accumulate_t<Scalar>>
+inline void gather_row(const Scalar* source, int64_t step, int64_t count, T* destination) {
+  if (step == 1) {
+    widen_row(source, count, destination);
+  } else if (step == 2) {
+    detail::gather_row<2>(source, count, destination);
+  } else if (step == 4) {
+    detail::gather_row<4>(source, count, destination);
+  } else {
+    for (int64_t i = 0; i < count; ++i) destination[i] = load_one(source + i * step);
+  }
+}
+
+// destination[i * step] = source[i]
+template <class T>
+inline void scatter_row(const T* source, int64_t step, int64_t count, T* destination) {
+  for (int64_t i = 0; i < count; ++i) destination[i * step] = source[i];
+}
+
+// One row of a window, for `channels` channels: column j goes to plane j % step_x, place j / step_x.
+template <class Scalar, class T = accumulate_t<Scalar>>
+inline void stage_row(const Images<const Scalar>& images, int64_t n, int64_t channel, int64_t channels, int64_t y,
+                      const Planes& p, T* destination) {
+  const Window& w = p.window;
+  for (int64_t residue = 0; residue < p.step_x; ++residue, destination += p.plane) {
+    const int64_t x = w.x + residue * w.step_x, step = p.step_x * w.step_x;
+    const int64_t first = min_of(p.columns, x >= 0 ? 0 : ceil_div(-x, step));
+    const bool outside = y < 0 || y >= images.H || x >= images.W;
+    const int64_t end = outside ? first : max_of(first, min_of(p.columns, ceil_div(images.W - x, step)));
+    for (int64_t c = 0; c < channels; ++c) {
+      fill(destination + c * p.channel_stride, T(0), first);
+      fill(destination + c * p.channel_stride + end, T(0), p.columns - end);
+    }
+    if (first == end) continue;
+    const Scalar* source = images.at(n, channel, y, x + first * step);
+    if (images.channels_last && images.C > 1) {
+      transpose(source, step * images.C, end - first, channels, destination + first, p.channel_stride);
+    } else {
+      for (int64_t c = 0; c < channels; ++c) {
+        gather_row(source + c * images.H * images.W, step, end - first, destination + c * p.channel_stride + first);
+      }
+    }
+  }
+}
+
+// destination = the planes of channels [channel, channel + channels) of the block's images.
+template <class Scalar, class T = accumulate_t<Scalar>>
+inline void stage_planes(const Images<const Scalar>& images, const Block& block, int64_t channel, int64_t channels,
+                         const Planes& p, T* destination) {
+  for (int64_t n = 0; n < block.images; ++n) {
+    for (int64_t residue = 0; residue < p.step_y; ++residue) {
+      for (int64_t i = 0; i < p.rows; ++i) {
+        stage_row(images, block.image + n, channel, channels, p.window.y + (i * p.step_y + residue) * p.window.step_y,
+                  p, destination + residue * p.step_x * p.plane + p.flat(n, i, 0));
+      }
+    }
+  }
+}
+
+}  // namespace dlkernels::DLKERNELS_ISA
