@@ -161,7 +161,7 @@ def test_every_operator_has_an_autograd_kernel() -> None:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"dlkernels::{name}", "Autograd"), name
 
 
-@primary
+@cases
 def test_autocast_gives_the_type_that_torch_gives(case: Case) -> None:
     for source in (torch.float32, torch.bfloat16):
         sample = case.build(source)

@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.testing._internal.common_modules import ModuleErrorEnum, module_db
 
@@ -22,7 +23,7 @@ from dlkernels import functional as F
 from dlkernels import nn
 from dlkernels.ops.lstm import LSTMCellFunction, LSTMLayerFunction
 
-from .cases import random_like
+from .cases import normal, random_like
 from .test_accuracy import error
 
 MODULES = {info.name: info for info in module_db if info.name in ("nn.LSTM", "nn.LSTMCell")}
@@ -113,6 +114,25 @@ def test_gradients_are_those_of_the_formula(layers: int, bidirectional: bool, pr
         return F.lstm(input, (h, c), parameters, bias, layers, 0.0, False, bidirectional, False)
 
     assert torch.autograd.gradcheck(function, (input, h, c, *parameters), fast_mode=True)
+
+
+def test_second_gradients_of_a_packed_batch_are_traced() -> None:
+    """A trace sees the shape of batch_sizes and not its values."""
+    batch_sizes = torch.tensor([4, 4, 2, 1])
+    shapes = ((11, 3), (1, 4, 5), (1, 4, 5), (20, 3), (20, 5))
+    tensors = [normal(*s, seed=i, dtype=torch.float64) for i, s in enumerate(shapes)]
+
+    def second(input: Tensor, batch_sizes: Tensor, h: Tensor, c: Tensor, w_ih: Tensor, w_hh: Tensor) -> list[Tensor]:
+        leaves = [t.detach().requires_grad_() for t in (input, h, c, w_ih, w_hh)]
+        outputs = F.lstm(leaves[0], batch_sizes, leaves[1:3], leaves[3:], False, 1, 0.0, False, False)
+        first = torch.autograd.grad(sum(o.square().sum() for o in outputs), leaves, create_graph=True)
+        return list(torch.autograd.grad(sum(g.square().sum() for g in first), leaves))
+
+    arguments = (tensors[0], batch_sizes, *tensors[1:])
+    graph = make_fx(second, tracing_mode="fake")(*arguments)
+    torch.testing.assert_close(graph(*arguments), second(*arguments))
+    other = (tensors[0], torch.tensor([4, 3, 3, 1]), *tensors[1:])
+    torch.testing.assert_close(graph(*other), second(*other))
 
 
 def test_second_gradients_of_the_cell() -> None:
@@ -353,14 +373,34 @@ def test_module_checks_are_those_of_torch() -> None:
         module(torch.zeros(2, 5, 3), (torch.zeros(1, 5, 4), torch.zeros(1, 5, 3)))
 
 
-@pytest.mark.parametrize("projection", [0, 2])
-def test_autocast_runs_in_the_lower_precision(projection: int) -> None:
-    module = nn.LSTM(3, 4, 2, proj_size=projection)
+def test_autocast_runs_in_the_lower_precision() -> None:
+    module = nn.LSTM(3, 4, 2)
     with torch.autocast("cpu", torch.bfloat16):
         output, states = module(torch.randn(5, 2, 3))
     assert {output.dtype, *(s.dtype for s in states)} == {torch.bfloat16}
     output.float().sum().backward()
     assert all(p.grad.dtype == torch.float32 for p in module.parameters())
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize("projection", [0, 2])
+@pytest.mark.parametrize("state_dtype", [None, torch.float32, torch.bfloat16], ids=str)
+def test_autocast_gives_states_of_the_types_that_torch_gives(
+    state_dtype: torch.dtype | None, projection: int, packed: bool
+) -> None:
+    ours, theirs = twins(3, 4, 2, proj_size=projection, dtype=torch.float32)
+    input: Any = torch.randn(5, 2, 3)
+    if packed:
+        input = pack_padded_sequence(input, torch.tensor([5, 3]))
+    states = None
+    if state_dtype is not None:
+        states = (torch.randn(2, 2, projection or 4).to(state_dtype), torch.randn(2, 2, 4).to(state_dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        actual, expected = (tensors_of(tuple(module(input, states))) for module in (ours, theirs))
+    assert [t.dtype for t in actual] == [t.dtype for t in expected]
+    torch.testing.assert_close(actual, expected, rtol=3e-2, atol=3e-2)
+    sum(t.float().sum() for t in actual).backward()
+    assert all(p.grad.dtype == torch.float32 for p in ours.parameters())
 
 
 def test_a_cell_under_autocast_keeps_a_float32_state() -> None:

@@ -322,34 +322,50 @@ State composed_cell(const Tensor& input, const State& before, const Tensor& w_ih
   return {w_hr.defined() ? matrix_product(h, w_hr) : h, c};
 }
 
-// The state of all sequences after the first of them were updated.
-Tensor replace_first(const Tensor& updated, const Tensor& all) {
-  const int64_t count = updated.size(0), rest = all.size(0) - count;
-  return rest == 0 ? updated : at::cat({updated, all.narrow(0, count, rest)});
-}
+// A packed batch as a dense one: padded[t][n] is row places[t][n] of the packed rows, and of a row of zeros after them
+// where sequence n has ended.
+struct Padding {
+  Tensor places;   // [steps, batch]
+  Tensor running;  // [steps, batch, 1]: whether sequence n has a step t
 
-// inputs: input, h0, c0, w_ih, w_hh, bias, w_hr; returns output, h_n, c_n.
-variable_list composed_layer(const variable_list& inputs, const Tensor& batch_sizes, bool reverse) {
-  const Tensor& input = inputs[0];
-  const int64_t steps = batch_sizes.defined() ? batch_sizes.size(0) : input.size(0);
-  const Tensor rows = batch_sizes.defined() ? input : input.flatten(0, 1);
-  std::vector<int64_t> sizes(steps, inputs[1].size(0)), offsets(steps, 0);
-  for (int64_t step = 0; batch_sizes.defined() && step < steps; ++step) {
-    sizes[step] = batch_sizes.select(0, step).item<int64_t>();  // a fake tensor raises here: there is nothing to read
+  Padding(const Tensor& batch_sizes, const c10::SymInt& rows, const c10::SymInt& batch) {
+    const Tensor sequences = at::arange(c10::Scalar(batch), batch_sizes.options());
+    const Tensor first = (batch_sizes.cumsum(0) - batch_sizes).unsqueeze(1);
+    const Tensor running_ = sequences < batch_sizes.unsqueeze(1);
+    places = at::where(running_, first + sequences, at::scalar_tensor(c10::Scalar(rows), batch_sizes.options()));
+    running = running_.unsqueeze(2);
   }
-  for (int64_t step = 1; step < steps; ++step) offsets[step] = offsets[step - 1] + sizes[step - 1];
+  Tensor padded(const Tensor& rows) const {
+    const Tensor ended = at::zeros_symint({1, rows.sym_size(1)}, rows.options());
+    return at::cat({rows, ended}).index({places});
+  }
+  Tensor packed(const Tensor& padded, const c10::SymInt& rows) const {
+    Tensor all = at::zeros_symint({rows + 1, padded.sym_size(2)}, padded.options());
+    return all.index_put({places}, padded).narrow_symint(0, 0, rows);
+  }
+};
+
+// inputs: input, h0, c0, w_ih, w_hh, bias, w_hr; returns output, h_n, c_n. A packed batch is padded: which of its
+// sequences run is data, and a graph that is traced cannot depend on it.
+variable_list composed_layer(const variable_list& inputs, const Tensor& batch_sizes, bool reverse) {
+  std::optional<Padding> padding;
+  if (batch_sizes.defined()) padding.emplace(batch_sizes, inputs[0].sym_size(0), inputs[1].sym_size(0));
+  const Tensor input = padding ? padding->padded(inputs[0]) : inputs[0];
+  const int64_t steps = input.size(0);
   State state = {inputs[1], inputs[2]};
   std::vector<Tensor> outputs(steps);
   for (int64_t turn = 0; turn < steps; ++turn) {
-    const int64_t step = reverse ? steps - 1 - turn : turn, size = sizes[step];
-    const State updated =
-        composed_cell(rows.narrow(0, offsets[step], size), {state.h.narrow(0, 0, size), state.c.narrow(0, 0, size)},
-                      inputs[3], inputs[4], inputs[5], inputs[6]);
+    const int64_t step = reverse ? steps - 1 - turn : turn;
+    State updated = composed_cell(input.select(0, step), state, inputs[3], inputs[4], inputs[5], inputs[6]);
     outputs[step] = updated.h;
-    state = {replace_first(updated.h, state.h), replace_first(updated.c, state.c)};
+    if (padding) {
+      const Tensor running = padding->running.select(0, step);
+      updated = {at::where(running, updated.h, state.h), at::where(running, updated.c, state.c)};
+    }
+    state = updated;
   }
-  const Tensor output = batch_sizes.defined() ? at::cat(outputs) : at::stack(outputs);
-  return {output, state.h, state.c};
+  const Tensor output = at::stack(outputs);
+  return {padding ? padding->packed(output, inputs[0].sym_size(0)) : output, state.h, state.c};
 }
 
 // b_ih + b_hh as one variable: their gradients are the same.
@@ -590,14 +606,23 @@ CellResult lstm_cell_autocast(const Tensor& input, const Tensor& hx, const Tenso
   return lstm_cell(cast(input), cast(hx), cast(cx), cast(w_ih), cast(w_hh), cast(b_ih), cast(b_hh));
 }
 
+// As torch has it: dense batches without projections are in the lower type throughout; packed ones and projections keep
+// to the rule of the cell, but what was projected leaves in the lower type.
 template <c10::DispatchKey key, c10::DeviceType device>
 LayerResult lstm_layer_autocast(const Tensor& input, const Tensor& h0, const Tensor& c0, const Tensor& w_ih,
                                 const Tensor& w_hh, const OptionalTensor& b_ih, const OptionalTensor& b_hh,
                                 const OptionalTensor& w_hr, const OptionalTensor& batch_sizes, bool reverse) {
   c10::impl::ExcludeDispatchKeyGuard guard(key);
-  const Autocast cast{at::autocast::get_autocast_dtype(device), device};
-  return lstm_layer(cast(input), cast(h0), cast(c0), cast(w_ih), cast(w_hh), cast(b_ih), cast(b_hh), cast(w_hr),
-                    batch_sizes, reverse);
+  const Autocast narrow{at::autocast::get_autocast_dtype(device), device};
+  const bool wide = c0.scalar_type() == at::kFloat && (is_defined(w_hr) || is_defined(batch_sizes));
+  const Autocast cast = wide ? Autocast{at::kFloat, device} : narrow;
+  LayerResult result = lstm_layer(cast(input), cast(h0), cast(c0), cast(w_ih), cast(w_hh), cast(b_ih), cast(b_hh),
+                                  cast(w_hr), batch_sizes, reverse);
+  if (wide && is_defined(w_hr)) {
+    std::get<0>(result) = narrow(std::get<0>(result));
+    std::get<1>(result) = narrow(std::get<1>(result));
+  }
+  return result;
 }
 
 }  // namespace
