@@ -320,13 +320,29 @@ def test_dropping_everything_gives_zeros() -> None:
     assert all(g.eq(0).all() for g in torch.autograd.grad(output.sum(), inputs))
 
 
-def test_second_order_with_dropout_says_why_not() -> None:
+@pytest.mark.parametrize(
+    ("shapes", "options"),
+    [
+        (((2, 5, 8),) * 3, {}),
+        (((5, 4), (6, 4), (6, 3)), {"is_causal": True}),
+        (((1, 4, 3, 8), (1, 2, 70, 8), (1, 2, 70, 4)), {"enable_gqa": True}),
+        (((3, 1, 4, 2), (2, 5, 2), (3, 2, 5, 3)), {}),
+    ],
+    ids=["plain", "two_dimensions_causal", "grouped", "broadcast"],
+)
+def test_second_gradients_with_dropout(shapes: tuple[tuple[int, ...], ...], options: dict[str, Any]) -> None:
+    def function(*inputs: Tensor) -> Tensor:
+        torch.manual_seed(11)
+        return F.scaled_dot_product_attention(*inputs, dropout_p=0.4, **options)
+
+    assert torch.autograd.gradgradcheck(function, tensors(*shapes), fast_mode=True)
+
+
+def test_second_gradients_where_everything_is_dropped_are_zero() -> None:
     query, key, value = tensors(*((2, 5, 8),) * 3)
-    (grad,) = torch.autograd.grad(
-        F.scaled_dot_product_attention(query, key, value, dropout_p=0.5).sum(), query, create_graph=True
-    )
-    with pytest.raises(NotImplementedError, match="second-order gradients .* dropout_p > 0"):
-        grad.sum().backward()
+    output = F.scaled_dot_product_attention(query, key, value, dropout_p=1.0)
+    (grad,) = torch.autograd.grad(output.sum(), query, create_graph=True)
+    assert torch.autograd.grad(grad.sum(), key)[0].eq(0).all()
 
 
 # ---- accuracy, function, errors ------------------------------------------------------------------------------------

@@ -305,9 +305,27 @@ BackwardResult attention_backward(const Tensor& grad_output, const Tensor& query
                  is_causal, scale, enable_gqa, output_mask);
 }
 
-// The attention without dropout from differentiable operators. `mask` may be undefined.
-Tensor composed_attention(const Tensor& query, Tensor key, Tensor value, const Tensor& mask, bool is_causal,
-                          std::optional<double> scale, bool enable_gqa) {
+// The factors 0 and 1 / (1 - p) that dropout multiplied the probabilities by, [batch..., heads, L, S], from the backward
+// operator: with probabilities of one and rows of the identity as grad_output, they are the gradient of value.
+Tensor dropout_factors(const Tensor& grad_output, const c10::SymInt& S, const Tensor& dropout_seed, double dropout_p) {
+  const c10::SymInt L = grad_output.sym_size(-2);
+  const auto options = grad_output.options().dtype(accumulate_type(grad_output.scalar_type()));
+  auto zeros = [&](const c10::SymInt& rows, const c10::SymInt& columns) {
+    c10::SymDimVector shape(grad_output.sym_sizes());
+    shape[shape.size() - 2] = rows, shape.back() = columns;
+    return at::zeros_symint(shape, options);
+  };
+  const Tensor output = zeros(L, L), row = output.select(-1, 0);
+  const Tensor statistics = at::stack({row, row + 1});  // every score is 0, and its exponential the whole sum
+  const auto grads = attention_backward(output + at::eye_symint(L, options), zeros(L, 1), zeros(S, 1), zeros(S, L),
+                                        std::nullopt, output, at::empty({0}, options), statistics, dropout_seed,
+                                        dropout_p, false, std::nullopt, false, {false, false, true, false});
+  return std::get<2>(grads).transpose(-2, -1);
+}
+
+// The attention from differentiable operators. `mask` and `dropout` (factors of the probabilities) may be undefined.
+Tensor composed_attention(const Tensor& query, Tensor key, Tensor value, const Tensor& mask, const Tensor& dropout,
+                          bool is_causal, std::optional<double> scale, bool enable_gqa) {
   if (enable_gqa) {
     key = key.repeat_interleave_symint(query.sym_size(-3) / key.sym_size(-3), -3);
     value = value.repeat_interleave_symint(query.sym_size(-3) / value.sym_size(-3), -3);
@@ -329,7 +347,9 @@ Tensor composed_attention(const Tensor& query, Tensor key, Tensor value, const T
   const Tensor visible = maxima.ne(-infinity);  // a row that sees nothing gives zeros
   const Tensor exponentials = (scores - maxima.masked_fill(visible.logical_not(), 0.0)).exp();
   const Tensor sums = exponentials.sum(-1, true).masked_fill(visible.logical_not(), 1.0);
-  return at::matmul((exponentials / sums).to(value.scalar_type()), value);
+  Tensor probabilities = exponentials / sums;
+  if (dropout.defined()) probabilities = probabilities * dropout;
+  return at::matmul(probabilities.to(value.scalar_type()), value);
 }
 
 struct AttentionBackwardNode : torch::autograd::Function<AttentionBackwardNode> {
@@ -339,7 +359,7 @@ struct AttentionBackwardNode : torch::autograd::Function<AttentionBackwardNode> 
                                double dropout_p, bool is_causal, std::optional<double> scale, bool enable_gqa,
                                std::array<bool, 4> output_mask) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    ctx->save_for_backward({grad_output, query, key, value, value_or_undefined(attn_mask)});
+    ctx->save_for_backward({grad_output, query, key, value, value_or_undefined(attn_mask), dropout_seed});
     ctx->saved_data["dropout_p"] = dropout_p;
     ctx->saved_data["is_causal"] = is_causal;
     ctx->saved_data["scale"] = scale;
@@ -352,14 +372,14 @@ struct AttentionBackwardNode : torch::autograd::Function<AttentionBackwardNode> 
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    TORCH_CHECK_NOT_IMPLEMENTED(ctx->saved_data["dropout_p"].toDouble() == 0, kName,
-                                ": second-order gradients are not implemented with dropout_p > 0: the probabilities "
-                                "that were kept are drawn inside the kernels and stored nowhere");
     const variable_list saved = ctx->get_saved_variables();
     const bool is_causal = ctx->saved_data["is_causal"].toBool(), enable_gqa = ctx->saved_data["enable_gqa"].toBool();
     const auto scale = ctx->saved_data["scale"].toOptional<double>();
+    const double dropout_p = ctx->saved_data["dropout_p"].toDouble();
+    const Tensor dropout =
+        dropout_p > 0 ? dropout_factors(saved[0].detach(), saved[2].sym_size(-2), saved[5], dropout_p) : Tensor();
     auto forward = [&](const variable_list& inputs) -> variable_list {
-      return {composed_attention(inputs[0], inputs[1], inputs[2], inputs[3], is_causal, scale, enable_gqa)};
+      return {composed_attention(inputs[0], inputs[1], inputs[2], inputs[3], dropout, is_causal, scale, enable_gqa)};
     };
     const variable_list second = differentiate_twice(forward, {saved[1], saved[2], saved[3], saved[4]}, {saved[0]},
                                                      {grads[0], grads[1], grads[2], grads[3]});

@@ -46,7 +46,7 @@ def scaled_dot_product_attention(
     Raises:
         RuntimeError: shapes, types or options that do not fit.
         IndexError: ``enable_gqa`` without a dimension of heads.
-        NotImplementedError: second-order gradients with ``dropout_p > 0``, or an element type that is not supported.
+        NotImplementedError: an element type that is not supported.
     """
     return _C.attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
 
