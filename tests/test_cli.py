@@ -274,6 +274,11 @@ def test_without_the_extra_it_says_what_to_install(missing: str) -> None:
     assert "pip install 'dlkernels[cli]'" in done.stderr
 
 
+def test_without_the_extra_the_benchmarks_say_what_to_install() -> None:
+    done = python("-c", "import sys; sys.modules['rich'] = None; import dlkernels.bench")
+    assert done.stderr.strip().endswith("dlkernels.bench needs rich; run: pip install 'dlkernels[cli]'")
+
+
 def test_without_scikit_learn_it_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

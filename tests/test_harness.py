@@ -12,7 +12,7 @@ from torch import Tensor
 pytest.importorskip("rich")
 
 from dlkernels import bench
-from dlkernels.bench import report, runner
+from dlkernels.bench import batch_norm, report, runner
 from dlkernels.bench.harness import (
     BOTH,
     FORWARD,
@@ -161,6 +161,15 @@ def test_a_wrong_gradient_is_not_timed() -> None:
     forward, both = measure(case(ours=right_forward_only), CEILINGS, SHORT)
     assert forward.same
     assert not both.same
+
+
+def test_no_output_of_batch_norm_with_relu_is_near_zero() -> None:
+    """Where rounding would decide whether it has a gradient."""
+    for entry in batch_norm.cases((torch.float32,), quick=True):
+        if "ReLU" in entry.group:
+            problem = entry.build()
+            (output,) = outputs_of(problem.peer(*problem.inputs))
+            assert output.eq(0).any() and output[output > 0].min() > 0.1
 
 
 def test_nan_is_a_difference() -> None:

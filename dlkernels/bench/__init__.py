@@ -1,5 +1,12 @@
 """The operations measured against torch's: cases by column, the harness, the report."""
 
+from __future__ import annotations
+
+import importlib.util
+
+if importlib.util.find_spec("rich") is None:
+    raise ModuleNotFoundError("dlkernels.bench needs rich; run: pip install 'dlkernels[cli]'", name="rich")
+
 from .harness import OURS, TORCH
 from .report import PLOT_FORMATS, summary_table, write_json, write_plot, write_report
 from .runner import COLUMNS, HUGE_PAGES, BenchError, Run, run
