@@ -104,7 +104,7 @@ class DenseConvolution {
       }
       grid_.place_pixels(part, window, places.data());
       // Without a bias, nothing where products write first.
-      if (conv_.bias != nullptr || phase.tap_count == 0) {
+      if (conv_.bias != nullptr || in_channels_ * phase.tap_count == 0) {
         start_sums(conv_, part.pixels(), first_out, out_channels, sums, stride);
       }
       for (int64_t c = 0; c < in_channels_ && phase.tap_count > 0; c += channel_block_) {

@@ -19,7 +19,7 @@ constexpr int64_t kDepthwiseChannels = 64;
 struct TapRectangle {
   int64_t rows, columns, dy, dx, step_y, step_x;
 
-  explicit TapRectangle(const Tap* taps, int64_t count) : rows(0), columns(0), dy(0), dx(0), step_y(1), step_x(1) {
+  TapRectangle(const Tap* taps, int64_t count) : rows(0), columns(0), dy(0), dx(0), step_y(1), step_x(1) {
     if (count == 0) return;
     while (columns < count && taps[columns].dy == taps[0].dy) ++columns;
     rows = count / columns;
@@ -83,15 +83,15 @@ class ChannelLanes {
       for (int64_t index = 0; index < grid_.phase_count; ++index) {
         const Phase& phase = grid_.phases[index];
         const Block part = grid_.phase_block(block, phase);
-        for (int64_t i = 0; i < part.rows; ++i) run_row(part, phase, i);
+        const TapRectangle rectangle(grid_.taps + phase.first_tap, phase.tap_count);
+        for (int64_t i = 0; i < part.rows; ++i) run_row(part, phase, rectangle, i);
       }
     });
   }
 
  private:
   // One row of outputs. Taps outside the image are left out: rows of them for the whole row, columns at its two ends.
-  void run_row(const Block& block, const Phase& phase, int64_t i) const {
-    const TapRectangle taps(grid_.taps + phase.first_tap, phase.tap_count);
+  void run_row(const Block& block, const Phase& phase, const TapRectangle& taps, int64_t i) const {
     const Images<const Scalar>& input = conv_.input;
     const int64_t y = (block.row + i) * grid_.input_step_y + taps.dy;
     const int64_t first = y >= 0 ? 0 : min_of(taps.rows, ceil_div(-y, taps.step_y));
@@ -253,14 +253,40 @@ class PixelLanes {
   }
 
  private:
+  // A part of a row of the input and its place in the planes; the elements are `step` apart in the input.
+  struct RowCopy {
+    int64_t source, destination, count;
+  };
+  struct Task {
+    Block block;
+    Planes planes;
+    int64_t phases_of_row, results_stride;
+    const int64_t* offsets;  // of the taps in the planes
+    const TapRectangle* rectangles;
+    T *weight, *results, *row;
+  };
+
   void run_block(const Block& block, int64_t channel, int64_t channel_end) const {
-    const Planes planes(grid_, block);
+    Task task = {block,           Planes(grid_, block, true),
+                 phases_of_row(), round_up(block.columns, kVectors * Vec<T>::size),
+                 nullptr,         nullptr,
+                 nullptr,         nullptr,
+                 nullptr};
+    const Planes& planes = task.planes;
     const int64_t taps = grid_.tap_count, slack = (kRows - 1) * planes.columns + kVectors * Vec<T>::size;
-    Scratch<T> staged(planes.channel_stride + slack), weight(taps), row(max_of(conv_.output.W, 1) + Vec<T>::size);
-    Scratch<T> results(kRows * round_up(block.columns, kVectors * Vec<T>::size) * phases_of_row());
+    Scratch<T> staged(planes.channel_stride + slack), weight(taps), row(conv_.output.W);
+    Scratch<T> results(kRows * task.results_stride * task.phases_of_row);
     Scratch<int64_t> offsets(taps);
+    Scratch<RowCopy> copies(planes.planes_y * planes.planes_x * planes.rows);
+    Scratch<TapRectangle> rectangles(grid_.phase_count);
     for (int64_t t = 0; t < taps; ++t) offsets[t] = planes.tap_offset(grid_.taps[t], grid_);
-    fill(staged.data() + planes.channel_stride, T(0), slack);
+    for (int64_t p = 0; p < grid_.phase_count; ++p) {
+      rectangles[p] = TapRectangle(grid_.taps + grid_.phases[p].first_tap, grid_.phases[p].tap_count);
+    }
+    task.offsets = offsets.data(), task.rectangles = rectangles.data();
+    task.weight = weight.data(), task.results = results.data(), task.row = row.data();
+    const int64_t copy_count = taps == 0 ? 0 : list_copies(planes, copies.data());
+    fill(staged.data(), T(0), planes.channel_stride + slack);  // the padding is the same for every channel
     for (int64_t c = channel; c < channel_end; ++c) {
       for (int64_t t = 0; t < taps; ++t) {
         weight[t] = load_one(conv_.weights.data + grid_.taps[t].weight_offset + c * conv_.weights.group_stride);
@@ -269,14 +295,36 @@ class PixelLanes {
         run_inside(block, c, weight.data());
         continue;
       }
-      if (taps > 0) stage_planes(conv_.input, block, c, 1, planes, staged.data());
-      for (int64_t phase = 0; phase < grid_.phase_count; phase += phases_of_row()) {
-        for (int64_t i = 0; i < block.rows; i += kRows) {
-          run_rows(block, planes, phase, i, c, staged.data(), offsets.data(), weight.data(), results.data(),
-                   row.data());
-        }
+      const Scalar* source = conv_.input.at(block.image, c, 0, 0);
+      for (int64_t i = 0; i < copy_count; ++i) {
+        gather_row(source + copies[i].source, planes.column_step, copies[i].count,
+                   staged.data() + copies[i].destination);
+      }
+      for (int64_t phase = 0; phase < grid_.phase_count; phase += task.phases_of_row) {
+        for (int64_t i = 0; i < block.rows; i += kRows) run_rows(task, phase, i, c, staged.data());
       }
     }
+  }
+
+  // Everything of the window that is inside the image.
+  int64_t list_copies(const Planes& p, RowCopy* copies) const {
+    const Images<const Scalar>& input = conv_.input;
+    const Window& w = p.window;
+    int64_t count = 0;
+    for (int64_t row = 0; row < p.planes_y * p.rows; ++row) {
+      const int64_t y = w.y + row * w.step_y;
+      if (y < 0 || y >= input.H) continue;
+      for (int64_t plane_x = 0; plane_x < p.planes_x; ++plane_x) {
+        const int64_t x = w.x + plane_x * p.plane_step, step = p.column_step;
+        const int64_t first = x >= 0 ? 0 : ceil_div(-x, step);
+        const int64_t end = x >= input.W ? 0 : min_of(p.columns, ceil_div(input.W - x, step));
+        if (first >= end) continue;
+        copies[count++] = {y * input.W + x + first * step,
+                           (row % p.planes_y * p.planes_x + plane_x) * p.plane + p.flat(0, row / p.planes_y, first),
+                           end - first};
+      }
+    }
+    return count;
   }
 
   int64_t phases_of_row() const {
@@ -286,36 +334,35 @@ class PixelLanes {
   }
 
   // Rows [i, i + kRows) of the phases that make up whole rows of one channel.
-  void run_rows(const Block& block, const Planes& planes, int64_t first, int64_t i, int64_t channel, const T* staged,
-                const int64_t* offsets, const T* weight, T* results, T* row) const {
-    const int64_t count = phases_of_row(), stride = round_up(block.columns, kVectors * Vec<T>::size);
+  void run_rows(const Task& task, int64_t first, int64_t i, int64_t channel, const T* staged) const {
+    const int64_t count = task.phases_of_row, stride = task.results_stride;
     const T bias = conv_.bias == nullptr ? T(0) : load_one(conv_.bias + channel);
-    const Block part = grid_.phase_block(block, grid_.phases[first]);
+    const Block part = grid_.phase_block(task.block, grid_.phases[first]);
     const int64_t rows = min_of(kRows, part.rows - i);
     if (rows <= 0) return;
     for (int64_t p = 0; p < count; ++p) {
-      const Phase& phase = grid_.phases[first + p];
-      const TapRectangle taps(grid_.taps + phase.first_tap, phase.tap_count);
-      const auto apply = tile_for(taps.rows, planes.step_y == 1 && taps.step_y == 1, block.columns);
-      for (int64_t j = 0; j < block.columns; j += kVectors * Vec<T>::size) {
-        apply(staged + planes.flat(0, i, j), planes.columns, offsets + phase.first_tap, taps.rows, taps.columns,
-              weight + phase.first_tap, bias, results + p * kRows * stride + j, stride);
+      const TapRectangle& taps = task.rectangles[first + p];
+      const int64_t tap = grid_.phases[first + p].first_tap;
+      const Tile tile = tile_for(taps.rows, task.planes.planes_y == 1 && taps.step_y == 1, task.block.columns);
+      for (int64_t j = 0; j < task.block.columns; j += kVectors * Vec<T>::size) {
+        tile(staged + task.planes.flat(0, i, j), task.planes.columns, task.offsets + tap, taps.rows, taps.columns,
+             task.weight + tap, bias, task.results + p * kRows * stride + j, stride);
       }
     }
     for (int64_t r = 0; r < rows; ++r) {
       const Window w = grid_.output_window(part, grid_.phases[first]);
-      Scalar* out = conv_.output.at(block.image, channel, w.y + (i + r) * w.step_y, w.x);
+      Scalar* out = conv_.output.at(task.block.image, channel, w.y + (i + r) * w.step_y, w.x);
       if (count == 1) {
-        narrow_row(results + r * stride, part.columns, out);
+        narrow_row(task.results + r * stride, part.columns, out);
         continue;
       }
       int64_t columns = 0;
       for (int64_t p = 0; p < count; ++p) {
-        const int64_t phase_columns = grid_.phase_block(block, grid_.phases[first + p]).columns;
-        scatter_row(results + (p * kRows + r) * stride, count, phase_columns, row + p);
+        const int64_t phase_columns = grid_.phase_block(task.block, grid_.phases[first + p]).columns;
+        scatter_row(task.results + (p * kRows + r) * stride, count, phase_columns, task.row + p);
         columns += phase_columns;
       }
-      narrow_row(row, columns, out);
+      narrow_row(task.row, columns, out);
     }
   }
 
@@ -366,6 +413,30 @@ class PixelLanes {
   const Grid& grid_;
   Blocks blocks_;
 };
+
+// Small contiguous images, whose rows do not fill a vector: channels_last copies of some channels of an image.
+template <class Scalar>
+void convolve_transposed(const Convolution<Scalar>& convolution) {
+  const Images<const Scalar>& input = convolution.input;
+  const Images<Scalar>& output = convolution.output;
+  const int64_t C = input.C, channel_blocks = ceil_div(C, kDepthwiseChannels), tasks = input.N * channel_blocks;
+  const int64_t in_pixels = input.H * input.W, out_pixels = output.H * output.W;
+  const double work = 1.0 * input.N * out_pixels * C * convolution.grid.tap_count;
+  parallel_for(tasks, work < kSerialWork / 4 ? tasks : 1, [&](int64_t task) {
+    const int64_t n = task / channel_blocks, c = task % channel_blocks * kDepthwiseChannels;
+    const int64_t channels = min_of(kDepthwiseChannels, C - c);
+    Scratch<Scalar> in(channels * in_pixels), out(channels * out_pixels);
+    transpose(input.at(n, c, 0, 0), in_pixels, channels, in_pixels, in.data(), channels);
+    Convolution<Scalar> part = convolution;
+    part.input = {in.data(), 0, 1, channels, input.H, input.W, true};
+    part.output = {out.data(), 0, 1, channels, output.H, output.W, true};
+    part.weights.data += c * convolution.weights.group_stride;
+    if (convolution.bias != nullptr) part.bias += c;
+    part.groups = channels;
+    ChannelLanes<Scalar>(part).run();
+    transpose(out.data(), channels, out_pixels, channels, output.at(n, c, 0, 0), out_pixels);
+  });
+}
 
 // ---- gradient of the weight -----------------------------------------------------------------------------------------
 
@@ -474,7 +545,13 @@ class DepthwiseWeightGradient {
 
 template <class Scalar>
 void convolve_depthwise(const Convolution<Scalar>& convolution) {
-  convolution.output.channels_last ? ChannelLanes<Scalar>(convolution).run() : PixelLanes<Scalar>(convolution).run();
+  if (convolution.output.channels_last) {
+    ChannelLanes<Scalar>(convolution).run();
+  } else if (convolution.output.W <= Vec<accumulate_t<Scalar>>::size) {
+    convolve_transposed(convolution);
+  } else {
+    PixelLanes<Scalar>(convolution).run();
+  }
 }
 
 template <class Scalar>

@@ -18,41 +18,49 @@ namespace {
 constexpr int64_t kPlanarPixels = 256;  // output pixels of a task
 constexpr int64_t kGroupChannels = 32;  // groups with fewer channels are taken together
 
-// c[i][p] (+)= sum over k of a[i][k] * b[offsets[k] + p], starting from start[i] unless that is null. Reads whole
-// vectors of b, writes `last_lanes` lanes of the last one of c.
+// A stretch of the depth: `depth` elements of each row of the left operand from `offset` on.
+struct Stretch {
+  int64_t depth, offset;
+};
+
+// c[i][p] (+)= sum over the stretches' k of a[i][k] * b[offsets[k] + p], starting from start[i] unless that is null;
+// the offsets count through the stretches. Reads whole vectors of b, writes `last_lanes` lanes of the last one of c.
 template <class T, int Rows, int Vectors>
-void tile(int64_t depth, const T* a, int64_t a_row_stride, const T* b, const int64_t* offsets, const T* start, T* c,
-          int64_t c_row_stride, int64_t last_lanes, bool accumulate) {
+void tile(const Stretch* stretches, int64_t stretch_count, const T* a_data, int64_t a_row_stride, const T* b,
+          const int64_t* offsets, const T* start, T* c, int64_t c_row_stride, int64_t last_lanes, bool accumulate) {
   constexpr int64_t lanes = Vec<T>::size;
   Vec<T> sum[Rows][Vectors];
   for (int r = 0; r < Rows; ++r) {
     for (int v = 0; v < Vectors; ++v) sum[r][v] = Vec<T>::zero();
   }
-  for (int64_t k = 0; k < depth; ++k) {
-    const T* b_row = b + offsets[k];
-    Vec<T> pixels[Vectors];
-    for (int v = 0; v < Vectors; ++v) pixels[v] = load(b_row + v * lanes);
-    for (int r = 0; r < Rows; ++r) {
-      const Vec<T> weight = a[r * a_row_stride + k];
-      for (int v = 0; v < Vectors; ++v) sum[r][v] = fma(weight, pixels[v], sum[r][v]);
-    }
-  }
-  for (int r = 0; r < Rows; ++r) {
-    for (int v = 0; v < Vectors; ++v) {
-      T* out = c + r * c_row_stride + v * lanes;
-      const int64_t count = v == Vectors - 1 ? last_lanes : lanes;
-      if (accumulate) {
-        store_lanes(out, load_lanes(out, count) + sum[r][v], count);
-      } else {
-        store_lanes(out, start == nullptr ? sum[r][v] : Vec<T>(start[r]) + sum[r][v], count);
+  for (const Stretch* stretch = stretches; stretch != stretches + stretch_count; ++stretch) {
+    const T* a = a_data + stretch->offset;
+    for (int64_t k = 0; k < stretch->depth; ++k) {
+      const T* b_row = b + *offsets++;
+      Vec<T> pixels[Vectors];
+      for (int v = 0; v < Vectors; ++v) pixels[v] = load(b_row + v * lanes);
+      for (int r = 0; r < Rows; ++r) {
+        const Vec<T> weight = a[r * a_row_stride + k];
+        for (int v = 0; v < Vectors; ++v) sum[r][v] = fma(weight, pixels[v], sum[r][v]);
       }
     }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < Rows; ++r) {
+    T* out = c + r * c_row_stride;
+    const Vec<T> first = start == nullptr ? Vec<T>::zero() : Vec<T>(start[r]);
+#pragma GCC unroll 8
+    for (int v = 0; v < Vectors - 1; ++v) {
+      store(out + v * lanes, accumulate ? load(out + v * lanes) + sum[r][v] : first + sum[r][v]);
+    }
+    T* last = out + (Vectors - 1) * lanes;
+    store_lanes(last, (accumulate ? load_lanes(last, last_lanes) : first) + sum[r][Vectors - 1], last_lanes);
   }
 }
 
 template <class T>
-using TileFunction = void (*)(int64_t, const T*, int64_t, const T*, const int64_t*, const T*, T*, int64_t, int64_t,
-                              bool);
+using TileFunction = void (*)(const Stretch*, int64_t, const T*, int64_t, const T*, const int64_t*, const T*, T*,
+                              int64_t, int64_t, bool);
 
 // functions[rows - 1][vectors - 1]
 template <class T>
@@ -88,7 +96,7 @@ class PlanarConvolution {
         channel_block_(channels_of_runs(conv_)),
         group_block_(max_of(1, min_of(conv_.groups, kGroupChannels / max_of(in_channels_, out_channels_)))),
         out_block_(min_of(out_channels_, kOutputChannelBlock)) {
-    for (int64_t pixels = pixels_wanted(); tasks() < kWantedTasks / 2; pixels /= 2) {
+    for (int64_t pixels = pixels_wanted(); tasks() < kWantedTasks / 4; pixels /= 2) {
       if (out_block_ >= 4 * kTileRows && group_block_ == 1) {
         out_block_ = round_up(ceil_div(out_block_, 2), kTileRows);
         continue;
@@ -97,20 +105,32 @@ class PlanarConvolution {
       blocks_ = Blocks(conv_.input.N, grid_.rows, grid_.columns, pixels / 2);
     }
     blocks_.limit_images(images_that_fit<T>(group_block_ * channel_block_, grid_.window_pixels(blocks_)));
+    const Block block = blocks_.at(0);
+    const double pixels = static_cast<double>(block.pixels());
+    const Planes shared(grid_, block, true), separate(grid_, block, false);
+    auto cost_of = [&](const Planes& planes) {
+      const double staging = conv_.input.channels_last ? 16 : 8;  // of a vector, in multiply-adds
+      return round_up(planes.flat_pixels(block), Vec<T>::size) / pixels +
+             staging * planes.channel_stride / pixels / (out_block_ * max_of(grid_.tap_count, 1));
+    };
+    shares_planes_ = cost_of(shared) <= cost_of(separate);
+    cost_ = cost_of(shares_planes_ ? shared : separate);
   }
 
-  // The share of the multiplied pixels that are output pixels.
-  double filled_lanes() const {
-    const Block block = blocks_.at(0);
-    const Planes planes(grid_, block);
-    return static_cast<double>(block.pixels()) / round_up(planes.flat_pixels(block), Vec<T>::size);
-  }
+  // Multiply-adds for one that is wanted, those in the lanes that are not.
+  double cost() const { return cost_; }
 
   bool run() {
-    Scratch<T> packed(conv_.output.C * depth_);
-    packed_ = packed.data();
-    pack_weights();
-    if (!all_finite(packed_, conv_.output.C * depth_)) return false;
+    const bool in_place = std::is_same_v<T, Scalar> && conv_.weights.in_stride == 1;
+    Scratch<T> packed(in_place ? 0 : conv_.output.C * depth_);
+    if constexpr (std::is_same_v<T, Scalar>) {
+      if (in_place) left_ = conv_.weights;
+    }
+    if (!in_place) {
+      left_ = {packed.data(), out_channels_ * depth_, 1, depth_};
+      pack_weights(packed.data());
+    }
+    if (!is_finite()) return false;
     const double work = 1.0 * conv_.input.N * grid_.rows * grid_.columns * conv_.output.C * depth_;
     parallel_for(tasks(), work < kSerialWork ? tasks() : 1, [&](int64_t task) { run_task(task); });
     return true;
@@ -122,10 +142,10 @@ class PlanarConvolution {
   int64_t out_blocks() const { return ceil_div(out_channels_, out_block_); }
   int64_t group_blocks() const { return ceil_div(conv_.groups, group_block_); }
   int64_t tasks() const { return blocks_.count() * out_blocks() * group_blocks(); }
-  // Output channel k of group g: for each block of channels, tap by tap, channel by channel.
-  T* packed_row(int64_t g, int64_t k) const { return packed_ + (g * out_channels_ + k) * depth_; }
+  bool is_in_place() const { return left_.data == static_cast<const void*>(conv_.weights.data); }
 
-  void pack_weights() {
+  // A row for each output channel: for each block of channels, tap by tap, channel by channel.
+  void pack_weights(T* packed) const {
     const int64_t out_step = 64, out_steps = ceil_div(out_channels_, out_step);
     const double work = 1.0 * conv_.output.C * depth_;
     const int64_t tasks = conv_.groups * out_steps;
@@ -138,10 +158,23 @@ class PlanarConvolution {
         for (int64_t t = 0; t < grid_.tap_count; ++t) {
           pack_rows(Matrix<Scalar>{source + c * w.in_stride + grid_.taps[t].weight_offset, w.out_stride, w.in_stride},
                     min_of(out_step, out_channels_ - k), channels,
-                    packed_row(g, k) + c * grid_.tap_count + t * channels, depth_);
+                    packed + (g * out_channels_ + k) * depth_ + c * grid_.tap_count + t * channels, depth_);
         }
       }
     });
+  }
+
+  bool is_finite() const {
+    bool finite = true;
+    const int64_t row_depth = is_in_place() ? in_channels_ : depth_, pieces = is_in_place() ? grid_.tap_count : 1;
+    parallel_for(conv_.output.C, ceil_div(1 << 15, max_of(depth_, 1)), [&](int64_t k) {
+      const T* row = left_.data + k / out_channels_ * left_.group_stride + k % out_channels_ * left_.out_stride;
+      for (int64_t t = 0; t < pieces; ++t) {
+        if (all_finite(row + (is_in_place() ? grid_.taps[t].weight_offset : 0), row_depth)) continue;
+        __atomic_store_n(&finite, false, __ATOMIC_RELAXED);
+      }
+    });
+    return finite;
   }
 
   struct Task {
@@ -156,7 +189,7 @@ class PlanarConvolution {
     const Block block = blocks_.at(index / out_blocks() / group_blocks());
     const int64_t group = index / out_blocks() % group_blocks() * group_block_;
     const int64_t out_channel = index % out_blocks() * out_block_;
-    Task task = {block,       Planes(grid_, block),
+    Task task = {block,       Planes(grid_, block, shares_planes_),
                  group,       min_of(group_block_, conv_.groups - group),
                  out_channel, min_of(out_block_, out_channels_ - out_channel),
                  nullptr,     0};
@@ -183,9 +216,8 @@ class PlanarConvolution {
     for (int64_t phase = 0; phase < grid_.phase_count; phase += phases_together) {
       for (int64_t c = 0; c < in_channels_; c += channel_block_) {
         const int64_t channels = min_of(channel_block_, in_channels_ - c);
-        if (!is_staged) stage_groups(task, c, channels, staged.data());
+        if (!is_staged) stage_groups(task, c, channels, staged.data(), offsets.data());
         is_staged = channel_block_ == in_channels_;
-        place_rows(task.planes, channels, offsets.data());
         for (int64_t p = 0; p < phases_together; ++p) {
           multiply_phase(task, grid_.phases[phase + p], c, channels, staged.data(), offsets.data(),
                          sums + p * outputs * task.sums_stride);
@@ -208,7 +240,8 @@ class PlanarConvolution {
     return count;
   }
 
-  void stage_groups(const Task& task, int64_t c, int64_t channels, T* staged) const {
+  // The window's planes, and where in them the right operand's rows begin: [tap][channel].
+  void stage_groups(const Task& task, int64_t c, int64_t channels, T* staged, int64_t* offsets) const {
     const Planes& planes = task.planes;
     if (channels == in_channels_) {
       stage_planes(conv_.input, task.block, task.group * in_channels_, task.groups * channels, planes, staged);
@@ -219,16 +252,11 @@ class PlanarConvolution {
       }
     }
     fill(staged + task.groups * channels * planes.channel_stride, T(0), kTileColumns<T>);
-  }
-
-  // Where the right operand's rows begin: [tap][channel].
-  void place_rows(const Planes& planes, int64_t channels, int64_t* offsets) const {
     for (int64_t t = 0; t < grid_.tap_count; ++t) {
       const int64_t offset = planes.tap_offset(grid_.taps[t], grid_);
-      for (int64_t c = 0; c < channels; ++c) *offsets++ = offset + c * planes.channel_stride;
+      for (int64_t i = 0; i < channels; ++i) *offsets++ = offset + i * planes.channel_stride;
     }
   }
-
   // sums[group][out][pixel] (+)= the phase's taps of `channels` channels from c on.
   void multiply_phase(const Task& task, const Phase& phase, int64_t c, int64_t channels, const T* staged,
                       const int64_t* offsets, T* sums) const {
@@ -243,28 +271,50 @@ class PlanarConvolution {
     }
     const int64_t taps_per_run = max_of(1, kDepthBlock / channels);
     for (int64_t t = 0; t < phase.tap_count; t += taps_per_run) {
-      const int64_t tap = phase.first_tap + t, depth = min_of(taps_per_run, phase.tap_count - t) * channels;
+      const int64_t tap = phase.first_tap + t, taps = min_of(taps_per_run, phase.tap_count - t);
+      Stretch stretches[kDepthBlock];
+      const int64_t count = stretches_of(c, channels, tap, taps, stretches);
       for (int64_t g = 0; g < task.groups; ++g) {
-        const T* weight = packed_row(task.group + g, task.out_channel) + c * grid_.tap_count + tap * channels;
-        multiply_run(task.out_channels, pixels, depth, weight, staged + g * channels * task.planes.channel_stride,
-                     offsets + tap * channels, task.bias == nullptr ? nullptr : task.bias + g * task.out_channels,
-                     sums + g * task.out_channels * task.sums_stride, task.sums_stride, c > 0 || t > 0);
+        multiply_run(task, g, pixels, stretches, count, staged + g * channels * task.planes.channel_stride,
+                     offsets + tap * channels, sums, c > 0 || t > 0);
       }
     }
   }
 
-  void multiply_run(int64_t outputs, int64_t pixels, int64_t depth, const T* weight, const T* staged,
-                    const int64_t* offsets, const T* bias, T* sums, int64_t sums_stride, bool accumulate) const {
-    const int64_t rows_most = balanced(outputs, kTileRows);
+  // Where the run's weights stand in a row of the left operand.
+  int64_t stretches_of(int64_t c, int64_t channels, int64_t tap, int64_t taps, Stretch* stretches) const {
+    if (!is_in_place()) {
+      stretches[0] = {taps * channels, c * grid_.tap_count + tap * channels};
+      return 1;
+    }
+    int64_t count = 0;
+    for (int64_t t = tap; t < tap + taps; ++t) {
+      const int64_t offset = grid_.taps[t].weight_offset + c;
+      if (count > 0 && stretches[count - 1].offset + stretches[count - 1].depth == offset) {
+        stretches[count - 1].depth += channels;
+      } else {
+        stretches[count++] = {channels, offset};
+      }
+    }
+    return count;
+  }
+
+  void multiply_run(const Task& task, int64_t g, int64_t pixels, const Stretch* stretches, int64_t count,
+                    const T* staged, const int64_t* offsets, T* sums, bool accumulate) const {
+    const int64_t outputs = task.out_channels, rows_most = balanced(outputs, kTileRows);
+    const T* left = left_.data + (task.group + g) * left_.group_stride + task.out_channel * left_.out_stride;
+    const T* bias = task.bias == nullptr ? nullptr : task.bias + g * outputs;
+    sums += g * outputs * task.sums_stride;
     const int64_t all_vectors = ceil_div(pixels, Vec<T>::size), tiles = ceil_div(all_vectors, kTileVectors);
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t first = all_vectors * tile / tiles, vectors = all_vectors * (tile + 1) / tiles - first;
       const int64_t p = first * Vec<T>::size, columns = min_of(vectors * Vec<T>::size, pixels - p);
       for (int64_t k = 0; k < outputs; k += rows_most) {
         const int64_t rows = min_of(rows_most, outputs - k);
-        tile_table<T>.functions[rows - 1][vectors - 1](depth, weight + k * depth_, depth_, staged + p, offsets,
-                                                       bias == nullptr ? nullptr : bias + k, sums + k * sums_stride + p,
-                                                       sums_stride, columns - (vectors - 1) * Vec<T>::size, accumulate);
+        tile_table<T>.functions[rows - 1][vectors - 1](stretches, count, left + k * left_.out_stride, left_.out_stride,
+                                                       staged + p, offsets, bias == nullptr ? nullptr : bias + k,
+                                                       sums + k * task.sums_stride + p, task.sums_stride,
+                                                       columns - (vectors - 1) * Vec<T>::size, accumulate);
       }
     }
   }
@@ -315,7 +365,9 @@ class PlanarConvolution {
   int64_t in_channels_, out_channels_, depth_;  // of one group
   Blocks blocks_;
   int64_t channel_block_, group_block_, out_block_;
-  T* packed_ = nullptr;
+  bool shares_planes_;
+  double cost_;
+  Weights<T> left_ = {};
 };
 
 }  // namespace
@@ -324,9 +376,9 @@ template <class Scalar>
 bool is_planar_better(const Convolution<Scalar>& convolution) {
   const int64_t outputs = convolution.output.C / convolution.groups, lanes = Vec<accumulate_t<Scalar>>::size;
   const bool contiguous = !convolution.output.channels_last;
-  if (!contiguous && outputs > lanes) return false;
-  const double channel_lanes = static_cast<double>(outputs) / round_up(outputs, lanes);
-  return PlanarConvolution<Scalar>(convolution).filled_lanes() > (contiguous ? 0.6 : 0.9) * channel_lanes;
+  if (convolution.input.C == 0 || (!contiguous && outputs > lanes)) return false;
+  const double dense = static_cast<double>(round_up(outputs, lanes)) / outputs;
+  return PlanarConvolution<Scalar>(convolution).cost() < (contiguous ? 1.2 : 1.1) * dense;
 }
 
 template <class Scalar>

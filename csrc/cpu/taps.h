@@ -6,6 +6,14 @@
 
 namespace dlkernels::DLKERNELS_ISA {
 
+inline int64_t greatest_common_divisor(int64_t a, int64_t b) {
+  while (b != 0) {
+    const int64_t rest = a % b;
+    a = b, b = rest;
+  }
+  return a;
+}
+
 struct Tap {
   int64_t dy, dx;
   int64_t weight_offset;  // of the tap's matrix, from the first
@@ -42,6 +50,12 @@ struct Grid {
   // With a single tap along a dimension, the window holds only the pixels that the stride lands on.
   int64_t window_step_y() const { return first_dy == last_dy ? input_step_y : 1; }
   int64_t window_step_x() const { return first_dx == last_dx ? input_step_x : 1; }
+  // The largest distance of which all distances between columns of taps are multiples.
+  int64_t tap_step_x() const {
+    int64_t step = 0;
+    for (int64_t t = 0; t < tap_count; ++t) step = greatest_common_divisor(step, taps[t].dx - first_dx);
+    return max_of(step, 1);
+  }
   // Distance in the window between neighbouring output pixels.
   int64_t pixel_step_y() const { return input_step_y / window_step_y(); }
   int64_t pixel_step_x() const { return input_step_x / window_step_x(); }
