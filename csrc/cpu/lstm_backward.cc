@@ -86,7 +86,7 @@ class BackwardPass {
     const int64_t later_rows = turn + 1 < layer_.steps ? sequence_.size(turn + 1) : 0;
     const int64_t rows = turn >= 0 ? sequence_.size(turn) : 0;
     const Factor* later = later_rows > 0 ? grad_gates_.data() + sequence_.offset(turn + 1) * kGates * H_ : nullptr;
-    visit_share(member, ceil_div(outputs_, kWidth), max_of(rows, later_rows), turn % 2 == 0,
+    visit_share(member, {outputs_, kWidth, max_of(rows, later_rows)}, turn % 2 == 0,
                 [&](int64_t panel, int64_t row, int64_t count) {
                   const int64_t j = panel * kWidth, columns = min_of(kWidth, outputs_ - j);
                   if (row < later_rows) {
@@ -122,7 +122,7 @@ class BackwardPass {
   // With a projection: the gradient of r_t = dh_t W_hr, then the cells' part.
   void unproject(const Member& member, int64_t turn) {
     const Factor* grad_hidden = grad_hidden_.data() + sequence_.offset(turn) * outputs_;
-    visit_share(member, ceil_div(H_, kWidth), sequence_.size(turn), turn % 2 == 0,
+    visit_share(member, {H_, kWidth, sequence_.size(turn)}, turn % 2 == 0,
                 [&](int64_t panel, int64_t row, int64_t count) {
                   const int64_t j = panel * kWidth, columns = min_of(kWidth, H_ - j);
                   multiply_deep(
@@ -196,7 +196,7 @@ class BackwardPass {
     const int64_t inputs = layer_.input_size;
     if (T* grad_input = static_cast<T*>(args_.grad_input)) {
       const Panels<T> weight = plain_panels<T>(w_ih().data, inputs);
-      visit_share(member, ceil_div(inputs, kWidth), layer_.rows, false, [&](int64_t panel, int64_t row, int64_t count) {
+      visit_share(member, {inputs, kWidth, layer_.rows}, false, [&](int64_t panel, int64_t row, int64_t count) {
         const int64_t j = panel * kWidth;
         const Panels<T> part = {weight.data + j, weight.row_stride, weight.panel_stride};
         multiply_deep(

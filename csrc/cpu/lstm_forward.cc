@@ -230,7 +230,7 @@ class ForwardPass {
     const auto h_before = state_before<Factor>(sequence_, turn, hidden_, h0_.data(), outputs_);
     const auto c_before = state_before<T>(sequence_, turn, cells_, c0_.data(), H_);
     const int64_t first = sequence_.offset(turn);
-    visit_share(member, ceil_div(H_, kUnits), sequence_.size(turn), turn % 2 == 1,
+    visit_share(member, {round_up(H_, kUnits), kUnits, sequence_.size(turn)}, turn % 2 == 1,
                 [&](int64_t block, int64_t row, int64_t rows) {
                   alignas(64) T sums[kStepRows * kPanel];
                   const int64_t unit = block * kUnits, lanes = min_of(kUnits, H_ - unit);
@@ -298,7 +298,7 @@ class ForwardPass {
   void project(const Member& member, int64_t turn, const RightOperand<Scalar>& weight) {
     constexpr int64_t width = kTileColumns<Factor>;
     const int64_t first = sequence_.offset(turn);
-    visit_share(member, ceil_div(outputs_, width), sequence_.size(turn), turn % 2 == 1,
+    visit_share(member, {outputs_, width, sequence_.size(turn)}, turn % 2 == 1,
                 [&](int64_t panel, int64_t row, int64_t rows) {
                   alignas(64) T sums[kStepRows * width];
                   const int64_t j = panel * width, columns = min_of(width, outputs_ - j);

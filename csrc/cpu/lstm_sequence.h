@@ -19,7 +19,7 @@ inline constexpr int64_t kFewRows = 64;
 inline constexpr int64_t kFewSteps = 4;
 
 // Sequences at once for which a step is worth a pass over w_ih.
-inline constexpr int64_t kManySequences = 16;
+inline constexpr int64_t kManySequences = 8;
 
 // Calls with less work than this stay on one thread, and so do members without kMemberWork in a step; in multiply-adds
 // and weights read.
@@ -148,19 +148,38 @@ inline int64_t members_for(const LstmLayer& layer, int64_t blocks, int64_t depth
   return min_of(blocks * ceil_div(layer.batch, kTileRows), (layer.batch + 4) * depth * columns / kMemberWork);
 }
 
-// visit(block, row, count) for the member's share of blocks x rows; whole tiles of rows, at most kStepRows at once.
-// Every other turn is taken backwards: it begins with the weights that the turn before has left in the cache.
+// A matrix of `columns` x `rows` cut into panels `width` wide and tiles of rows.
+struct Grid {
+  int64_t columns, width, rows;
+  int64_t tiles() const { return ceil_div(rows, kTileRows); }
+
+  // Where a share ends that begins at the first tile of the first panel: panel by panel, all tiles of each.
+  struct Place {
+    int64_t panel, tile;
+  };
+  Place after(int64_t cost) const {
+    const int64_t panel = cost / (width * tiles());
+    return {panel, (cost - panel * width * tiles()) / max_of(min_of(width, columns - panel * width), 1)};
+  }
+  // What a member does: so many columns of tiles, which a narrow last panel has few of.
+  int64_t cost() const { return columns * tiles(); }
+};
+
+// visit(panel, row, count) for the member's share; whole tiles of rows, at most kStepRows at once. Every other turn is
+// taken backwards: it begins with the weights that the turn before has left in the cache.
 template <class Visit>
-inline void visit_share(const Member& member, int64_t blocks, int64_t rows, bool backwards, Visit&& visit) {
-  const int64_t tiles = ceil_div(rows, kTileRows);
-  const Member::Range share = member.share(blocks * tiles);
+inline void visit_share(const Member& member, const Grid& grid, bool backwards, Visit&& visit) {
+  const Member::Range share = member.share(grid.cost());
   if (share.begin == share.end) return;
-  const int64_t first = share.begin / tiles, last = (share.end - 1) / tiles;
-  for (int64_t n = first; n <= last; ++n) {
-    const int64_t block = backwards ? first + last - n : n;
-    const int64_t begin = max_of(share.begin - block * tiles, 0) * kTileRows;
-    const int64_t end = min_of((share.end - block * tiles) * kTileRows, rows);
-    for (int64_t row = begin; row < end; row += kStepRows) visit(block, row, min_of(kStepRows, end - row));
+  const Grid::Place begin = grid.after(share.begin), end = grid.after(share.end);
+  const int64_t last = end.tile > 0 ? end.panel : end.panel - 1;
+  for (int64_t n = begin.panel; n <= last; ++n) {
+    const int64_t panel = backwards ? begin.panel + last - n : n;
+    const int64_t first_row = panel == begin.panel ? begin.tile * kTileRows : 0;
+    const int64_t end_row = panel == end.panel ? min_of(end.tile * kTileRows, grid.rows) : grid.rows;
+    for (int64_t row = first_row; row < end_row; row += kStepRows) {
+      visit(panel, row, min_of(kStepRows, end_row - row));
+    }
   }
 }
 
