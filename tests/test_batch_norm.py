@@ -107,6 +107,19 @@ def test_statistics_survive_a_mean_far_from_zero(shape: tuple[int, ...]) -> None
     assert (actual.double() - exact).abs().max() <= (theirs.double() - exact).abs().max() + 1e-6
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_gradients_survive_a_mean_far_from_zero(layout: torch.memory_format) -> None:
+    """A gradient that follows the input meets the mean's own rounding: half a unit of its last place."""
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.randn(8, 5, 9, 7, generator=generator) + 1e5).contiguous(memory_format=layout)
+    grad = x - 1e5
+    results = []
+    for dtype, function in ((torch.float32, F.batch_norm), (torch.float64, torch.nn.functional.batch_norm)):
+        leaf = x.to(dtype).requires_grad_()
+        results.append(torch.autograd.grad(function(leaf, None, None, training=True), leaf, grad.to(dtype))[0])
+    assert (results[0].double() - results[1]).abs().max() < 3e-6
+
+
 def test_fused_relu_and_residual_are_the_separate_operators() -> None:
     x, residual = torch.randn(4, 6, 5, 5), torch.randn(4, 6, 5, 5)
     plain = F.batch_norm(x, None, None, training=True)

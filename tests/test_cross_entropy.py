@@ -143,6 +143,13 @@ ERRORS: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] 
     "target above": ((LOGITS, torch.tensor([0, 5, 1])), {}, IndexError, "Target 5 is out of bounds"),
     "target below": ((LOGITS, torch.tensor([0, -1, 1])), {}, IndexError, "Target -1 is out of bounds"),
     "batch": ((LOGITS, torch.tensor([0, 1])), {}, ValueError, r"batch_size \(3\) to match target batch_size \(2\)"),
+    "batch and weight": (
+        (LOGITS, torch.tensor([0, 1])),
+        {"weight": torch.ones(4)},
+        ValueError,
+        r"to match target batch_size \(2\)",
+    ),
+    "unbatched": ((LOGITS[0], TARGET), {}, ValueError, "1D target must have size 1, but got target size: 3"),
     "target shape": ((LOGITS, TARGET[:, None]), {}, RuntimeError, r"target.*\[3, 1\].*\[3, 5\]"),
     "images": ((torch.zeros(2, 5, 4), torch.zeros(2, 3).long()), {}, RuntimeError, r"size \[2, 4\], got \[2, 3\]"),
     "int32 target": ((LOGITS, TARGET.int()), {}, RuntimeError, "target dtype to be Long or Byte, but got Int"),

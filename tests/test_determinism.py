@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from .cases import Case, all_cases, call, gradients
+from .cases import Case, all_cases, call, gradients, random_like
 
 
 def run(case: Case, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
@@ -52,7 +52,10 @@ def test_python_threads_do_not_disturb_each_other() -> None:
 
 
 def test_a_forked_child_computes_the_same() -> None:
-    """After torch's pool has run in the parent, torch's own parallel operators hang in the child; ours must not."""
+    """After torch's pool has run in the parent, torch's own parallel operators hang in the child; ours must not.
+
+    Forward alone: torch's autograd refuses to run in a child of a process that has used it.
+    """
     work = [(case, case.build(torch.float32)) for case in all_cases()]
     expected = [[o.numpy() for o in call(case.function, sample)] for case, sample in work]
 
@@ -90,3 +93,22 @@ def test_nan_and_inf_appear_where_torch_has_them(case: Case, value: float, isa: 
             where = f"argument {position}, result {index}"
             assert torch.equal(a.isnan(), b.isnan()), where
             assert torch.equal(a.isposinf(), b.isposinf()) and torch.equal(a.isneginf(), b.isneginf()), where
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+@pytest.mark.parametrize("case", [c for c in all_cases() if c.same_nonfinite], ids=str)
+def test_nan_and_inf_of_the_incoming_gradient_reach_what_they_reach_in_torch(case: Case, value: float) -> None:
+    sample = case.build(torch.float32)
+    results = []
+    for function in (case.function, case.reference):
+        leaves = sample.requiring_grad()
+        outputs = call(function, leaves)
+        grads = random_like([o for o in outputs if o.requires_grad])
+        for grad in grads:
+            flat = grad.view(-1)
+            flat[flat.numel() // 2] = value
+        results.append(gradients(outputs, leaves, grads))
+    for index, (a, b) in enumerate(zip(*results, strict=True)):
+        assert a[b.isfinite()].isfinite().all(), f"gradient {index}"
+        if case.column != "conv2d":  # some of torch's paths multiply it by the padding, see test_conv2d.py
+            assert torch.equal(a.isfinite(), b.isfinite()), f"gradient {index}"

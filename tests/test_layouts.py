@@ -74,6 +74,10 @@ def test_any_layout_of_any_argument_gives_the_same_bits(case: Case, layout: str)
         args = list(varied.args)
         args[position] = arrange(args[position])
         assert_same_bits(run(case, Sample(tuple(args), varied.kwargs)), expected)
+    for name, value in sample.kwargs.items():
+        if isinstance(value, Tensor) and value.dim() > 0:
+            varied = case.build(torch.float32)
+            assert_same_bits(run(case, Sample(varied.args, {**varied.kwargs, name: arrange(value)})), expected)
 
 
 @pytest.mark.parametrize("layout", [*LAYOUTS, "expanded"])

@@ -31,6 +31,8 @@ void check_indices(const char* name, at::IntArrayRef logits, const Tensor& targe
   const bool batched = logits.size() > 1;
   TORCH_CHECK_VALUE(!batched || (target.dim() >= 1 && target.size(0) == logits[0]), "Expected input batch_size (",
                     logits[0], ") to match target batch_size (", target.dim() >= 1 ? target.size(0) : 0, ").");
+  TORCH_CHECK_VALUE(batched || target.dim() != 1 || target.size(0) == 1,
+                    "For 1D input, 1D target must have size 1, but got target size: ", target.numel());
   TORCH_CHECK(target.scalar_type() == at::kLong || target.scalar_type() == at::kByte, name,
               ": expected target dtype to be Long or Byte, but got ", target.scalar_type(),
               " (class probabilities would have the shape of the logits, ", logits, ", and not ", target.sizes(), ")");
@@ -45,6 +47,15 @@ void check_indices(const char* name, at::IntArrayRef logits, const Tensor& targe
               target.sizes(), ": size mismatch (got input: ", logits, " , target: ", target.sizes(), ")");
 }
 
+// Class probabilities: the shape of the logits.
+void check_probabilities(const char* name, const Tensor& target, at::ScalarType type, int64_t ignore_index) {
+  TORCH_CHECK(has_class_probabilities(target), name,
+              ": Expected floating point type for target with class probabilities, got ", target.scalar_type());
+  TORCH_CHECK(ignore_index < 0, name, ": ignore_index is not supported for floating point target, got ", ignore_index);
+  TORCH_CHECK(target.scalar_type() == type, name, ": expected scalar type ", toString(type), " but found ",
+              toString(target.scalar_type()), ": target must have the type of input");
+}
+
 }  // namespace
 
 void check_targets(const char* name, at::IntArrayRef logits, const Tensor& target, at::ScalarType target_type,
@@ -53,18 +64,16 @@ void check_targets(const char* name, at::IntArrayRef logits, const Tensor& targe
                     " is not a valid value for reduction");
   TORCH_CHECK(loss.label_smoothing >= 0.0 && loss.label_smoothing <= 1.0,
               "label_smoothing must be between 0.0 and 1.0. Got: ", loss.label_smoothing);
+  if (target.sizes() == logits) {
+    check_probabilities(name, target, target_type, loss.ignore_index);
+  } else {
+    check_indices(name, logits, target);
+  }
   const int64_t classes = logits[class_dimension(logits)];
   TORCH_CHECK(
       !weight.defined() || (weight.dim() == 1 && weight.size(0) == classes), name,
       ": weight tensor should be defined either for all ", classes,
       " classes or no classes but got weight tensor of shape: ", weight.defined() ? weight.sizes() : at::IntArrayRef());
-  if (target.sizes() != logits) return check_indices(name, logits, target);
-  TORCH_CHECK(has_class_probabilities(target), name,
-              ": Expected floating point type for target with class probabilities, got ", target.scalar_type());
-  TORCH_CHECK(loss.ignore_index < 0, name, ": ignore_index is not supported for floating point target, got ",
-              loss.ignore_index);
-  TORCH_CHECK(target.scalar_type() == target_type, name, ": expected scalar type ", toString(target_type),
-              " but found ", toString(target.scalar_type()), ": target must have the type of input");
 }
 
 void check_target_range(const Tensor& target, int64_t classes, int64_t ignore_index) {

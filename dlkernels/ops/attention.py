@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from .registration import traced_as
+from .registration import register_fake, traced_as
 
 
 def scaled_dot_product_attention(
@@ -96,7 +96,7 @@ def _contiguous_columns(tensor: Tensor) -> Tensor:
     return tensor if tensor.shape[-1] <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-@torch.library.register_fake("dlkernels::attention")
+@register_fake("dlkernels::attention")
 def _fake(
     query: Tensor,
     key: Tensor,
@@ -128,7 +128,7 @@ def _reduced_to(grad: Tensor, argument: Tensor) -> Tensor:
     return grad.sum_to_size(argument.shape)
 
 
-@torch.library.register_fake("dlkernels::attention_backward")
+@register_fake("dlkernels::attention_backward")
 def _fake_backward(
     grad_output: Tensor,
     query: Tensor,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from .registration import traced_as
+from .registration import register_fake, traced_as
 
 
 def batch_norm(
@@ -92,7 +92,7 @@ def _empty_like_kernel(input: Tensor) -> Tensor:
     return torch.empty_like(input, memory_format=memory_format)
 
 
-@torch.library.register_fake("dlkernels::batch_norm")
+@register_fake("dlkernels::batch_norm")
 def _fake(
     input: Tensor,
     weight: Tensor | None,
@@ -108,7 +108,7 @@ def _fake(
     return _empty_like_kernel(input), statistics[0], statistics[1]
 
 
-@torch.library.register_fake("dlkernels::batch_norm_backward")
+@register_fake("dlkernels::batch_norm_backward")
 def _fake_backward(
     grad_output: Tensor,
     input: Tensor,
@@ -131,7 +131,7 @@ def _fake_backward(
     )
 
 
-@torch.library.register_fake("dlkernels::update_running_statistics_")
+@register_fake("dlkernels::update_running_statistics_")
 def _fake_update(
     running_mean: Tensor, running_var: Tensor, mean: Tensor, variance: Tensor, count: int, momentum: float
 ) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from .registration import traced_as
+from .registration import register_fake, traced_as
 
 
 def conv2d(
@@ -82,7 +82,7 @@ def _memory_format(input: Tensor, weight: Tensor) -> torch.memory_format:
     return torch.channels_last if torch.channels_last in formats else torch.contiguous_format
 
 
-@torch.library.register_fake("dlkernels::conv2d")
+@register_fake("dlkernels::conv2d")
 def _fake(
     input: Tensor,
     weight: Tensor,
@@ -109,7 +109,7 @@ def _fake(
     return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=_memory_format(input, weight))
 
 
-@torch.library.register_fake("dlkernels::conv2d_backward")
+@register_fake("dlkernels::conv2d_backward")
 def _fake_backward(
     grad_output: Tensor,
     input: Tensor,

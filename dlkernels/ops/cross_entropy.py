@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from .registration import traced_as
+from .registration import register_fake, traced_as
 
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
@@ -66,7 +66,7 @@ def _traced(
     return outputs[0]
 
 
-@torch.library.register_fake("dlkernels::cross_entropy")
+@register_fake("dlkernels::cross_entropy")
 def _fake(
     logits: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int, label_smoothing: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -83,7 +83,7 @@ def _fake(
     )
 
 
-@torch.library.register_fake("dlkernels::cross_entropy_backward")
+@register_fake("dlkernels::cross_entropy_backward")
 def _fake_backward(
     grad_loss: Tensor,
     logits: Tensor,

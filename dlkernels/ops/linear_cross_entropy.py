@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import _C
 from .cross_entropy import _reduction
-from .registration import traced_as
+from .registration import register_fake, traced_as
 
 
 def linear_cross_entropy(
@@ -165,7 +165,7 @@ def _traced(
     return outputs[0]
 
 
-@torch.library.register_fake("dlkernels::linear_cross_entropy")
+@register_fake("dlkernels::linear_cross_entropy")
 def _fake(
     input: Tensor,
     linear_weight: Tensor,
@@ -188,7 +188,7 @@ def _fake(
     )
 
 
-@torch.library.register_fake("dlkernels::linear_cross_entropy_backward")
+@register_fake("dlkernels::linear_cross_entropy_backward")
 def _fake_backward(
     grad_loss: Tensor,
     input: Tensor,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from .registration import traced_as
+from .registration import register_fake, traced_as
 
 
 def lstm_cell(
@@ -203,7 +203,7 @@ def _accumulate_type(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-@torch.library.register_fake("dlkernels::lstm_cell")
+@register_fake("dlkernels::lstm_cell")
 def _fake_cell(
     input: Tensor, hx: Tensor, cx: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -214,7 +214,7 @@ def _fake_cell(
     )
 
 
-@torch.library.register_fake("dlkernels::lstm_cell_backward")
+@register_fake("dlkernels::lstm_cell_backward")
 def _fake_cell_backward(
     grad_h: Tensor,
     grad_c: Tensor,
@@ -232,7 +232,7 @@ def _fake_cell_backward(
     return tuple(input.new_empty(s) if wanted else None for s, wanted in zip(shapes, output_mask, strict=True))
 
 
-@torch.library.register_fake("dlkernels::lstm_layer")
+@register_fake("dlkernels::lstm_layer", on_cpu=("batch_sizes",))
 def _fake_layer(
     input: Tensor,
     h0: Tensor,
@@ -256,7 +256,7 @@ def _fake_layer(
     )
 
 
-@torch.library.register_fake("dlkernels::lstm_layer_backward")
+@register_fake("dlkernels::lstm_layer_backward", on_cpu=("batch_sizes",))
 def _fake_layer_backward(
     grad_output: Tensor,
     grad_h_n: Tensor,
@@ -281,7 +281,7 @@ def _fake_layer_backward(
     return (*grads, input.new_empty(w_hr.shape) if w_hr is not None and output_mask[6] else None)
 
 
-@torch.library.register_fake("dlkernels::matrix_product")
+@register_fake("dlkernels::matrix_product")
 def _fake_matrix_product(a: Tensor, b: Tensor) -> Tensor:
     return a.new_empty([a.shape[0], b.shape[0]])
 

@@ -44,6 +44,7 @@ def _case(name: str, build: Callable[[torch.dtype], Sample], primary: bool = Fal
 CASES = [
     _case("indices", _build((6, 5)), primary=True),
     _case("many_classes", _build((9, 1003))),
+    _case("many_rows", _build((700, 37), ignored=True, weighted=True)),
     _case("unbatched", _build((7,))),
     _case("ignored_weighted", _build((11, 10), ignored=True, weighted=True)),
     _case("smoothed_none", _build((5, 37), label_smoothing=0.1, reduction="none", ignored=True)),

@@ -117,6 +117,8 @@ CASES = [
     _case("many_rows", _sequence(6, 13, 10, 21)),
     _case("wide_batch", _sequence(3, 53, 4, 35, bias=False)),
     _case("two_layers_both_ways", _sequence(5, 2, 3, 4, layers=2, bidirectional=True, batch_first=True)),
+    _case("deep", _sequence(4, 17, 5, 270)),
+    _case("deep_projection", _sequence(4, 17, 4, 261, projection=9, bias=False)),
     _case("projection", _sequence(4, 3, 5, 7, projection=3)),
     _case("projection_both_ways", _sequence(5, 14, 4, 9, projection=5, layers=2, bidirectional=True, bias=False)),
     _case("packed", _sequence(4, 4, 3, 5, layers=2, bidirectional=True, batch_sizes=PACKED)),
