@@ -12,9 +12,9 @@
 // the taps that reach it, so nothing is multiplied by zeros that the stride put there.
 //
 // Dense convolutions are products over (tap, channel). Their columns, which the lanes lie along, are output channels
-// (conv2d_dense.cc; conv2d_tiles.cc on matrix units) or pixels (conv2d_planar.cc), whichever fill the lanes and lie there in memory. With one channel
-// per group there is no product: lanes are channels, and each tap is a multiply-add (conv2d_depthwise.cc). The gradient
-// of the weight is a product whose depth is the pixels (conv2d_weight_gradient.cc).
+// (conv2d_dense.cc; conv2d_tiles.cc on matrix units) or pixels (conv2d_planar.cc), whichever fill the lanes and lie
+// there in memory. With one channel per group there is no product: lanes are channels, and each tap is a multiply-add
+// (conv2d_depthwise.cc). The gradient of the weight is a product whose depth is the pixels (conv2d_weight_gradient.cc).
 //
 // 2 N K output_H output_W C/groups kernel_H kernel_W operations each way. Both layouts share every sum.
 #include "conv2d_parts.h"

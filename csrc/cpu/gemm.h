@@ -34,8 +34,8 @@ inline constexpr int64_t kColumnBlock = 512;
 
 // B as panels of kTileColumns columns: element (k, j) of panel p is data[p * panel_stride + k * row_stride + j].
 // A packed operand has row_stride = kTileColumns and panel_stride = depth * kTileColumns; a plain row-major matrix is
-// already this with row_stride = its leading dimension and panel_stride = kTileColumns. A panel of bfloat16 is packed as
-// pairs (pairs.h): an even k is at the same place, and panel_stride counts the depth rounded up.
+// already this with row_stride = its leading dimension and panel_stride = kTileColumns. A panel of bfloat16 is packed
+// as pairs (pairs.h): an even k is at the same place, and panel_stride counts the depth rounded up.
 template <class T>
 struct Panels {
   const T* data;

@@ -3,9 +3,9 @@
 //
 // The time loop runs the other way: dh_t = dy_t + W_hh^T da_(t+1) for a panel of hidden units, followed at once by the
 // cell's derivative, which gives da_t for these units. As forward, it is one parallel region of a team that meets after
-// every step. The gradients of weights, biases and input are products over all rows after the loop. With few rows, where
-// such a product does little with each element that it writes, they are taken in the same region: from operands as
-// they lie, straight into the result.
+// every step. The gradients of weights, biases and input are products over all rows after the loop. With few rows,
+// where such a product does little with each element that it writes, they are taken in the same region: from operands
+// as they lie, straight into the result.
 //
 // Half types: as forward; where products take pairs of bfloat16, da_t and dh_t are rounded to it, as torch rounds them.
 // Cost: twice that of forward.
@@ -219,8 +219,8 @@ class BackwardPass {
       alignas(64) T buffer[kBlock * kFewRows];
       const int64_t gate = block * kBlock, gates = min_of(kBlock, kGates * H_ - gate);
       pack_rows(grad_gates.at(gate, 0), gates, layer_.rows, buffer, kFewRows);
-      multiply(gates, columns, layer_.rows, buffer, kFewRows, panels,
-               static_cast<T*>(grad_weight) + gate * columns, columns, false);
+      multiply(gates, columns, layer_.rows, buffer, kFewRows, panels, static_cast<T*>(grad_weight) + gate * columns,
+               columns, false);
     });
   }
 

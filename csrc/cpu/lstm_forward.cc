@@ -23,21 +23,24 @@
 namespace dlkernels::DLKERNELS_ISA {
 namespace {
 
-// ---- dot products with unpacked weights ------------------------------------------------------------------------------
+// ---- dot products with unpacked weights
+// ------------------------------------------------------------------------------
 
 // Rows of a tile of dot products; its sums are as many as a vector has lanes, and are added up together.
 template <class T>
-constexpr int kDotRows = Vec<T>::size >= 16 ? 4 : Vec<T>::size >= 4 ? 2 : 1;
+constexpr int kDotRows = Vec<T>::size >= 16  ? 4
+                         : Vec<T>::size >= 4 ? 2
+                                             : 1;
 
-// sums[r * columns + c] += x[r] . w[c] from depth k on, for Rows rows and size / Rows columns. Indices that are constants
-// from the start, not from an unrolled loop, keep the sums in registers.
+// sums[r * columns + c] += x[r] . w[c] from depth k on, for Rows rows and size / Rows columns. Indices that are
+// constants from the start, not from an unrolled loop, keep the sums in registers.
 template <int Rows, class Factor, class X, class W, size_t... Sum>
 DLKERNELS_INLINE void accumulate_dots(int64_t k, int64_t count, const X* const* x, const W* const* w,
                                       Vec<accumulate_t<Factor>>* sums, std::index_sequence<Sum...>) {
   using S = Step<Factor>;
   constexpr size_t columns = sizeof...(Sum) / Rows;
-  ((sums[Sum] = S::add(S::load_along(x[Sum / columns] + k, count), S::load_along(w[Sum % columns] + k, count),
-                       sums[Sum])),
+  ((sums[Sum] =
+        S::add(S::load_along(x[Sum / columns] + k, count), S::load_along(w[Sum % columns] + k, count), sums[Sum])),
    ...);
 }
 
@@ -55,8 +58,8 @@ DLKERNELS_INLINE Vec<accumulate_t<Factor>> dot_products(int64_t depth, const X* 
   return reduce_add_each(sums);
 }
 
-// out[i][c] = row(i) . w[c] for `rows` rows and `columns` <= size rows of w, which come from memory once and stay in the
-// first-level cache for all rows.
+// out[i][c] = row(i) . w[c] for `rows` rows and `columns` <= size rows of w, which come from memory once and stay in
+// the first-level cache for all rows.
 template <class Factor, class W, class Row>
 inline void multiply_by_dots(int64_t rows, int64_t columns, int64_t depth, Row&& row, const W* w, int64_t w_row_stride,
                              accumulate_t<Factor>* out, int64_t out_row_stride) {
@@ -86,7 +89,8 @@ inline void multiply_by_dots(int64_t rows, int64_t columns, int64_t depth, Row&&
   }
 }
 
-// ---- the pass --------------------------------------------------------------------------------------------------------
+// ---- the pass
+// --------------------------------------------------------------------------------------------------------
 
 template <class Scalar>
 class ForwardPass {
@@ -251,7 +255,8 @@ class ForwardPass {
                         const StateBefore<Factor>& h_before, T* sums) {
     auto hidden = [&](int64_t i) { return h_before(row + i); };
     if (!few_steps_) {
-      const Panels<Factor> panels = packed_panels<Factor>(weights_.data() + unit * kGates * panel_depth(), panel_depth());
+      const Panels<Factor> panels =
+          packed_panels<Factor>(weights_.data() + unit * kGates * panel_depth(), panel_depth());
       const Panels<Factor> below = {panels.data + padded_inputs_ * panels.row_stride, panels.row_stride,
                                     panels.panel_stride};
       if (many_sequences_) {
@@ -263,8 +268,8 @@ class ForwardPass {
     }
     const Scalar* weight = static_cast<const Scalar*>(layer_.w_hh) + unit * outputs_;
     for (int64_t gate = 0; gate < kGates; ++gate) {
-      multiply_by_dots<Factor>(rows, units, outputs_, hidden, weight + gate * H_ * outputs_, outputs_, sums + gate * kUnits,
-                          kPanel);
+      multiply_by_dots<Factor>(rows, units, outputs_, hidden, weight + gate * H_ * outputs_, outputs_,
+                               sums + gate * kUnits, kPanel);
     }
   }
 
@@ -332,11 +337,11 @@ class ForwardPass {
   bool few_rows_, few_steps_;  // W_ih, W_hh are read as they lie
   bool many_sequences_;        // steps multiply the input too; with matrix units, one product for all is faster
   int64_t padded_inputs_;      // rows of a panel that are for W_ih
-  Scratch<T> bias_;  // b_ih + b_hh
+  Scratch<T> bias_;            // b_ih + b_hh
   Widened<Scalar, Factor> h0_;
   Widened<Scalar, T> c0_;
   Scratch<Factor> rounded_from_;  // the hidden states before they were rounded to the output
-  Scratch<Factor> wide_input_;  // the input in the type of the products, where steps read it
+  Scratch<Factor> wide_input_;    // the input in the type of the products, where steps read it
   Scratch<Factor> weights_;       // [W_ih, W_hh] or W_hh as panels
   Scratch<Factor> unprojected_;   // [batch][H]
   Factor* hidden_;

@@ -1,5 +1,5 @@
-// What both directions of the LSTM need: its operands in the type of the sums, the order of the packed rows, and how the
-// members of a team share a step. The formulas are in lstm_forward.cc and lstm_backward.cc.
+// What both directions of the LSTM need: its operands in the type of the sums, the order of the packed rows, and how
+// the members of a team share a step. The formulas are in lstm_forward.cc and lstm_backward.cc.
 #pragma once
 
 #include "gemm.h"
@@ -134,7 +134,8 @@ struct StateBefore {
   DLKERNELS_INLINE const T* operator()(int64_t i) const { return (i < count ? continued : initial) + i * width; }
 };
 template <class T>
-inline StateBefore<T> state_before(const Sequence& sequence, int64_t turn, const T* states, const T* initial, int64_t width) {
+inline StateBefore<T> state_before(const Sequence& sequence, int64_t turn, const T* states, const T* initial,
+                                   int64_t width) {
   const int64_t count = sequence.continued(turn);
   return {count > 0 ? states + sequence.offset(turn - 1) * width : initial, initial, count, width};
 }

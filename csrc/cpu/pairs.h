@@ -15,8 +15,7 @@ inline constexpr bool kHasPairs = false;
 
 // The type that products of Scalar are taken in: bfloat16 itself where there are pairs, else that of the sums.
 template <class Scalar>
-using factor_t =
-    std::conditional_t<kHasPairs && std::is_same_v<Scalar, bfloat16>, bfloat16, accumulate_t<Scalar>>;
+using factor_t = std::conditional_t<kHasPairs && std::is_same_v<Scalar, bfloat16>, bfloat16, accumulate_t<Scalar>>;
 
 // A multiply-add of the products: the elements of the depth that it takes in a lane, the registers that hold them. The
 // micro-kernel spreads a left element over the lanes; dot products load both sides along the depth.
@@ -51,9 +50,7 @@ struct Step<bfloat16> {
   }
   // The last element of an odd depth, beside a zero.
   static DLKERNELS_INLINE Register spread_last(const bfloat16* p) { return (__m512bh)_mm512_set1_epi32(p->bits); }
-  static DLKERNELS_INLINE VecF add(Register a, Register b, VecF sum) {
-    return VecF(_mm512_dpbf16_ps(sum.raw, a, b));
-  }
+  static DLKERNELS_INLINE VecF add(Register a, Register b, VecF sum) { return VecF(_mm512_dpbf16_ps(sum.raw, a, b)); }
 };
 #endif
 

@@ -353,8 +353,8 @@ DLKERNELS_INLINE void add_halves(Vec<T>* rows, std::index_sequence<Row...>) {
   constexpr int64_t size = Vec<T>::size;
   constexpr auto lanes = std::make_index_sequence<size>();
   constexpr size_t half = sizeof...(Row);
-  ((rows[Row] = interleave<0>(rows[Row], rows[Row + half], lanes) +
-                interleave<size / 2>(rows[Row], rows[Row + half], lanes)),
+  ((rows[Row] =
+        interleave<0>(rows[Row], rows[Row + half], lanes) + interleave<size / 2>(rows[Row], rows[Row + half], lanes)),
    ...);
   if constexpr (half > 1) add_halves(rows, std::make_index_sequence<half / 2>());
 }

@@ -305,8 +305,8 @@ BackwardResult attention_backward(const Tensor& grad_output, const Tensor& query
                  is_causal, scale, enable_gqa, output_mask);
 }
 
-// The factors 0 and 1 / (1 - p) that dropout multiplied the probabilities by, [batch..., heads, L, S], from the backward
-// operator: with probabilities of one and rows of the identity as grad_output, they are the gradient of value.
+// The factors 0 and 1 / (1 - p) that dropout multiplied the probabilities by, [batch..., heads, L, S], from the
+// backward operator: with probabilities of one and rows of the identity as grad_output, they are the gradient of value.
 Tensor dropout_factors(const Tensor& grad_output, const c10::SymInt& S, const Tensor& dropout_seed, double dropout_p) {
   const c10::SymInt L = grad_output.sym_size(-2);
   const auto options = grad_output.options().dtype(accumulate_type(grad_output.scalar_type()));
