@@ -193,11 +193,48 @@ def test_an_empty_batch(shape: tuple[int, ...]) -> None:
 
 
 def test_no_input_channels_leave_the_bias() -> None:
+    """torch gives [N, 0, H, W], which drops the bias and its gradient, and no longer has the channels of the weight."""
     x, w, b = images(2, 0, 5, 5).requires_grad_(), kernels(4, 0, 3, 3).requires_grad_(), images(4).requires_grad_()
     output = F.conv2d(x, w, b)
     assert torch.equal(output, b.detach().view(1, 4, 1, 1).expand(2, 4, 3, 3))
     output.sum().backward()
     assert torch.equal(b.grad, torch.full((4,), 18.0)) and w.grad.shape == w.shape and x.grad.shape == x.shape
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")], ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "outputs", "groups", "dilation"),
+    [
+        ((2, 20, 9, 7), 18, 1, 1),
+        ((1, 3, 17, 18), 16, 1, 1),  # few input channels: the output channels are the lanes
+        ((2, 6, 12, 11), 10, 2, 2),
+        ((2, 19, 8, 9), 19, 19, 1),
+    ],
+    ids=["dense", "few_channels", "grouped_dilated", "depthwise"],
+)
+def test_padding_adds_nothing_to_the_gradient_of_the_weight(
+    shape: tuple[int, ...],
+    outputs: int,
+    groups: int,
+    dilation: int,
+    layout: torch.memory_format,
+    value: float,
+    isa: str,
+) -> None:
+    """Not even where the incoming gradient is not finite; torch's paths without oneDNN make that NaN."""
+    x = images(*shape).contiguous(memory_format=layout)
+    w = kernels(outputs, shape[1] // groups, 3, 3).requires_grad_()
+    output = F.conv2d(x, w, None, 1, dilation, dilation, groups)
+    grad = normal(*output.shape, seed=3, dtype=torch.float32)
+    grad[0, 0, 0, 0] = 0.0
+    (finite,) = torch.autograd.grad(output, w, grad, retain_graph=True)
+    grad[0, 0, 0, 0] = value
+    (actual,) = torch.autograd.grad(output, w, grad)
+    torch.testing.assert_close(actual[1:], finite[1:])
+    torch.testing.assert_close(actual[:, :, 0], finite[:, :, 0])  # the taps above and to the left of the first pixel
+    torch.testing.assert_close(actual[:, :, :, 0], finite[:, :, :, 0])
+    assert not actual[0, :, 1:, 1:].isfinite().any()
 
 
 def test_gradients_only_where_asked() -> None:

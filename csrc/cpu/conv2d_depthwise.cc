@@ -508,9 +508,17 @@ class DepthwiseWeightGradient {
       stage_block(grad_output_, block, channel, channels, grid_.output_window(block, grid_.phases[0]), gradient.data());
       grid_.place_pixels(block, window, places.data());
       for (int64_t t = 0; t < taps; ++t) offsets[t] = grid_.tap_pixel(grid_.taps[t], window) * channels;
+      const bool inside_only =
+          grid_.reads_padding(block, g_.H, g_.W) && !all_finite(gradient.data(), block.pixels() * channels);
       for (int64_t c = 0; c < channels; c += Vec<T>::size) {
-        add_vector(block.pixels(), channels, min_of(Vec<T>::size, channels - c), gradient.data() + c, staged.data() + c,
-                   places.data(), offsets.data(), partial + channel + c);
+        const int64_t lanes = min_of(Vec<T>::size, channels - c);
+        if (inside_only) {
+          add_vector_inside(block, channels, lanes, gradient.data() + c, staged.data() + c, places.data(),
+                            offsets.data(), partial + channel + c);
+        } else {
+          add_vector(block.pixels(), channels, lanes, gradient.data() + c, staged.data() + c, places.data(),
+                     offsets.data(), partial + channel + c);
+        }
       }
     }
   }
@@ -531,6 +539,20 @@ class DepthwiseWeightGradient {
     }
     for (; t < taps; ++t) {
       add_pixels<1>(pixels, gradient, staged, places, channels, offsets + t, lanes, partial + t * C, C);
+    }
+  }
+
+  // The same with the taps that lie inside the image alone.
+  void add_vector_inside(const Block& block, int64_t channels, int64_t lanes, const T* gradient, const T* staged,
+                         const int64_t* places, const int64_t* offsets, T* partial) const {
+    for (int64_t t = 0; t < grid_.tap_count; ++t) {
+      for (int64_t row = 0; row < block.images * block.rows; ++row) {
+        const Columns columns = grid_.inside_columns(grid_.taps[t], block, row % block.rows, g_.H, g_.W);
+        if (columns.end <= columns.first) continue;
+        const int64_t pixel = row * block.columns + columns.first;
+        add_pixels<1>(columns.end - columns.first, gradient + pixel * channels, staged, places + pixel, channels,
+                      offsets + t, lanes, partial + t * g_.C, g_.C);
+      }
     }
   }
 

@@ -79,10 +79,15 @@ class DenseWeightGradient {
       if (swapped_) {
         stage_block(grad_output_, block, region.group * out_channels_ + region.out, region.out_count,
                     grid_.output_window(block, grid_.phases[0]), gradient.data());
-        add_chunk_swapped(block, window, region, staged.data(), gradient.data(), sums);
       } else {
         stage_gradient(block, region, gradient.data());
-        add_chunk(block, window, region, staged.data(), gradient.data(), sums);
+      }
+      const bool inside_only =
+          grid_.reads_padding(block, g_.H, g_.W) && !all_finite(gradient.data(), block.pixels() * region.out_count);
+      if (swapped_) {
+        add_chunk_swapped(block, window, region, staged.data(), gradient.data(), inside_only, sums);
+      } else {
+        add_chunk(block, window, region, staged.data(), gradient.data(), inside_only, sums);
       }
     }
   }
@@ -107,63 +112,87 @@ class DenseWeightGradient {
     }
   }
 
-  void add_chunk(const Block& block, const Window& window, const Region& region, const T* staged, const T* gradient,
-                 T* sums) const {
-    const int64_t channels = region.in_count, pixels = block.pixels();
-    const int64_t row_step = grid_.pixel_step_y() * window.columns * channels;
-    const int64_t column_step = grid_.pixel_step_x() * channels;
-    Segment segments[kGradientPixels];
+  // The block's pixels as depth of a product: rows of pixels, pixel j of row (n, i) at row_offset(n, i) + j * step of
+  // the right operand. With a tap given, those whose tap lies inside the image alone.
+  template <class RowOffset>
+  int64_t segments_of(const Block& block, const Tap* tap, RowOffset&& row_offset, int64_t step,
+                      Segment* segments) const {
     int64_t count = 0;
     for (int64_t n = 0; n < block.images; ++n) {
       for (int64_t i = 0; i < block.rows; ++i) {
-        const int64_t pixel = (n * block.rows + i) * block.columns;
-        const int64_t offset = n * window.rows * window.columns * channels + i * row_step;
-        if (count > 0 && segments[count - 1].b_offset + segments[count - 1].depth * column_step == offset) {
-          segments[count - 1].depth += block.columns;
+        const Columns columns =
+            tap == nullptr ? Columns{0, block.columns} : grid_.inside_columns(*tap, block, i, g_.H, g_.W);
+        if (columns.end <= columns.first) continue;
+        const int64_t pixel = (n * block.rows + i) * block.columns + columns.first;
+        const int64_t offset = row_offset(n, i) + columns.first * step, depth = columns.end - columns.first;
+        Segment* last = segments + count - 1;
+        if (count > 0 && last->a_offset + last->depth == pixel && last->b_offset + last->depth * step == offset) {
+          last->depth += depth;
         } else {
-          segments[count++] = {block.columns, pixel, offset};
+          segments[count++] = {depth, pixel, offset};
         }
       }
     }
-    const int64_t products = merged_ ? 1 : g_.kernel_W, columns = merged_ ? g_.kernel_W * channels : channels;
-    for (int64_t kh = 0; kh < g_.kernel_H; ++kh) {
-      for (int64_t product = 0; product < products; ++product) {
-        const Tap& tap = grid_.taps[kh * g_.kernel_W + product];
-        const T* shifted = staged + grid_.tap_pixel(tap, window) * channels;
-        T* out = sums + (kh * products + product) * region.out_count * columns;
-        multiply_chunk(region.out_count, columns, segments, count, gradient, pixels, shifted, column_step, out);
+    return count;
+  }
+
+  void add_chunk(const Block& block, const Window& window, const Region& region, const T* staged, const T* gradient,
+                 bool inside_only, T* sums) const {
+    const int64_t channels = region.in_count, pixels = block.pixels();
+    const int64_t column_step = grid_.pixel_step_x() * channels;
+    auto row_offset = [&](int64_t n, int64_t i) {
+      return (n * window.rows + i * grid_.pixel_step_y()) * window.columns * channels;
+    };
+    Segment segments[kGradientPixels];
+    int64_t count = segments_of(block, nullptr, row_offset, column_step, segments);
+    const int64_t products = merged_ ? 1 : g_.kernel_W, taps = merged_ ? g_.kernel_W : 1, columns = taps * channels;
+    for (int64_t product = 0; product < g_.kernel_H * products; ++product) {
+      const Tap* first = grid_.taps + product * taps;
+      T* out = sums + product * region.out_count * columns;
+      for (int64_t tap = 0; tap < (inside_only ? taps : 1); ++tap) {
+        if (inside_only) count = segments_of(block, first + tap, row_offset, column_step, segments);
+        const T* shifted = staged + grid_.tap_pixel(first[tap], window) * channels;
+        multiply_chunk(region.out_count, inside_only ? channels : columns, segments, count, gradient, pixels, shifted,
+                       column_step, out + tap * channels, columns);
       }
     }
   }
 
   void add_chunk_swapped(const Block& block, const Window& window, const Region& region, const T* staged,
-                         const T* gradient, T* sums) const {
+                         const T* gradient, bool inside_only, T* sums) const {
     const int64_t channels = region.in_count, pixels = block.pixels(), rows = g_.kernel_W * channels;
-    const int64_t column_step = grid_.pixel_step_x() * channels;
+    const int64_t column_step = grid_.pixel_step_x() * channels, columns = region.out_count;
+    auto row_offset = [&](int64_t n, int64_t i) { return (n * block.rows + i) * block.columns * columns; };
+    Segment segments[kGradientPixels];
+    int64_t count = segments_of(block, nullptr, row_offset, columns, segments);
     Scratch<T> patches(rows * pixels);  // [kernel_W x in][pixel]
     for (int64_t kh = 0; kh < g_.kernel_H; ++kh) {
-      const T* shifted = staged + grid_.tap_pixel(grid_.taps[kh * g_.kernel_W], window) * channels;
+      const Tap* first = grid_.taps + kh * g_.kernel_W;
+      const T* shifted = staged + grid_.tap_pixel(*first, window) * channels;
       for (int64_t row = 0; row < block.images * block.rows; ++row) {
         const int64_t window_row = row / block.rows * window.rows + row % block.rows * grid_.pixel_step_y();
         transpose(shifted + window_row * window.columns * channels, column_step, block.columns, rows,
                   patches.data() + row * block.columns, pixels);
       }
-      const Segment segment = {pixels, 0, 0};
-      multiply_chunk(rows, region.out_count, &segment, 1, patches.data(), pixels, gradient, region.out_count,
-                     sums + kh * rows * region.out_count);
+      for (int64_t tap = 0; tap < (inside_only ? g_.kernel_W : 1); ++tap) {
+        if (inside_only) count = segments_of(block, first + tap, row_offset, columns, segments);
+        multiply_chunk(inside_only ? channels : rows, columns, segments, count,
+                       patches.data() + tap * channels * pixels, pixels, gradient, columns,
+                       sums + (kh * rows + tap * channels) * columns, columns);
+      }
     }
   }
 
   // out[row][column] += sum over the segments' pixels of left[row][pixel] * right[pixel][column].
   static void multiply_chunk(int64_t rows, int64_t columns, const Segment* segments, int64_t count, const T* left,
-                             int64_t pixels, const T* right, int64_t column_step, T* out) {
+                             int64_t pixels, const T* right, int64_t column_step, T* out, int64_t out_stride) {
     for (int64_t j = 0; j < columns; j += kTileColumns<T>) {
       for (int64_t k = 0; k < rows; k += kTileRows) {
         const int64_t tile_rows = min_of(kTileRows, rows - k);
         const T* pointers[kTileRows];
         for (int64_t r = 0; r < tile_rows; ++r) pointers[r] = left + (k + r) * pixels;
         multiply_tile(tile_rows, min_of(kTileColumns<T>, columns - j), segments, count, pointers, right + j,
-                      column_step, out + k * columns + j, columns, true);
+                      column_step, out + k * out_stride + j, out_stride, true);
       }
     }
   }

@@ -19,6 +19,11 @@ struct Tap {
   int64_t weight_offset;  // of the tap's matrix, from the first
 };
 
+// Columns [first, end) of a block; none where end <= first.
+struct Columns {
+  int64_t first, end;
+};
+
 // Output pixels that the same taps reach: (output_y + i step, output_x + j step) for (i, j) in rows x columns.
 struct Phase {
   int64_t rows, columns;
@@ -108,6 +113,17 @@ struct Grid {
     const int64_t y = (block.row + i) * input_step_y + tap.dy, x = (block.column + j) * input_step_x + tap.dx;
     return y >= 0 && y < H && x >= 0 && x < W;
   }
+  // The columns of row i of a block whose tap lies inside an H x W image.
+  Columns inside_columns(const Tap& tap, const Block& block, int64_t i, int64_t H, int64_t W) const {
+    const int64_t y = (block.row + i) * input_step_y + tap.dy, x = block.column * input_step_x + tap.dx;
+    if (y < 0 || y >= H || x >= W) return {0, 0};
+    return {x >= 0 ? 0 : ceil_div(-x, input_step_x), min_of(block.columns, ceil_div(W - x, input_step_x))};
+  }
+  // Whether some tap of the block lies in the padding of an H x W image.
+  bool reads_padding(const Block& block, int64_t H, int64_t W) const {
+    const Window w = input_window(block);
+    return w.y < 0 || w.x < 0 || w.y + (w.rows - 1) * w.step_y >= H || w.x + (w.columns - 1) * w.step_x >= W;
+  }
 };
 
 // Matrices of the taps: element (in, out) of group g and tap t is data[g group + in * in_stride + out * out_stride +
@@ -145,8 +161,7 @@ void unstage_block(const Images<Scalar>& images, const Block& block, int64_t cha
   }
 }
 
-// Padding times a weight that is not finite would be NaN; such weights (only) are applied pixel by pixel, inside the
-// image.
+// Padding times a weight or a gradient that is not finite would be NaN; these (only) meet no pixel outside the image.
 template <class T>
 bool all_finite(const T* values, int64_t count) {
   constexpr int64_t lanes = Vec<T>::size;

@@ -34,6 +34,7 @@ def conv2d(
 
     Returns:
         ``[N, K, output_H, output_W]`` (or without ``N``), in ``torch.channels_last`` where the input or the weight is.
+        Without input channels that is the bias, where torch gives ``[N, 0, output_H, output_W]``.
 
     Raises:
         RuntimeError: shapes, types or devices do not fit together, or a number is out of range.
