@@ -10,7 +10,14 @@ from torch import Tensor
 
 from .cases import Case, Sample, all_cases, call
 
-cases = pytest.mark.parametrize("case", all_cases(), ids=str)
+
+def tensors_of(case: Case) -> list[Tensor]:
+    sample = case.build(torch.float32)
+    return [value for value in (*sample.args, *sample.kwargs.values()) if isinstance(value, Tensor)]
+
+
+SEVERAL_TENSORS = [case for case in all_cases() if len(tensors_of(case)) > 1]
+SEVERAL_FLOATING = [case for case in all_cases() if sum(t.is_floating_point() for t in tensors_of(case)) > 1]
 
 
 def with_one_changed(
@@ -28,23 +35,16 @@ def with_one_changed(
             yield name, Sample(original.args, {**original.kwargs, name: change(value)})
 
 
-@cases
+@pytest.mark.parametrize("case", SEVERAL_TENSORS, ids=str)
 def test_a_tensor_on_another_device_is_refused(case: Case) -> None:
-    sample = case.build(torch.float32)
-    if sum(isinstance(value, Tensor) for value in (*sample.args, *sample.kwargs.values())) < 2:
-        pytest.skip("a single tensor cannot be on another device")
     for where, changed in with_one_changed(case, lambda t: t.to("meta"), lambda t: True):
         if where != "batch_sizes":  # on the CPU whatever the device of the others
             with pytest.raises(RuntimeError, match="same device"):
                 call(case.function, changed)
 
 
-@cases
+@pytest.mark.parametrize("case", SEVERAL_FLOATING, ids=str)
 def test_mixed_types_are_refused(case: Case) -> None:
-    sample = case.build(torch.float32)
-    floating = [v for v in (*sample.args, *sample.kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point()]
-    if len(floating) == 1:
-        pytest.skip("a single floating-point tensor has the type that it has")
     for _, changed in with_one_changed(case, Tensor.double, Tensor.is_floating_point):
         with pytest.raises(RuntimeError, match="(?i)double"):
             call(case.function, changed)

@@ -56,7 +56,6 @@ class Case:
     primary: bool = False  # the one that slow suites (torch.compile, export) run
     integers: bool = True  # small integers in give exactly representable results out
     channels_last: bool = False  # its 4-d arguments may come in torch.channels_last
-    second_order: bool = True
     infinite_arguments: tuple[int, ...] | None = None  # where Inf must act as in torch; None for everywhere
     same_nonfinite: bool = True  # NaN and Inf appear exactly where torch has them
 
