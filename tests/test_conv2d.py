@@ -237,6 +237,38 @@ def test_padding_adds_nothing_to_the_gradient_of_the_weight(
     assert not actual[0, :, 1:, 1:].isfinite().any()
 
 
+def one_running_sum(x: Tensor, w: Tensor) -> Tensor:
+    """The convolution with padding 1, all products of an output added one after another in float32."""
+    columns, weight = torch.nn.functional.unfold(x, 3, padding=1), w.flatten(1)
+    total = torch.zeros(x.size(0), w.size(0), columns.size(2))
+    for product in range(columns.size(1)):
+        total += weight[:, product, None] * columns[:, None, product]
+    return total.unflatten(2, x.shape[2:])
+
+
+@pytest.mark.parametrize("channels", [128, 200])
+def test_wide_3x3_kernels_are_as_accurate_as_one_running_sum(channels: int, isa: str) -> None:
+    """Winograd's transforms round as well; the runs of sums are short enough to make up for it."""
+    x, w = images(2, channels, 12, 20), kernels(48, channels, 3, 3)
+    exact = torch.nn.functional.conv2d(x.double(), w.double(), padding=1)
+
+    def error(values: Tensor) -> float:
+        return float((values.double() - exact).norm() / exact.norm())
+
+    assert error(F.conv2d(x, w, padding=1)) <= error(one_running_sum(x, w))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_numbers_that_overflow_in_a_transform_do_not_in_the_result(layout: torch.memory_format, isa: str) -> None:
+    x, w = images(2, 32, 10, 12).contiguous(memory_format=layout), kernels(32, 32, 3, 3)
+    x[1, 3, 4, 5] = 3e38  # its products with the smaller weights are finite
+    output = F.conv2d(x, w, padding=1)
+    expected = torch.nn.functional.conv2d(x.double(), w.double(), padding=1).clamp(-3.5e38, 3.5e38)
+    finite = expected.abs() < 3.4e38
+    assert torch.equal(output.isfinite(), finite) and not finite.all()
+    torch.testing.assert_close(output[finite].double(), expected[finite], rtol=1e-5, atol=1e-3)
+
+
 def test_gradients_only_where_asked() -> None:
     x, w, b = images(2, 3, 6, 6), kernels(4, 3, 3, 3).requires_grad_(), images(4)
     F.conv2d(x, w, b).sum().backward()

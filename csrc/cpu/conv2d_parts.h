@@ -25,6 +25,13 @@ bool convolve_planar(const Convolution<Scalar>& convolution);
 template <class Scalar>
 bool convolve_on_tiles(const Convolution<Scalar>& convolution);
 
+// conv2d_winograd.cc: float32 3x3 kernels at stride one with fewer multiplications. False for any other convolution,
+// where the shape does not gain, or where a result is not finite; the result is then unfinished.
+template <class Scalar>
+bool convolve_winograd(const Convolution<Scalar>& convolution);
+template <class Scalar>
+bool winograd_weight_gradient(const Conv2dBackwardArgs& args);
+
 // conv2d_depthwise.cc: one channel per group.
 template <class Scalar>
 void convolve_depthwise(const Convolution<Scalar>& convolution);

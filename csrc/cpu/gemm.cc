@@ -11,7 +11,8 @@ using TileFunction = void (*)(const Segment* segments, int64_t segment_count, co
                               int64_t b_row_stride, accumulate_t<T>* c, int64_t c_row_stride, int64_t last_lanes,
                               bool accumulate);
 
-// `Partial`: only `last_lanes` lanes of the last vector exist in b and c.
+// `Partial`: only `last_lanes` lanes of the last vector exist in b and c. Unrolling is asked for, because the sums stay
+// in registers from one segment to the next only where every index of theirs is a constant.
 template <class T, int Rows, int Vectors, bool Partial>
 void tile(const Segment* segments, int64_t segment_count, const T* const* rows, const T* b_data, int64_t b_row_stride,
           accumulate_t<T>* c, int64_t c_row_stride, int64_t last_lanes, bool accumulate) {
@@ -19,34 +20,42 @@ void tile(const Segment* segments, int64_t segment_count, const T* const* rows, 
   constexpr int64_t lanes = Sum::size;
   constexpr int64_t step = Step<T>::depth;
   Sum sum[Rows][Vectors];
+#pragma GCC unroll 8
   for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 8
     for (int v = 0; v < Vectors; ++v) sum[r][v] = Sum::zero();
   }
   for (const Segment* segment = segments; segment != segments + segment_count; ++segment) {
     const T* a[Rows];
+#pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r) a[r] = rows[r] + segment->a_offset;
     const T* b = b_data + segment->b_offset;
     auto add_step = [&](auto spread) {
       typename Step<T>::Register b_row[Vectors];
+#pragma GCC unroll 8
       for (int v = 0; v < Vectors; ++v) {
         const T* right = b + v * lanes * step;
         b_row[v] = Partial && v == Vectors - 1 ? Step<T>::load_right(right, last_lanes) : Step<T>::load_right(right);
       }
+#pragma GCC unroll 8
       for (int r = 0; r < Rows; ++r) {
         const typename Step<T>::Register left = spread(a[r]);
+#pragma GCC unroll 8
         for (int v = 0; v < Vectors; ++v) sum[r][v] = Step<T>::add(left, b_row[v], sum[r][v]);
       }
     };
     int64_t k = 0;
     for (; k + step <= segment->depth; k += step) {
-      add_step([k](const T* row) { return Step<T>::spread_left(row + k); });
+      add_step([k, segment](const T* row) { return Step<T>::spread_left(row + k * segment->a_step); });
       b += b_row_stride * step;
     }
     if constexpr (step > 1) {
       if (k < segment->depth) add_step([k](const T* row) { return Step<T>::spread_last(row + k); });
     }
   }
+#pragma GCC unroll 8
   for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 8
     for (int v = 0; v < Vectors; ++v) {
       accumulate_t<T>* out = c + r * c_row_stride + v * lanes;
       if (Partial && v == Vectors - 1) {

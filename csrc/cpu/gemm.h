@@ -52,14 +52,16 @@ inline Panels<T> plain_panels(const T* data, int64_t row_stride) {
   return {data, row_stride, kTileColumns<T>};
 }
 
-// A stretch of the depth: `depth` elements from rows[i] + a_offset, against rows of B from b + b_offset.
+// A stretch of the depth: `depth` elements, a_step apart, from rows[i] + a_offset, against rows of B from b + b_offset.
+// Pairs lie side by side: their a_step is one.
 struct Segment {
   int64_t depth, a_offset, b_offset;
+  int64_t a_step = 1;
 };
 
-// One tile: c[i][j] (+)= sum over the segments, and over k within each, of rows[i][a_offset + k] * b[b_offset][k][j],
-// one run of sums in that order, for `tile_rows` <= kTileRows rows and `columns` <= kTileColumns columns. Reads no
-// element of b beyond `columns`.
+// One tile: c[i][j] (+)= sum over the segments, and over k within each, of rows[i][a_offset + k * a_step] *
+// b[b_offset][k][j], one run of sums in that order, for `tile_rows` <= kTileRows rows and `columns` <= kTileColumns
+// columns. Reads no element of b beyond `columns`.
 template <class T>
 void multiply_tile(int64_t tile_rows, int64_t columns, const Segment* segments, int64_t segment_count,
                    const T* const* rows, const T* b, int64_t b_row_stride, accumulate_t<T>* c, int64_t c_row_stride,

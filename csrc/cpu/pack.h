@@ -71,11 +71,15 @@ inline void transpose(const Source* source, int64_t source_row_stride, int64_t r
         for (int64_t c = 0; c < lanes; ++c) store(out + c * destination_row_stride, block[c]);
         continue;
       }
+#pragma GCC unroll 16
       for (int64_t r = 0; r < lanes; ++r) {
         block[r] = r < block_rows ? load(in + r * source_row_stride, block_columns) : Vec<T>::zero();
       }
       transpose_square(block);
-      for (int64_t c = 0; c < block_columns; ++c) store(out + c * destination_row_stride, block[c], block_rows);
+#pragma GCC unroll 16
+      for (int64_t c = 0; c < lanes; ++c) {
+        if (c < block_columns) store(out + c * destination_row_stride, block[c], block_rows);
+      }
     }
   }
 }

@@ -54,6 +54,7 @@ class Case:
     reference: Callable[..., Any]
     build: Callable[[torch.dtype], Sample]
     primary: bool = False  # the one that slow suites (torch.compile, export) run
+    float32_error: float = 0.0  # relative error that its algorithm may have in float32 where torch's has less
     integers: bool = True  # small integers in give exactly representable results out
     channels_last: bool = False  # its 4-d arguments may come in torch.channels_last
     infinite_arguments: tuple[int, ...] | None = None  # where Inf must act as in torch; None for everywhere

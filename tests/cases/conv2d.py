@@ -23,9 +23,13 @@ def _build(
     return build
 
 
-def _case(name: str, build: Callable[[torch.dtype], Sample], primary: bool = False) -> Case:
+def _case(name: str, build: Callable[[torch.dtype], Sample], **properties: Any) -> Case:
     reference = torch.nn.functional.conv2d
-    return Case("conv2d", name, F.conv2d, reference, build, primary=primary, channels_last=True)
+    return Case("conv2d", name, F.conv2d, reference, build, channels_last=True, **properties)
+
+
+# Winograd's transforms divide by 3 and 5, and round: see the head of csrc/cpu/conv2d_winograd.cc for the bound.
+_WINOGRAD = {"float32_error": 6e-7, "integers": False}
 
 
 CASES = [
@@ -46,6 +50,9 @@ CASES = [
     _case("one_channel_digits", _build((3, 1, 12, 12), (6, 1, 5, 5), padding=2)),
     _case("unbatched", _build((4, 9, 8), (3, 4, 3, 3), padding="valid")),
     _case("whole_image_kernel", _build((3, 5, 6, 6), (7, 5, 6, 6))),
+    _case("winograd", _build((2, 33, 11, 13), (34, 33, 3, 3), padding=1), **_WINOGRAD),
+    _case("winograd_grouped", _build((1, 64, 9, 22), (66, 32, 3, 3), groups=2), **_WINOGRAD),
+    _case("winograd_few_tiles", _build((4, 130, 7, 7), (35, 130, 3, 3), padding=1, bias=False), **_WINOGRAD),
     _case("one_row", _build((2, 4, 1, 260), (3, 4, 1, 9), padding=(0, 4))),
 ]
 
