@@ -13,7 +13,7 @@
 //
 // Dense convolutions are products over (tap, channel). Their columns, which the lanes lie along, are output channels
 // (conv2d_dense.cc; conv2d_tiles.cc on matrix units) or pixels (conv2d_planar.cc), whichever fill the lanes and lie
-// there in memory. 3x3 kernels at stride one in float32 take a third of the multiplications, forward and for both
+// there in memory. 3x3 kernels at stride one take a third of the multiplications, forward and for both
 // gradients (conv2d_winograd.cc). With one channel per group there is no product: lanes are channels, and each tap is a
 // multiply-add (conv2d_depthwise.cc). The gradient of the weight is a product whose depth is the pixels
 // (conv2d_weight_gradient.cc).

@@ -13,7 +13,7 @@
 //
 // The transforms round too. With tiles of 2 x 4 outputs and runs this short the relative error is 4.3e-7 up to 64
 // channels and 5.6e-7 beyond, that of one running float32 sum of 64 and of 108 channels; tiles of 4 x 4 outputs were a
-// tenth faster and twice as far off.
+// tenth faster and twice as far off, which is nothing beside the rounding of a result to a half type.
 //
 // The gradient of the input is the same with the roles of the channels swapped. The gradient of the weight is the
 // adjoint: at every point a product whose depth is the tiles, of v and of the transformed gradient of the outputs.
@@ -28,9 +28,8 @@
 namespace dlkernels::DLKERNELS_ISA {
 namespace {
 
-using Outputs = TileFilter<2, 4>;
-constexpr int64_t kPoints = Outputs::points;
-constexpr int64_t kWindowRows = Outputs::rows + 2, kWindowColumns = Outputs::columns + 2;
+template <class Scalar>
+using OutputsOf = TileFilter<Vec<float>, std::is_same_v<Scalar, float> ? 2 : 4, 4>;
 
 constexpr int64_t kMostRunChannels = 64;
 constexpr int64_t kTaskTiles = 96;
@@ -44,6 +43,7 @@ constexpr int64_t kFewestTiles = 16;
 using V = Vec<float>;
 
 // The tiles of a batch of outputs, numbered image by image and row by row.
+template <class Outputs>
 struct TileGrid {
   int64_t N, H, W;  // of the outputs
   int64_t rows, columns;
@@ -66,16 +66,17 @@ struct TileGrid {
 };
 
 // A pixel-major view: the pixel below and the pixel to the right are so many elements away.
+template <class Element>
 struct Pixels {
-  const float* data;
+  const Element* data;
   int64_t row_stride, column_stride;
 };
 
 // Transforms [first, end) of windows of rows x columns at (y + offset_y, x + offset_x) of each tile: transform(tile,
 // pixels). What lies inside the image is read in place where channels are contiguous, otherwise from a zero-padded
 // copy.
-template <class Transform>
-void transform_windows(const TileGrid& tiles, const Images<const float>& images, int64_t first, int64_t end,
+template <class Outputs, class Scalar, class Transform>
+void transform_windows(const TileGrid<Outputs>& tiles, const Images<const Scalar>& images, int64_t first, int64_t end,
                        int64_t channel, int64_t channels, int64_t rows, int64_t columns, int64_t offset_y,
                        int64_t offset_x, Transform&& transform) {
   const bool in_place = images.channels_last;
@@ -85,12 +86,12 @@ void transform_windows(const TileGrid& tiles, const Images<const float>& images,
     const int64_t width = columns + (count - 1) * Outputs::columns;
     const Window window = {y + offset_y, x + offset_x, rows, width, 1, 1};
     if (in_place && window.y >= 0 && window.x >= 0 && window.y + rows <= images.H && window.x + width <= images.W) {
-      transform(tile, Pixels{images.at(image, channel, window.y, window.x), images.W * images.C, images.C});
+      transform(tile, Pixels<Scalar>{images.at(image, channel, window.y, window.x), images.W * images.C, images.C});
       return;
     }
     stage(images, image, channel, channels, window, staged.data());
     for (int64_t i = 0; i < count; ++i) {
-      transform(tile + i, Pixels{staged.data() + i * Outputs::columns * channels, width * channels, channels});
+      transform(tile + i, Pixels<float>{staged.data() + i * Outputs::columns * channels, width * channels, channels});
     }
   });
 }
@@ -104,16 +105,18 @@ DLKERNELS_INLINE void for_lanes(int64_t channels, Body&& body) {
 }
 
 // out[xi * point_stride + c] for the channels of one tile of the images; of one tile of a gradient of the outputs.
-void transform_input(const Pixels& in, int64_t channels, float* out, int64_t point_stride) {
+template <class Outputs, class Element>
+void transform_input(const Pixels<Element>& in, int64_t channels, float* out, int64_t point_stride) {
   for_lanes(channels, [&](auto lanes, int64_t c) {
-    Outputs::input<V>(
+    Outputs::input(
         [&](int i, int j) { return load_lanes(in.data + i * in.row_stride + j * in.column_stride + c, lanes); },
         [&](int i, int j, V value) { store(out + (i * Outputs::points_x + j) * point_stride + c, value); });
   });
 }
-void transform_gradient(const Pixels& in, int64_t channels, float* out, int64_t point_stride) {
+template <class Outputs, class Element>
+void transform_gradient(const Pixels<Element>& in, int64_t channels, float* out, int64_t point_stride) {
   for_lanes(channels, [&](auto lanes, int64_t c) {
-    Outputs::output_adjoint<V>(
+    Outputs::output_adjoint(
         [&](int i, int j) { return load_lanes(in.data + i * in.row_stride + j * in.column_stride + c, lanes); },
         [&](int i, int j, V value) { store(out + (i * Outputs::points_x + j) * point_stride + c, value); });
   });
@@ -121,9 +124,13 @@ void transform_gradient(const Pixels& in, int64_t channels, float* out, int64_t 
 
 // ---- forward and gradient of the input ------------------------------------------------------------------------------
 
+template <class Scalar>
 class WinogradConvolution {
+  using Outputs = OutputsOf<Scalar>;
+  static constexpr int64_t kPoints = Outputs::points;
+
  public:
-  explicit WinogradConvolution(const Convolution<float>& convolution)
+  explicit WinogradConvolution(const Convolution<Scalar>& convolution)
       : conv_(convolution),
         grid_(convolution.grid),
         tiles_(conv_.input.N, grid_.rows, grid_.columns),
@@ -212,9 +219,10 @@ class WinogradConvolution {
 
   // out: [tile][point][in channel]
   void transform_images(int64_t group, int64_t first, int64_t end, float* out) const {
-    transform_windows(tiles_, conv_.input, first, end, group * in_channels_, in_channels_, kWindowRows, kWindowColumns,
-                      grid_.first_dy, grid_.first_dx, [&](int64_t tile, const Pixels& pixels) {
-                        transform_input(pixels, in_channels_, out + (tile - first) * kPoints * in_pitch_, in_pitch_);
+    transform_windows(tiles_, conv_.input, first, end, group * in_channels_, in_channels_, Outputs::rows + 2,
+                      Outputs::columns + 2, grid_.first_dy, grid_.first_dx, [&](int64_t tile, const auto& pixels) {
+                        transform_input<Outputs>(pixels, in_channels_, out + (tile - first) * kPoints * in_pitch_,
+                                                 in_pitch_);
                       });
   }
 
@@ -222,23 +230,23 @@ class WinogradConvolution {
   void transform_weights(int64_t group, int64_t panel, int64_t channel, int64_t channels, float* out) const {
     const int64_t columns = panel_columns(panel);
     constexpr int64_t together = V::size;
-    const Weights<float>& w = conv_.weights;
-    const float* first = w.data + group * w.group_stride + channel * w.in_stride + panel * panel_ * w.out_stride;
+    const Weights<Scalar>& w = conv_.weights;
+    const Scalar* first = w.data + group * w.group_stride + channel * w.in_stride + panel * panel_ * w.out_stride;
     Scratch<float> staged(together * 9 * columns);  // [channel][tap][column]
     for (int64_t c = 0; c < channels; c += together) {
       const int64_t block = min_of(together, channels - c);
       for (int64_t tap = 0; tap < 9; ++tap) {
-        pack_rows(Matrix<float>{first + c * w.in_stride + offsets_[tap / 3][tap % 3], w.in_stride, w.out_stride}, block,
-                  columns, staged.data() + tap * columns, 9 * columns);
+        pack_rows(Matrix<Scalar>{first + c * w.in_stride + offsets_[tap / 3][tap % 3], w.in_stride, w.out_stride},
+                  block, columns, staged.data() + tap * columns, 9 * columns);
       }
       for (int64_t i = 0; i < block; ++i) {
         const float* taps = staged.data() + i * 9 * columns;
         float* destination = out + (c + i) * panel_;
         for_lanes(columns, [&](auto lanes, int64_t k) {
-          Outputs::weight<V>([&](int y, int x) { return load_lanes(taps + (3 * y + x) * columns + k, lanes); },
-                             [&](int y, int x, V value) {
-                               store(destination + (y * Outputs::points_x + x) * channels * panel_ + k, value);
-                             });
+          Outputs::weight([&](int y, int x) { return load_lanes(taps + (3 * y + x) * columns + k, lanes); },
+                          [&](int y, int x, V value) {
+                            store(destination + (y * Outputs::points_x + x) * channels * panel_ + k, value);
+                          });
         });
       }
     }
@@ -264,32 +272,38 @@ class WinogradConvolution {
 
   void write_outputs(int64_t group, int64_t panel, int64_t first, int64_t count, const float* products) {
     const int64_t columns = panel_columns(panel), channel = group * out_channels_ + panel * panel_;
-    const bool in_place = conv_.output.channels_last;
-    Scratch<float> results(in_place ? 0 : kRunTiles * Outputs::rows * Outputs::columns * columns);
-    tiles_.for_runs(first, first + count, kRunTiles,
-                    [&](int64_t tile, int64_t run, int64_t image, int64_t y, int64_t x) {
-                      const int64_t rows = min_of(Outputs::rows, tiles_.H - y),
-                                    width = min_of(run * Outputs::columns, tiles_.W - x);
-                      float* out = in_place ? conv_.output.at(image, channel, y, x) : results.data();
-                      const int64_t column_stride = in_place ? conv_.output.C : columns;
-                      const int64_t row_stride = column_stride * (in_place ? conv_.output.W : width);
-                      for (int64_t i = 0; i < run; ++i) {
-                        write_tile(products + (tile - first + i) * kPoints * panel_, channel, columns,
-                                   out + i * Outputs::columns * column_stride, row_stride, column_stride, rows,
-                                   min_of(Outputs::columns, width - i * Outputs::columns));
-                      }
-                      if (!in_place) {
-                        unstage(conv_.output, image, channel, columns, Window{y, x, rows, width, 1, 1}, results.data());
-                      }
-                    });
+    const Images<Scalar>& images = conv_.output;
+    Scratch<float> results(images.channels_last ? 0 : kRunTiles * Outputs::rows * Outputs::columns * columns);
+    auto write_run = [&](int64_t tile, int64_t run, int64_t image, int64_t y, int64_t x) {
+      const int64_t rows = min_of(Outputs::rows, tiles_.H - y), width = min_of(run * Outputs::columns, tiles_.W - x);
+      const float* values = products + (tile - first) * kPoints * panel_;
+      if (images.channels_last) {
+        write_tiles(values, run, channel, columns, images.at(image, channel, y, x), images.W * images.C, images.C, rows,
+                    width);
+      } else {
+        write_tiles(values, run, channel, columns, results.data(), width * columns, columns, rows, width);
+        unstage(images, image, channel, columns, Window{y, x, rows, width, 1, 1}, results.data());
+      }
+    };
+    tiles_.for_runs(first, first + count, kRunTiles, write_run);
   }
 
-  void write_tile(const float* products, int64_t channel, int64_t columns, float* out, int64_t row_stride,
+  // The rows x width outputs of a run of tiles, pixel-major.
+  template <class Element>
+  void write_tiles(const float* products, int64_t run, int64_t channel, int64_t columns, Element* out,
+                   int64_t row_stride, int64_t column_stride, int64_t rows, int64_t width) {
+    for (int64_t i = 0; i < run; ++i) {
+      write_tile(products + i * kPoints * panel_, channel, columns, out + i * Outputs::columns * column_stride,
+                 row_stride, column_stride, rows, min_of(Outputs::columns, width - i * Outputs::columns));
+    }
+  }
+  template <class Element>
+  void write_tile(const float* products, int64_t channel, int64_t columns, Element* out, int64_t row_stride,
                   int64_t column_stride, int64_t rows, int64_t width) {
     V finite = V::zero();  // zero times every output
     for_lanes(columns, [&](auto lanes, int64_t k) {
       const V bias = conv_.bias != nullptr ? load_lanes(conv_.bias + channel + k, lanes) : V::zero();
-      Outputs::output<V>(
+      Outputs::output(
           [&](int i, int j) { return load_lanes(products + (i * Outputs::points_x + j) * panel_ + k, lanes); },
           [&](int i, int j, V value) {
             if (i >= rows || j >= width) return;
@@ -301,9 +315,9 @@ class WinogradConvolution {
     if (reduce_add(finite) != 0.0f) __atomic_store_n(&finite_, false, __ATOMIC_RELAXED);
   }
 
-  const Convolution<float>& conv_;
+  const Convolution<Scalar>& conv_;
   const Grid& grid_;
-  TileGrid tiles_;
+  TileGrid<Outputs> tiles_;
   int64_t in_channels_, out_channels_;  // of one group
   int64_t in_pitch_;                    // from one point of a transformed tile to the next
   int64_t run_channels_;                // of one run of sums
@@ -326,9 +340,13 @@ bool is_worthwhile(int64_t in_channels, int64_t out_channels, int64_t tiles) {
 
 // A task takes one part of the tiles and one block of channels in and out; its sums at every point stay in the
 // second-level cache and become the 9 taps when the part ends.
+template <class Scalar>
 class WinogradWeightGradient {
+  using Outputs = OutputsOf<Scalar>;
+  static constexpr int64_t kPoints = Outputs::points;
+
  public:
-  WinogradWeightGradient(const Conv2dGeometry& g, const float* input, const float* grad_output)
+  WinogradWeightGradient(const Conv2dGeometry& g, const Scalar* input, const Scalar* grad_output)
       : g_(g),
         input_(input_images(g, input)),
         grad_output_(output_images(g, grad_output)),
@@ -345,7 +363,7 @@ class WinogradWeightGradient {
         parts_(part_count(chunks_, regions_, regions_ * region_size_ * static_cast<int64_t>(sizeof(float)))) {}
 
   // False where a sum is not finite.
-  bool run(float* grad_weight) {
+  bool run(Scalar* grad_weight) {
     Scratch<float> partial(parts_ * regions_ * region_size_);
     parallel_for(parts_ * regions_, 1, [&](int64_t task) {
       run_part(task / regions_, region_at(task % regions_), partial.data() + task * region_size_);
@@ -380,15 +398,16 @@ class WinogradWeightGradient {
     for (int64_t tile = first; tile < end; tile += kGradientTiles) {
       const int64_t last = min_of(tile + kGradientTiles, end);
       transform_windows(tiles_, input_, tile, last, region.group * in_channels_ + region.in, region.in_count,
-                        kWindowRows, kWindowColumns, -g_.padding_top, -g_.padding_left,
-                        [&](int64_t t, const Pixels& pixels) {
-                          transform_input(pixels, region.in_count, images.data() + (t - tile) * in_block_,
-                                          kGradientTiles * in_block_);
+                        Outputs::rows + 2, Outputs::columns + 2, -g_.padding_top, -g_.padding_left,
+                        [&](int64_t t, const auto& pixels) {
+                          transform_input<Outputs>(pixels, region.in_count, images.data() + (t - tile) * in_block_,
+                                                   kGradientTiles * in_block_);
                         });
       transform_windows(tiles_, grad_output_, tile, last, region.group * out_channels_ + region.out, region.out_count,
-                        Outputs::rows, Outputs::columns, 0, 0, [&](int64_t t, const Pixels& pixels) {
-                          transform_gradient(pixels, region.out_count, gradients.data() + (t - tile) * out_block_,
-                                             kGradientTiles * out_block_);
+                        Outputs::rows, Outputs::columns, 0, 0, [&](int64_t t, const auto& pixels) {
+                          transform_gradient<Outputs>(pixels, region.out_count,
+                                                      gradients.data() + (t - tile) * out_block_,
+                                                      kGradientTiles * out_block_);
                         });
       multiply_points(region, last - tile, gradients.data(), images.data(), sums.data(), tile > first);
     }
@@ -396,7 +415,7 @@ class WinogradWeightGradient {
       for (int64_t c = 0; c < in_block_; c += V::size) {
         const float* source = sums.data() + k * in_block_ + c;
         float* out = taps + k * in_block_ + c;
-        Outputs::weight_adjoint<V>(
+        Outputs::weight_adjoint(
             [&](int i, int j) { return load(source + (i * Outputs::points_x + j) * out_block_ * in_block_); },
             [&](int i, int j, V value) { store(out + (3 * i + j) * out_block_ * in_block_, value); });
       }
@@ -425,15 +444,15 @@ class WinogradWeightGradient {
   }
 
   // Whether every sum is finite.
-  bool write_region(const Region& region, const float* sums, float* grad_weight) const {
+  bool write_region(const Region& region, const float* sums, Scalar* grad_weight) const {
     bool finite = true;
     const int64_t* strides = g_.grad_weight_strides;
     for (int64_t tap = 0; tap < 9; ++tap) {
       for (int64_t k = 0; k < region.out_count; ++k) {
         const float* source = sums + (tap * out_block_ + k) * in_block_;
-        float* out = grad_weight + (region.group * out_channels_ + region.out + k) * strides[0] +
-                     region.in * strides[1] + tap / 3 * strides[2] + tap % 3 * strides[3];
-        for (int64_t c = 0; c < region.in_count; ++c) out[c * strides[1]] = source[c];
+        Scalar* out = grad_weight + (region.group * out_channels_ + region.out + k) * strides[0] +
+                      region.in * strides[1] + tap / 3 * strides[2] + tap % 3 * strides[3];
+        for (int64_t c = 0; c < region.in_count; ++c) store_one(out + c * strides[1], source[c]);
         finite &= all_finite(source, region.in_count);
       }
     }
@@ -441,8 +460,8 @@ class WinogradWeightGradient {
   }
 
   const Conv2dGeometry& g_;
-  Images<const float> input_, grad_output_;
-  TileGrid tiles_;
+  Images<const Scalar> input_, grad_output_;
+  TileGrid<Outputs> tiles_;
   int64_t in_channels_, out_channels_;
   int64_t in_block_, out_block_, in_blocks_, out_blocks_, regions_, region_size_, chunks_, parts_;
 };
@@ -451,30 +470,28 @@ class WinogradWeightGradient {
 
 template <class Scalar>
 bool convolve_winograd(const Convolution<Scalar>& convolution) {
-  if constexpr (std::is_same_v<Scalar, float>) {
+  if constexpr (std::is_same_v<accumulate_t<Scalar>, float>) {
     const Grid& grid = convolution.grid;
+    const int64_t tiles = TileGrid<OutputsOf<Scalar>>(convolution.input.N, grid.rows, grid.columns).count();
     const int64_t groups = convolution.groups;
-    const int64_t tiles = TileGrid(convolution.input.N, grid.rows, grid.columns).count();
-    const int64_t in_channels = convolution.input.C / groups, out_channels = convolution.output.C / groups;
-    if (!is_filter(grid) || !is_worthwhile(in_channels, out_channels, tiles)) {
-      return false;
+    if (is_filter(grid) && is_worthwhile(convolution.input.C / groups, convolution.output.C / groups, tiles)) {
+      return WinogradConvolution<Scalar>(convolution).run();
     }
-    return WinogradConvolution(convolution).run();
   }
   return false;
 }
 
 template <class Scalar>
 bool winograd_weight_gradient(const Conv2dBackwardArgs& args) {
-  if constexpr (std::is_same_v<Scalar, float>) {
+  if constexpr (std::is_same_v<accumulate_t<Scalar>, float>) {
     const Conv2dGeometry& g = args.geometry;
-    const int64_t tiles = TileGrid(g.N, g.output_H, g.output_W).count();
-    if (g.kernel_H != 3 || g.kernel_W != 3 || g.stride_H != 1 || g.stride_W != 1 || g.dilation_H != 1 ||
-        g.dilation_W != 1 || !is_worthwhile(g.C / g.groups, g.K / g.groups, tiles)) {
-      return false;
+    const int64_t tiles = TileGrid<OutputsOf<Scalar>>(g.N, g.output_H, g.output_W).count();
+    if (g.kernel_H == 3 && g.kernel_W == 3 && g.stride_H == 1 && g.stride_W == 1 && g.dilation_H == 1 &&
+        g.dilation_W == 1 && is_worthwhile(g.C / g.groups, g.K / g.groups, tiles)) {
+      return WinogradWeightGradient<Scalar>(g, static_cast<const Scalar*>(args.input),
+                                            static_cast<const Scalar*>(args.grad_output))
+          .run(static_cast<Scalar*>(args.grad_weight));
     }
-    return WinogradWeightGradient(g, static_cast<const float*>(args.input), static_cast<const float*>(args.grad_output))
-        .run(static_cast<float*>(args.grad_weight));
   }
   return false;
 }

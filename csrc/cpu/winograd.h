@@ -111,8 +111,8 @@ struct Filter<4> {
   }
 };
 
-// A tile of Rows x Columns outputs. Values are read with load(i, j) and written with store(i, j, value).
-template <int Rows, int Columns>
+// A tile of Rows x Columns outputs on vectors V. Values are read with load(i, j) and written with store(i, j, value).
+template <class V, int Rows, int Columns>
 struct TileFilter {
   using Down = Filter<Rows>;
   using Across = Filter<Columns>;
@@ -121,43 +121,43 @@ struct TileFilter {
   static constexpr int points = points_y * points_x;
 
   // B^T d B: points from the (Rows + 2) x (Columns + 2) inputs that the tile's outputs read.
-  template <class V, class Load, class Store>
+  template <class Load, class Store>
   static DLKERNELS_INLINE void input(Load&& load, Store&& store) {
-    apply<V, points_y, points_x, points_y, points_x>(
+    apply<points_y, points_x, points_y, points_x>(
         load, store, [](const V* in, V* out) { Down::input(in, out); },
         [](const V* in, V* out) { Across::input(in, out); });
   }
   // G g G^T: points from 3 x 3 weights.
-  template <class V, class Load, class Store>
+  template <class Load, class Store>
   static DLKERNELS_INLINE void weight(Load&& load, Store&& store) {
-    apply<V, 3, 3, points_y, points_x>(
+    apply<3, 3, points_y, points_x>(
         load, store, [](const V* in, V* out) { Down::weight(in, out); },
         [](const V* in, V* out) { Across::weight(in, out); });
   }
   // A^T m A: outputs from points.
-  template <class V, class Load, class Store>
+  template <class Load, class Store>
   static DLKERNELS_INLINE void output(Load&& load, Store&& store) {
-    apply<V, points_y, points_x, Rows, Columns>(
+    apply<points_y, points_x, Rows, Columns>(
         load, store, [](const V* in, V* out) { Down::output(in, out); },
         [](const V* in, V* out) { Across::output(in, out); });
   }
   // A dy A^T: points from the gradient of the outputs.
-  template <class V, class Load, class Store>
+  template <class Load, class Store>
   static DLKERNELS_INLINE void output_adjoint(Load&& load, Store&& store) {
-    apply<V, Rows, Columns, points_y, points_x>(
+    apply<Rows, Columns, points_y, points_x>(
         load, store, [](const V* in, V* out) { Down::output_adjoint(in, out); },
         [](const V* in, V* out) { Across::output_adjoint(in, out); });
   }
   // G^T u G: the gradient of 3 x 3 weights from points.
-  template <class V, class Load, class Store>
+  template <class Load, class Store>
   static DLKERNELS_INLINE void weight_adjoint(Load&& load, Store&& store) {
-    apply<V, points_y, points_x, 3, 3>(
+    apply<points_y, points_x, 3, 3>(
         load, store, [](const V* in, V* out) { Down::weight_adjoint(in, out); },
         [](const V* in, V* out) { Across::weight_adjoint(in, out); });
   }
 
  private:
-  template <class V, int InRows, int InColumns, int OutRows, int OutColumns, class Load, class Store, class DownMatrix,
+  template <int InRows, int InColumns, int OutRows, int OutColumns, class Load, class Store, class DownMatrix,
             class AcrossMatrix>
   static DLKERNELS_INLINE void apply(Load&& load, Store&& store, DownMatrix&& down, AcrossMatrix&& across) {
     V half[OutRows][InColumns];
