@@ -79,7 +79,7 @@ def test_half_inputs_take_float32_parameters() -> None:
     assert [t.dtype for t in (y, mean, *grads)] == [torch.bfloat16, torch.float32, torch.bfloat16] + 2 * [torch.float32]
 
 
-@pytest.mark.parametrize("shape", [(3, 18, 7, 9), (2, 5, 3, 4, 5), (2, 64, 33, 31)])
+@pytest.mark.parametrize("shape", [(3, 18, 7, 9), (2, 5, 3, 4, 5), (2, 64, 33, 31), (3, 150, 9, 9)])
 def test_channels_last_is_native_and_gives_the_same_bits(shape: tuple[int, ...], isa: str) -> None:
     memory_format = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
     x, residual = torch.randn(shape) * 2 + 1, torch.randn(shape)
@@ -136,6 +136,14 @@ def test_running_statistics_move_once_a_call_and_only_when_training() -> None:
     F.batch_norm(x, mean, var, training=True, momentum=0.25)
     torch.testing.assert_close(mean, 0.25 * x.mean((0, 2)))
     torch.testing.assert_close(var, 0.75 + 0.25 * x.var((0, 2), unbiased=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_subnormal_results_are_not_flushed_to_zero(dtype: torch.dtype, isa: str) -> None:
+    smallest = torch.finfo(dtype).tiny
+    x = torch.arange(-40, 41).mul(smallest / 16).to(dtype)[None]
+    zeros, ones = torch.zeros(81), torch.ones(81)
+    assert torch.equal(F.batch_norm(x, zeros, ones, eps=0.0), x)
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (0, 3, 4), (2, 0, 4), (2, 3, 0)])

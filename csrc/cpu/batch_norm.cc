@@ -36,22 +36,27 @@ constexpr int64_t kChunk = 16 * Vec<T>::size;
 struct Chunk {
   int64_t first, last, begin, end;
   int64_t count() const { return (last - first) * (end - begin); }
+  bool is_as_large_as(const Chunk& other) const {
+    return last - first == other.last - other.first && end - begin == other.end - other.begin;
+  }
 };
 
-// How the batch x inner elements of a channel are cut: whole images together, or an image into parts.
+// How the batch x inner elements of a channel are cut: whole images together, or an image into parts. The same part of
+// all images comes first, so that chunks of equal extent follow one another.
 template <class T>
 struct Chunks {
-  int64_t batch, inner, images, length, parts, count;
+  int64_t batch, inner, images, length, groups, parts, count;
 
   explicit Chunks(const BatchNormShape& shape) : batch(shape.batch), inner(shape.inner) {
     images = max_of(1, kChunk<T> / max_of(inner, 1));
     parts = max_of(1, inner / kChunk<T>);
     length = round_up(ceil_div(max_of(inner, 1), parts), 64);  // a multiple of every vector
     parts = ceil_div(max_of(inner, 1), length);
-    count = ceil_div(batch, images) * parts;
+    groups = ceil_div(batch, images);
+    count = groups * parts;
   }
   Chunk operator[](int64_t i) const {
-    const int64_t first = i / parts * images, begin = i % parts * length;
+    const int64_t first = i % groups * images, begin = i / groups * length;
     return {first, min_of(first + images, batch), begin, min_of(begin + length, inner)};
   }
 };
@@ -69,59 +74,110 @@ DLKERNELS_INLINE void for_each_vector(const BatchNormShape& shape, const Chunk& 
   }
 }
 
-// `Count` sums over a chunk of channel c: add(sums, offset, count) adds one vector of positions to each. Both layouts
-// call the same `add`, whose multiplications are explicit fma: left to the compiler, one layout would be contracted and
-// the other not.
-template <int Count>
+// Chunks of one channel that are summed side by side, so that no addition waits for the one before it.
+constexpr int64_t kTogether = 4;
+
+// Calls body(chunk, number) for every chunk in order, kTogether of equal extent at a time; number is a constant.
+template <class T, class Body>
+DLKERNELS_INLINE void for_each_group(const Chunks<T>& chunks, Body&& body) {
+  for (int64_t i = 0; i < chunks.count;) {
+    int64_t alike = 1;
+    while (alike < kTogether && i + alike < chunks.count && chunks[i + alike].is_as_large_as(chunks[i])) ++alike;
+    if (alike == kTogether) {
+      body(i, std::integral_constant<int64_t, kTogether>());
+      i += kTogether;
+    } else {
+      body(i, std::integral_constant<int64_t, 1>());
+      ++i;
+    }
+  }
+}
+
+// `Count` sums over each of the chunks [first, first + Together) of channel c: add(sums, offset, count, chunk) adds one
+// vector of positions to each sum. Both layouts call the same `add`, whose multiplications are explicit fma: left to
+// the compiler, one layout would be contracted and the other not.
+template <int64_t Together, int Count>
 struct Totals {
-  double of[Count];
+  double of[Together][Count];
 };
-template <class T, int Count, class Add>
-DLKERNELS_INLINE Totals<Count> sum_positions(const BatchNormShape& shape, const Chunk& chunk, int64_t c, Add&& add) {
-  Vec<T> sums[Count];
-  for (auto& sum : sums) sum = Vec<T>::zero();
+template <int64_t Together, int Count, class T, class Add>
+DLKERNELS_INLINE Totals<Together, Count> sum_positions(const BatchNormShape& shape, const Chunks<T>& chunks,
+                                                       int64_t first, int64_t c, Add&& add) {
+  Vec<T> sums[Together][Count];
+  int64_t offsets[Together];  // of each chunk from the first
+  const Chunk chunk = chunks[first];
+  for (int64_t k = 0; k < Together; ++k) {
+    for (int s = 0; s < Count; ++s) sums[k][s] = Vec<T>::zero();
+    const Chunk other = chunks[first + k];
+    offsets[k] = (other.first - chunk.first) * shape.channels * shape.inner + other.begin - chunk.begin;
+  }
   for_each_vector<T>(shape, chunk, c, [&](int64_t at, int64_t count) {
-    if (count == Vec<T>::size) return add(sums, at, count);
-    Vec<T> next[Count];
-    for (int s = 0; s < Count; ++s) next[s] = sums[s];
-    add(next, at, count);
-    for (int s = 0; s < Count; ++s) sums[s] = select(first_lanes<T>(count), next[s], sums[s]);
+#pragma GCC unroll 4
+    for (int64_t k = 0; k < Together; ++k) {
+      if (count == Vec<T>::size) {
+        add(sums[k], at + offsets[k], Vec<T>::size, k);
+        continue;
+      }
+      Vec<T> next[Count];
+      for (int s = 0; s < Count; ++s) next[s] = sums[k][s];
+      add(next, at + offsets[k], count, k);
+      for (int s = 0; s < Count; ++s) sums[k][s] = select(first_lanes<T>(count), next[s], sums[k][s]);
+    }
   });
-  Totals<Count> totals;
-  for (int s = 0; s < Count; ++s) totals.of[s] = reduce_add_wide(sums[s]);
+  Totals<Together, Count> totals;
+  for (int64_t k = 0; k < Together; ++k) {
+    for (int s = 0; s < Count; ++s) totals.of[k][s] = reduce_add_wide(sums[k][s]);
+  }
   return totals;
 }
 
 // ---- one chunk, channels side by side -------------------------------------------------------------------------------
 
-// The same with add(sums, offset, c, count), for every channel at once. lanes_buffer holds Count x lanes x channels;
-// totals holds Count x lanes / 2 x channels, of which the first row of each Count is the result.
+// Channels summed at a time: their lanes stay in the first-level cache.
+constexpr int64_t kRowChannels = 128;
+
+// totals[c] = the sum over the lanes of sums[lane][c], in the order of reduce_add_wide.
+template <class T>
+inline void add_lanes(const T* sums, double* halves, int64_t channels, double* totals) {
+  constexpr int64_t half = Vec<T>::size / 2;
+  for (int64_t lane = 0; lane < half; ++lane) {
+    const T *low = sums + lane * kRowChannels, *high = low + half * kRowChannels;
+    double* out = halves + lane * kRowChannels;
+    for (int64_t c = 0; c < channels; ++c) out[c] = static_cast<double>(low[c]) + static_cast<double>(high[c]);
+  }
+  for (int64_t rest = half / 2; rest > 0; rest /= 2) {
+    add_to(halves, halves + rest * kRowChannels, rest * kRowChannels);
+  }
+  for (int64_t c = 0; c < channels; ++c) totals[c] = halves[c];
+}
+
+// The same with add(sums, offset, c, count), for every channel at once; totals holds Count x channels.
 template <class T, int Count, class Add>
-DLKERNELS_INLINE void sum_rows(const BatchNormShape& shape, const Chunk& chunk, T* lanes_buffer, double* totals,
-                               Add&& add) {
-  constexpr int64_t lanes = Vec<T>::size, half = lanes / 2;
-  const int64_t channels = shape.channels, one_sum = lanes * channels;
-  fill(lanes_buffer, T(0), Count * one_sum);
-  for (int64_t n = chunk.first; n < chunk.last; ++n) {
-    for (int64_t p = chunk.begin; p < chunk.end; ++p) {
-      const int64_t row = (n * shape.inner + p) * channels;
-      T* lane = lanes_buffer + (p - chunk.begin) % lanes * channels;
-      for (int64_t c = 0; c < channels; c += lanes) {
-        const int64_t count = min_of(lanes, channels - c);
-        Vec<T> sums[Count];
-        for (int s = 0; s < Count; ++s) sums[s] = load_lanes(lane + s * one_sum + c, count);
-        add(sums, row + c, c, count);
-        for (int s = 0; s < Count; ++s) store_lanes(lane + s * one_sum + c, sums[s], count);
+DLKERNELS_INLINE void sum_rows(const BatchNormShape& shape, const Chunk& chunk, double* totals, Add&& add) {
+  constexpr int64_t lanes = Vec<T>::size, one_sum = lanes * kRowChannels;
+  const Scratch<T> buffer(Count * one_sum);  // [sum][lane][channel]
+  const Scratch<double> halves(lanes / 2 * kRowChannels);
+  for (int64_t first = 0; first < shape.channels; first += kRowChannels) {
+    const int64_t channels = min_of(kRowChannels, shape.channels - first);
+    fill(buffer.data(), T(0), Count * one_sum);
+    for (int64_t n = chunk.first; n < chunk.last; ++n) {
+      for (int64_t p = chunk.begin; p < chunk.end; ++p) {
+        const int64_t row = (n * shape.inner + p) * shape.channels + first;
+        T* lane = buffer.data() + (p - chunk.begin) % lanes * kRowChannels;
+        auto add_vector = [&](int64_t c, int64_t count) {
+          Vec<T> sums[Count];
+          for (int s = 0; s < Count; ++s) sums[s] = load(lane + s * one_sum + c);
+          add(sums, row + c, first + c, count);
+          for (int s = 0; s < Count; ++s) store(lane + s * one_sum + c, sums[s]);
+        };
+        int64_t c = 0;
+        for (; c + lanes <= channels; c += lanes) add_vector(c, lanes);
+        if (c < channels) add_vector(c, channels - c);
       }
     }
-  }
-  for (int s = 0; s < Count; ++s) {  // the same tree as reduce_add_wide
-    const T* from = lanes_buffer + s * one_sum;
-    double* total = totals + s * half * channels;
-    for (int64_t e = 0; e < half * channels; ++e) {
-      total[e] = static_cast<double>(from[e]) + static_cast<double>(from[e + half * channels]);
+    for (int s = 0; s < Count; ++s) {
+      add_lanes(buffer.data() + s * one_sum, halves.data(), channels, totals + s * shape.channels + first);
     }
-    for (int64_t rest = half / 2; rest > 0; rest /= 2) add_to(total, total + rest * channels, rest * channels);
   }
 }
 
@@ -160,44 +216,47 @@ struct Moments {
 template <class Scalar, class T = accumulate_t<Scalar>>
 Moments channel_moments(const BatchNormShape& shape, const Chunks<T>& chunks, const Scalar* x, int64_t c) {
   Moments moments;
-  for (int64_t i = 0; i < chunks.count; ++i) {
-    const Chunk chunk = chunks[i];
-    const T shift = load_one(x + (chunk.first * shape.channels + c) * shape.inner + chunk.begin);
-    auto add_deviation = [&](Vec<T>(&sums)[1], int64_t at, int64_t n) {
-      sums[0] += load_lanes(x + at, n) - Vec<T>(shift);
+  for_each_group(chunks, [&](int64_t first, auto together) {
+    constexpr int64_t kChunks = together;
+    T shift[kChunks], center[kChunks];
+    Vec<T> reference[kChunks];  // each chunk's shift, then its centre
+    for (int64_t k = 0; k < kChunks; ++k) {
+      const Chunk chunk = chunks[first + k];
+      shift[k] = load_one(x + (chunk.first * shape.channels + c) * shape.inner + chunk.begin);
+      reference[k] = shift[k];
+    }
+    auto add_deviation = [&](Vec<T>(&sums)[1], int64_t at, int64_t n, int64_t k) {
+      sums[0] += load_lanes(x + at, n) - reference[k];
     };
-    const double sum = sum_positions<T, 1>(shape, chunk, c, add_deviation).of[0];
-    const T center = static_cast<T>(shift + sum / static_cast<double>(chunk.count()));
-    auto add_square = [&](Vec<T>(&sums)[1], int64_t at, int64_t n) {
-      const Vec<T> d = load_lanes(x + at, n) - Vec<T>(center);
+    auto add_square = [&](Vec<T>(&sums)[1], int64_t at, int64_t n, int64_t k) {
+      const Vec<T> d = load_lanes(x + at, n) - reference[k];
       sums[0] = fma(d, d, sums[0]);
     };
-    const double squares = sum_positions<T, 1>(shape, chunk, c, add_square).of[0];
-    const Moments part = Moments::of(static_cast<double>(chunk.count()), shift, sum, center, squares);
-    moments = i == 0 ? part : moments.merged(part);
-  }
+    const double count = static_cast<double>(chunks[first].count());
+    const auto deviations = sum_positions<kChunks, 1>(shape, chunks, first, c, add_deviation);
+    for (int64_t k = 0; k < kChunks; ++k) {
+      center[k] = static_cast<T>(shift[k] + deviations.of[k][0] / count);
+      reference[k] = center[k];
+    }
+    const auto squares = sum_positions<kChunks, 1>(shape, chunks, first, c, add_square);
+    for (int64_t k = 0; k < kChunks; ++k) {
+      const Moments part = Moments::of(count, shift[k], deviations.of[k][0], center[k], squares.of[k][0]);
+      moments = first + k == 0 ? part : moments.merged(part);
+    }
+  });
   return moments;
 }
-
-// Scratch for the sums of one chunk over every channel.
-template <class T, int Count>
-struct ChunkBuffers {
-  int64_t channels;
-  Scratch<T> lanes{(Count * Vec<T>::size + 2) * channels};
-  Scratch<double> sums{Count * Vec<T>::size / 2 * channels};
-  T* shift() const { return lanes.data() + Count * Vec<T>::size * channels; }
-  T* center() const { return shift() + channels; }
-};
 
 // Moments of every channel of one chunk.
 template <class Scalar, class T = accumulate_t<Scalar>>
 void chunk_moments(const BatchNormShape& shape, const Chunk& chunk, const Scalar* x, Moments* moments) {
   const int64_t channels = shape.channels;
-  const ChunkBuffers<T, 1> buffers{channels};
-  T *shift = buffers.shift(), *center = buffers.center();
-  double* sums = buffers.sums.data();
+  const Scratch<T> references(2 * channels);
+  const Scratch<double> totals(channels);
+  T *shift = references.data(), *center = shift + channels;
+  double* sums = totals.data();
   widen_row(x + (chunk.first * shape.inner + chunk.begin) * channels, channels, shift);
-  sum_rows<T, 1>(shape, chunk, buffers.lanes.data(), sums, [&](Vec<T>(&sum)[1], int64_t at, int64_t c, int64_t n) {
+  sum_rows<T, 1>(shape, chunk, sums, [&](Vec<T>(&sum)[1], int64_t at, int64_t c, int64_t n) {
     sum[0] += load_lanes(x + at, n) - load_lanes(shift + c, n);
   });
   const double count = static_cast<double>(chunk.count());
@@ -205,7 +264,7 @@ void chunk_moments(const BatchNormShape& shape, const Chunk& chunk, const Scalar
     moments[c].mean = sums[c];
     center[c] = static_cast<T>(shift[c] + sums[c] / count);
   }
-  sum_rows<T, 1>(shape, chunk, buffers.lanes.data(), sums, [&](Vec<T>(&sum)[1], int64_t at, int64_t c, int64_t n) {
+  sum_rows<T, 1>(shape, chunk, sums, [&](Vec<T>(&sum)[1], int64_t at, int64_t c, int64_t n) {
     const Vec<T> d = load_lanes(x + at, n) - load_lanes(center + c, n);
     sum[0] = fma(d, d, sum[0]);
   });
@@ -344,17 +403,15 @@ struct Backward {
     parallel_for(shape.channels, max_of(1, 4096 / max_of(shape.batch * shape.inner, 1)), [&](int64_t c) {
       const Vec<T> m = center(c);
       double sum_g = 0, sum_gx = 0;
-      for (int64_t i = 0; i < chunks.count; ++i) {
-        const Chunk chunk = chunks[i];
-        auto add_both = [&](Vec<T>(&sums)[2], int64_t at, int64_t n) {
-          const Vec<T> g = masked(at, n);
-          sums[0] += g;
-          sums[1] = fma(g, load_lanes(x + at, n) - m, sums[1]);
-        };
-        const Totals<2> totals = sum_positions<T, 2>(shape, chunk, c, add_both);
-        sum_g += totals.of[0];
-        sum_gx += totals.of[1];
-      }
+      auto add_both = [&](Vec<T>(&sums)[2], int64_t at, int64_t n, int64_t) {
+        const Vec<T> g = masked(at, n);
+        sums[0] += g;
+        sums[1] = fma(g, load_lanes(x + at, n) - m, sums[1]);
+      };
+      for_each_group(chunks, [&](int64_t first, auto together) {
+        const auto totals = sum_positions<together, 2>(shape, chunks, first, c, add_both);
+        for (int64_t k = 0; k < together; ++k) sum_g += totals.of[k][0], sum_gx += totals.of[k][1];
+      });
       const Slope slope = finish(c, sum_g, sum_gx);
       const Vec<T> a = static_cast<T>(slope.a), mean_g = static_cast<T>(slope.mean_g), b = static_cast<T>(slope.b);
       for (int64_t i = chunks.count - 1; i >= 0; --i) {
@@ -369,18 +426,12 @@ struct Backward {
     for (int64_t c = 0; c < channels; ++c) centers[c] = center(c);
     Scratch<double> sums(2 * max_of(chunks.count, 1) * channels);
     parallel_for(chunks.count, 1, [&](int64_t i) {
-      const Chunk chunk = chunks[i];
-      const ChunkBuffers<T, 2> buffers{channels};
       auto add_both = [&](Vec<T>(&sums)[2], int64_t at, int64_t c, int64_t n) {
         const Vec<T> g = masked(at, n);
         sums[0] += g;
         sums[1] = fma(g, load_lanes(x + at, n) - load_lanes(centers.data() + c, n), sums[1]);
       };
-      sum_rows<T, 2>(shape, chunk, buffers.lanes.data(), buffers.sums.data(), add_both);
-      for (int64_t which = 0; which < 2; ++which) {
-        widen_row(buffers.sums.data() + which * Vec<T>::size / 2 * channels, channels,
-                  sums.data() + (2 * i + which) * channels);
-      }
+      sum_rows<T, 2>(shape, chunks[i], sums.data() + 2 * i * channels, add_both);
     });
     Scratch<T> slopes(3 * channels);
     T *a = slopes.data(), *mean_g = a + channels, *b = mean_g + channels;

@@ -412,13 +412,20 @@ DLKERNELS_INLINE void store_half_bits(void* p, HalfBits bits) {
 DLKERNELS_INLINE VecF widen(bfloat16, HalfBits half) {
   return from_bits<float>(__builtin_convertvector(half, Lanes<float>::bits) << 16);
 }
-DLKERNELS_INLINE HalfBits narrow(bfloat16, VecF a) {
+DLKERNELS_INLINE HalfBits narrow_bits(VecF a) {
   using Bits = Lanes<float>::bits;
   const Bits bits = bits_of(a);
   const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const Bits quiet_nan = (bits >> 16) | 0x40u;
   const Bits nan = (Bits)(a.raw != a.raw);
   return __builtin_convertvector((rounded & ~nan) | (quiet_nan & nan), HalfBits);
+}
+DLKERNELS_INLINE HalfBits narrow(bfloat16, VecF a) {
+#if defined(__AVX512BF16__)
+  constexpr int subnormal = 0x20;  // the instruction would make them zero
+  if (_mm512_fpclass_ps_mask(a.raw, subnormal) == 0) return (HalfBits)_mm512_cvtneps_pbh(a.raw);
+#endif
+  return narrow_bits(a);
 }
 #if defined(__AVX512F__)
 DLKERNELS_INLINE VecF widen(float16, HalfBits half) {
