@@ -146,7 +146,9 @@ inline void add_lanes(const T* sums, double* halves, int64_t channels, double* t
     for (int64_t c = 0; c < channels; ++c) out[c] = static_cast<double>(low[c]) + static_cast<double>(high[c]);
   }
   for (int64_t rest = half / 2; rest > 0; rest /= 2) {
-    add_to(halves, halves + rest * kRowChannels, rest * kRowChannels);
+    for (int64_t e = 0; e < rest * kRowChannels; e += VecD::size) {
+      store(halves + e, load(halves + e) + load(halves + rest * kRowChannels + e));
+    }
   }
   for (int64_t c = 0; c < channels; ++c) totals[c] = halves[c];
 }
