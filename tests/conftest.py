@@ -12,6 +12,12 @@ from dlkernels import _C
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Every test draws the same numbers on every run and in any order."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(params=_C.available_isas())
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test once on the kernels of every instruction set that this machine has."""

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import io
 import itertools
-import pickle
 import re
 import warnings
 from typing import Any
@@ -17,7 +15,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
-from torch.testing._internal.common_modules import ModuleErrorEnum, module_db
 
 from dlkernels import functional as F
 from dlkernels import nn
@@ -25,9 +22,6 @@ from dlkernels.ops.lstm import LSTMCellFunction, LSTMLayerFunction
 
 from .cases import normal, random_like
 from .test_accuracy import error
-
-MODULES = {info.name: info for info in module_db if info.name in ("nn.LSTM", "nn.LSTMCell")}
-OURS = {"nn.LSTM": nn.LSTM, "nn.LSTMCell": nn.LSTMCell}
 
 
 def twins(*args: Any, dtype: torch.dtype = torch.float64, **kwargs: Any) -> tuple[nn.LSTM, torch.nn.LSTM]:
@@ -48,51 +42,6 @@ def results(module: torch.nn.Module, input: Any, hx: Any = None) -> list[Tensor]
     outputs = tensors_of(tuple(module(input, hx)))
     grads = torch.autograd.grad(outputs, list(module.parameters()), random_like(outputs))
     return [*outputs, *grads]
-
-
-# ---- torch's own database of modules -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("name", MODULES)
-def test_every_module_sample_gives_what_torch_gives(name: str, dtype: torch.dtype, training: bool) -> None:
-    info = MODULES[name]
-    samples = info.module_inputs_func(info, device="cpu", dtype=dtype, requires_grad=True, training=training)
-    assert len(samples) > 1
-    for sample in samples:
-        built = sample.constructor_input
-        theirs = info.module_cls(*built.args, **built.kwargs, dtype=dtype).train(training)
-        ours = OURS[name](*built.args, **built.kwargs, dtype=dtype).train(training)
-        ours.load_state_dict(theirs.state_dict())
-        call = sample.forward_input
-        outcomes = []
-        for module in (ours, theirs):
-            outputs = tensors_of(module(*call.args, **call.kwargs))
-            leaves = [*module.parameters(), *tensors_of((call.args, call.kwargs))]
-            outcomes.append([*outputs, *torch.autograd.grad(outputs, leaves, random_like(outputs))])
-        torch.testing.assert_close(*outcomes)
-        if sample.reference_fn is not None:
-            expected = sample.reference_fn(ours, *call.args, **call.kwargs)
-            torch.testing.assert_close(tensors_of(ours(*call.args, **call.kwargs)), tensors_of(expected))
-
-
-@pytest.mark.parametrize("name", MODULES)
-def test_every_module_error_input_raises_what_torch_raises(name: str) -> None:
-    info = MODULES[name]
-    errors = info.module_error_inputs_func(info, "cpu", torch.float32, False, True)
-    assert errors
-    for entry in errors:
-        sample = entry.module_error_input
-        built, call = sample.constructor_input, sample.forward_input
-        if entry.error_on is ModuleErrorEnum.CONSTRUCTION_ERROR:
-            with pytest.raises(entry.error_type, match=entry.error_regex):
-                OURS[name](*built.args, **built.kwargs)
-            continue
-        module = OURS[name](*built.args, **built.kwargs)
-        with pytest.raises(entry.error_type) as raised:
-            module(*call.args, **call.kwargs)
-        assert re.search(entry.error_regex, str(raised.value)), str(raised.value)
 
 
 # ---- layers, directions, projections, packing ----------------------------------------------------------------------
@@ -330,26 +279,6 @@ def test_an_empty_batch_gives_empty_outputs_and_zero_gradients() -> None:
 
 
 # ---- modules -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["LSTM", "LSTMCell"])
-def test_a_module_is_interchangeable_with_torchs(name: str) -> None:
-    theirs, ours = getattr(torch.nn, name)(3, 4), getattr(nn, name)(3, 4)
-    assert isinstance(ours, type(theirs))
-    assert repr(ours) == repr(theirs)
-    assert list(ours.state_dict()) == list(theirs.state_dict())
-    ours.load_state_dict(theirs.state_dict(), strict=True)
-    theirs.load_state_dict(ours.state_dict(), strict=True)
-    input = torch.randn(2, 3)
-    expected = tensors_of(ours(input))
-    torch.testing.assert_close(expected, tensors_of(theirs(input)))
-    for twin in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
-        assert type(twin) is type(ours)
-        torch.testing.assert_close(tensors_of(twin(input)), expected, rtol=0, atol=0)
-    buffer = io.BytesIO()
-    torch.save(ours.state_dict(), buffer)
-    buffer.seek(0)
-    ours.load_state_dict(torch.load(buffer, weights_only=True))
 
 
 def test_a_module_moves_between_types_without_warnings() -> None:

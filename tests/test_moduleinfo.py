@@ -24,10 +24,6 @@ entries = pytest.mark.parametrize("entry", moduleinfo_entries(), ids=str)
 modes = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 
 
-def is_half(tensor: Tensor) -> bool:
-    return tensor.dtype in (torch.bfloat16, torch.float16)
-
-
 def leaves_of(value: Any) -> list[Tensor]:
     """The tensors in arguments, those of packed sequences too."""
     if isinstance(value, PackedSequence):
@@ -39,19 +35,19 @@ def leaves_of(value: Any) -> list[Tensor]:
     return [value] if isinstance(value, Tensor) else []
 
 
-def fresh(value: Any, widen_halves: bool = False) -> Any:
-    """Arguments with leaves of their own, float64 in place of half types where asked for."""
+def fresh(value: Any, widen: bool = False) -> Any:
+    """Arguments with leaves of their own, in float64 where asked for."""
 
     def copied(tensor: Tensor) -> Tensor:
         leaf = tensor.detach().clone()
-        return (leaf.double() if widen_halves and is_half(leaf) else leaf).requires_grad_(tensor.requires_grad)
+        return (leaf.double() if widen and leaf.is_floating_point() else leaf).requires_grad_(tensor.requires_grad)
 
     if isinstance(value, PackedSequence):
         return PackedSequence(copied(value.data), *value[1:])
     if isinstance(value, (tuple, list)):
-        return type(value)(fresh(item, widen_halves) for item in value)
+        return type(value)(fresh(item, widen) for item in value)
     if isinstance(value, dict):
-        return {key: fresh(item, widen_halves) for key, item in value.items()}
+        return {key: fresh(item, widen) for key, item in value.items()}
     return copied(value) if isinstance(value, Tensor) else value
 
 
@@ -71,10 +67,10 @@ class Sample:
         arguments, keywords = copy.deepcopy((constructor.args, constructor.kwargs))
         return module_class(*arguments, **keywords).to(dtype).train(training)
 
-    def run(self, module: torch.nn.Module, dtype: torch.dtype, widen_halves: bool = False) -> list[Tensor | None]:
+    def run(self, module: torch.nn.Module, dtype: torch.dtype, widen: bool = False) -> list[Tensor | None]:
         """Outputs, gradients of inputs and parameters for seeds that `dtype` holds, and the state afterwards."""
         forward = self.source.forward_input
-        arguments, keywords = fresh(forward.args, widen_halves), fresh(forward.kwargs, widen_halves)
+        arguments, keywords = fresh(forward.args, widen), fresh(forward.kwargs, widen)
         with torch.random.fork_rng():
             torch.manual_seed(0)
             outputs = leaves_of(module(*arguments, **keywords))
@@ -111,11 +107,10 @@ def test_every_sample_gives_what_torch_gives(entry: ModuleInfoEntry, dtype: torc
         pytest.skip(f"torch lists no {dtype} samples of {entry.torch_name}")
     for sample in samples(entry, dtype, training):
         ours, theirs = pair(entry, sample, dtype, training)
-        # Half types are held to the float64 result: torch's own may be further off than its tolerance.
-        half = dtype in (torch.bfloat16, torch.float16)
-        if half and hasattr(theirs, "options"):
+        # Every type is held to the float64 result: torch's own in `dtype` may be further off than the tolerance.
+        if dtype in (torch.bfloat16, torch.float16) and hasattr(theirs, "options"):
             theirs.options = None  # torch cuts logits into chunks in half types only
-        expected = sample.run(theirs.double() if half else theirs, dtype, widen_halves=half)
+        expected = sample.run(theirs.double(), dtype, widen=True)
         actual = sample.run(ours, dtype)
         expected = [e if e is None else e.to(a.dtype) for a, e in zip(actual, expected, strict=True)]
         torch.testing.assert_close(

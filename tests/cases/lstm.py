@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dlkernels import functional as F
+from dlkernels import nn
 
 from . import Case, Sample, normal
 
@@ -173,3 +174,5 @@ OPERATOR_SAMPLES = [
 ]
 
 OPINFO: list[Any] = []
+
+MODULEINFO = [("nn.LSTM", nn.LSTM), ("nn.LSTMCell", nn.LSTMCell)]
