@@ -6,8 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import settings
 
 from dlkernels import _C
+
+settings.register_profile("repeatable", max_examples=100, deadline=None, derandomize=True)
+settings.load_profile("repeatable")
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 

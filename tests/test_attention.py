@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing._internal.common_modules import module_db
@@ -162,7 +162,6 @@ def problems(draw: st.DrawFn) -> tuple[list[Tensor], dict[str, Any]]:
     return inputs, kwargs
 
 
-@settings(max_examples=100, deadline=None)
 @given(problems())
 def test_any_shape_matches_the_composition(problem: tuple[list[Tensor], dict[str, Any]]) -> None:
     inputs, kwargs = problem

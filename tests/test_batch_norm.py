@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -194,7 +194,6 @@ def test_the_function_class_gives_the_same_bits() -> None:
         assert torch.equal(a, b)
 
 
-@settings(max_examples=100, deadline=None)
 @given(
     shape=st.lists(st.integers(1, 19), min_size=2, max_size=5).filter(lambda s: 1 < torch.Size(s).numel() // s[1]),
     affine=st.booleans(),

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing._internal.common_modules import module_db
@@ -155,7 +155,6 @@ def calls(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...], tuple[Any,
     return shape, (outputs, channels // groups, *kernel), (stride, padding, dilation, groups)
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
 @given(call=calls(), layout=st.sampled_from([torch.contiguous_format, torch.channels_last]))
 def test_any_shape_gives_what_torch_gives(call: Any, layout: torch.memory_format) -> None:
     input, weight, numbers = call

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -193,7 +193,6 @@ def test_gradients_for_the_weight_are_refused() -> None:
 # ---- against torch on anything ---------------------------------------------------------------------------------------
 
 
-@settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_any_call_gives_what_torch_gives(data: st.DataObject) -> None:
     classes = data.draw(st.integers(1, 70), "classes")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -151,7 +151,6 @@ def test_k_dimensional_losses(positions: tuple[int, ...], reduction: str, probab
         torch.testing.assert_close(actual[0], expected[0], equal_nan=True)
 
 
-@settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_any_call_gives_what_the_logits_give(data: st.DataObject) -> None:
     rows, features = data.draw(st.sampled_from([1, 3, 40, 270]), "rows"), data.draw(st.integers(1, 40), "features")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -390,7 +390,6 @@ def test_the_functions_give_what_the_modules_give() -> None:
     torch.testing.assert_close(grads, torch.autograd.grad(expected, parameters, random_like(expected)), rtol=0, atol=0)
 
 
-@settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_any_shape_gives_what_torch_gives(data: st.DataObject) -> None:
     hidden = data.draw(st.integers(1, 40), "hidden")
