@@ -67,7 +67,12 @@ def test_every_sample_gives_what_torch_gives(entry: OpInfoEntry, dtype: torch.dt
             actual, expected = ([(t.shape, t.dtype) for t in result] for result in results)
             assert actual == expected, message
             continue
-        torch.testing.assert_close(*results, equal_nan=True, msg=lambda text, m=message: f"{m}\n{text}", **allowed)
+        for actual, expected in zip(*results, strict=True):
+            if entry.rounds_factors and dtype == torch.bfloat16 and expected.numel() > 0:
+                allowed["atol"] = torch.finfo(dtype).eps / 2 * float(expected.abs().max())
+            torch.testing.assert_close(
+                actual, expected, equal_nan=True, msg=lambda text, m=message: f"{m}\n{text}", **allowed
+            )
 
 
 @entries

@@ -5,7 +5,7 @@
 // forward   A task owns some query rows of one kv head (the rows of all query heads that share it, one after another).
 //           For each block of keys: K^T is packed into panels and V into rows, once; then for each block of query rows:
 //           scores = Q K^T, row maxima and exponentials in place (online softmax: a larger maximum rescales what was
-//           summed before), output += P V. Scores live in the second-level cache; output, maxima and sums in scratch.
+//           summed before), output += P V. Scores live in the first-level cache; output, maxima and sums in scratch.
 // backward  With D_i = sum_j dP_ij P_ij = dO_i . O_i:
 //             dV = P^T dO     dP = dO V^T     dS = P (dP - D) scale     dQ = dS K     dK = dS^T Q
 //           Scores are recomputed, transposed: S^T = K Q^T and dP^T = V dO^T are what dV and dK need as left operands
@@ -35,10 +35,12 @@ namespace {
 // ---- block sizes ---------------------------------------------------------------------------------------------------
 
 // Starts of key blocks are multiples of kPhiloxGroup.
-constexpr int64_t kForwardRows = 96, kForwardKeys = 256, kForwardBlocks = 4;  // query rows, keys, row blocks of a task
+// Few rows to a block: its scores stay in the first-level cache, and under a causal mask little is computed in vain.
+constexpr int64_t kForwardRows = 24, kForwardKeys = 256, kForwardBlocks = 16;  // query rows, keys, row blocks of a task
 constexpr int64_t kFewRows = 2;  // too few query rows to pay for packing keys and values: a step of generation
 constexpr int64_t kBackwardKeys = 192, kBackwardQueries = 128;
-constexpr int64_t kWantedTasks = 16;  // what a call is split into, where its shape allows
+constexpr int64_t kDiagonalKeys = 24;  // the steps in which products follow the diagonal of a causal mask
+constexpr int64_t kWantedTasks = 16;   // what a call is split into, where its shape allows
 
 template <class T>
 constexpr T kInfinity = static_cast<T>(__builtin_inf());
@@ -122,11 +124,15 @@ int64_t mask_head_offset(const AttentionSizes& sizes, const AttentionMask<const 
 
 // ---- operands ------------------------------------------------------------------------------------------------------
 
+// Products are taken in Factor: in the type of the sums, or in pairs of bfloat16 (pairs.h). Then scores are scaled in
+// float32 after the product, and probabilities and the gradients of scores are rounded to bfloat16 before the next.
+template <class Scalar, class Factor>
+constexpr bool kInPairs = !std::is_same_v<Factor, accumulate_t<Scalar>>;
+
 // Row-major rows in the type of the products: in place where they have it, widened into `buffer` otherwise.
-template <class Scalar>
-Head<const accumulate_t<Scalar>> widened_rows(Head<const Scalar> source, int64_t begin, int64_t rows, int64_t columns,
-                                              accumulate_t<Scalar>* buffer) {
-  if constexpr (sizeof(Scalar) == sizeof(accumulate_t<Scalar>)) {
+template <class Factor, class Scalar>
+Head<const Factor> rows_as(Head<const Scalar> source, int64_t begin, int64_t rows, int64_t columns, Factor* buffer) {
+  if constexpr (std::is_same_v<Factor, Scalar>) {
     return {source.row(begin), source.row_stride};
   } else {
     for (int64_t i = 0; i < rows; ++i) widen_row(source.row(begin + i), columns, buffer + i * columns);
@@ -134,30 +140,28 @@ Head<const accumulate_t<Scalar>> widened_rows(Head<const Scalar> source, int64_t
   }
 }
 
-// Rows [begin, begin + rows) as the columns of packed panels: rows x columns becomes columns deep.
-template <class Scalar>
-void pack_transposed_panels(Head<const Scalar> source, int64_t begin, int64_t rows, int64_t columns,
-                            accumulate_t<Scalar>* panels) {
-  constexpr int64_t width = kTileColumns<accumulate_t<Scalar>>;
-  for (int64_t j = 0; j < rows; j += width) {
-    transpose(source.row(begin + j), source.row_stride, min_of(width, rows - j), columns, panels + j * columns, width);
-  }
-}
-
-// Rows [begin, begin + rows), column panels one after another: close together wherever the source's rows lie.
-template <class Scalar>
-void pack_panels(Head<const Scalar> source, int64_t begin, int64_t rows, int64_t columns,
-                 accumulate_t<Scalar>* panels) {
-  constexpr int64_t width = kTileColumns<accumulate_t<Scalar>>;
+// The panels of a right operand `depth` deep, one after another.
+template <class Factor, class Scalar>
+void pack_panels(Matrix<Scalar> right, int64_t depth, int64_t columns, Factor* panels) {
+  constexpr int64_t width = kTileColumns<Factor>;
   for (int64_t j = 0; j < columns; j += width) {
-    for (int64_t i = 0; i < rows; ++i) {
-      widen_row(source.row(begin + i) + j, min_of(width, columns - j), panels + j * rows + i * width);
-    }
+    pack_panel(right.at(0, j), depth, min_of(width, columns - j), panels, width);
+    panels += packed_panels(panels, depth).panel_stride;
   }
 }
-template <class T>
-int64_t panel_columns(int64_t columns) {
-  return round_up(columns, kTileColumns<T>);
+// Rows [begin, ...) of a head as the rows, or as the columns, of a right operand.
+template <class Scalar>
+Matrix<Scalar> rows_of(Head<const Scalar> head, int64_t begin) {
+  return {head.row(begin), head.row_stride, 1};
+}
+template <class Scalar>
+Matrix<Scalar> columns_of(Head<const Scalar> head, int64_t begin) {
+  return rows_of(head, begin).transposed();
+}
+// Elements of the panels of a right operand.
+template <class Factor>
+int64_t panels_size(int64_t depth, int64_t columns) {
+  return round_up(columns, kTileColumns<Factor>) * round_up(depth, Step<Factor>::depth);
 }
 
 // ---- forward -------------------------------------------------------------------------------------------------------
@@ -207,8 +211,9 @@ void scale_row(T* row, int64_t count, T factor) {
   if (i < count) store(row + i, load(row + i, count - i) * Vec<T>(factor), count - i);
 }
 
-template <class T, class Scalar>
-T dot(const T* a, const Scalar* b, int64_t count) {
+template <class A, class B>
+accumulate_t<A> dot(const A* a, const B* b, int64_t count) {
+  using T = accumulate_t<A>;
   Vec<T> sum = Vec<T>::zero();
   int64_t i = 0;
   for (; i + Vec<T>::size <= count; i += Vec<T>::size) sum = fma(load(a + i), load(b + i), sum);
@@ -235,17 +240,20 @@ void online_softmax_row(T* scores, int64_t count, T* row_max, T* row_sum, T* out
 template <class Scalar>
 struct ForwardTask {
   using T = accumulate_t<Scalar>;
+  using Factor = factor_t<Scalar>;
+  static constexpr bool kPairs = kInPairs<Scalar, Factor>;
   const AttentionForwardArgs& args;
   int64_t batch, kv_head;
   int64_t row_begin, rows;         // of the group * L rows that share the kv head
   int64_t block_rows, block_keys;  // sizes of a block
-  T* query;                        // [rows, E], scaled
+  Factor* query;                   // [rows, E], scaled unless in pairs
   T* output;                       // [rows, E_v], not yet divided by the sums
   T* row_max;                      // [rows]
   T* row_sum;                      // [rows]
   T* scores;                       // [block_rows, block_keys]
-  T* key_panels;                   // K^T of the key block
-  T* value_panels;                 // V of the key block
+  Factor* probabilities;           // the same, up to each row's sum; in place unless in pairs
+  Factor* key_panels;              // K^T of the key block
+  Factor* value_panels;            // V of the key block
   T* keep;                         // [block_keys], where there is dropout
 
   int64_t head(int64_t row) const {
@@ -263,8 +271,13 @@ struct ForwardTask {
   void load_query() {
     const int64_t E = args.sizes.head_size;
     for (int64_t r = 0; r < rows; ++r) {
-      widen_row(head_of<Scalar>(args.sizes, args.query, batch, head(r)).row(position(r)), E, query + r * E);
-      scale_row(query + r * E, E, static_cast<T>(args.scale));
+      const Scalar* source = head_of<Scalar>(args.sizes, args.query, batch, head(r)).row(position(r));
+      if constexpr (kPairs) {
+        __builtin_memcpy(query + r * E, source, static_cast<size_t>(E) * sizeof(Factor));
+      } else {
+        widen_row(source, E, query + r * E);
+        scale_row(query + r * E, E, static_cast<T>(args.scale));
+      }
       row_max[r] = -kInfinity<T>;
       row_sum[r] = 0;
     }
@@ -273,15 +286,15 @@ struct ForwardTask {
 
   // Scores of a row, as the product left them, become probabilities up to the row's sum.
   void soften_row(int64_t row, T* row_scores, int64_t key_begin, int64_t keys) {
+    if constexpr (kPairs) scale_row(row_scores, keys, static_cast<T>(args.scale));
     if (args.mask.type != AttentionMaskType::none) {
       visit_mask_row<Scalar>(args.mask, mask_head_offset(args.sizes, args.mask, batch, head(row)), position(row),
                              key_begin, keys, [=](int64_t i, T value) { row_scores[i] += value; });
     }
-    if (args.is_causal) {
-      for (int64_t i = max_of(position(row) + 1 - key_begin, 0); i < keys; ++i) row_scores[i] = -kInfinity<T>;
-    }
     const int64_t value_size = args.sizes.value_size;
-    online_softmax_row(row_scores, keys, row_max + row, row_sum + row, output + row * value_size, value_size);
+    const int64_t seen = args.is_causal ? max_of(min_of(keys, position(row) + 1 - key_begin), 0) : keys;
+    online_softmax_row(row_scores, seen, row_max + row, row_sum + row, output + row * value_size, value_size);
+    fill(row_scores + seen, T(0), keys - seen);
     if (args.dropout_p > 0) {
       draw_keep_row(args.dropout_seed, args.dropout_p, batch * args.sizes.heads + head(row), position(row), key_begin,
                     keys, keep);
@@ -293,8 +306,9 @@ struct ForwardTask {
   void add_key_block_unpacked(int64_t key_begin, int64_t keys) {
     const int64_t E = args.sizes.head_size, value_size = args.sizes.value_size;
     const auto key = head_of<Scalar>(args.sizes, args.key, batch, kv_head);
-    const auto value = widened_rows(head_of<Scalar>(args.sizes, args.value, batch, kv_head), key_begin, keys,
-                                    value_size, value_panels);
+    Scratch<T> buffer(std::is_same_v<Scalar, T> ? 0 : keys * value_size);
+    const auto value =
+        rows_as(head_of<Scalar>(args.sizes, args.value, batch, kv_head), key_begin, keys, value_size, buffer.data());
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t visible = visible_keys(r, r + 1, key_begin, keys);
       if (visible == 0) continue;
@@ -308,17 +322,23 @@ struct ForwardTask {
   void add_key_block(int64_t key_begin, int64_t keys) {
     if (rows <= kFewRows) return add_key_block_unpacked(key_begin, keys);
     const int64_t E = args.sizes.head_size, value_size = args.sizes.value_size;
-    pack_transposed_panels(head_of<Scalar>(args.sizes, args.key, batch, kv_head), key_begin, keys, E, key_panels);
-    pack_panels(head_of<Scalar>(args.sizes, args.value, batch, kv_head), key_begin, keys, value_size, value_panels);
+    const auto key = head_of<Scalar>(args.sizes, args.key, batch, kv_head);
+    const auto value = head_of<Scalar>(args.sizes, args.value, batch, kv_head);
+    pack_panels(columns_of(key, key_begin), E, keys, key_panels);
+    pack_panels(rows_of(value, key_begin), keys, value_size, value_panels);
     for (int64_t begin = 0; begin < rows; begin += block_rows) {
       const int64_t end = min_of(begin + block_rows, rows);
       const int64_t visible = visible_keys(begin, end, key_begin, keys);
       if (visible == 0) continue;
-      multiply<T>(end - begin, visible, E, query + begin * E, E, packed_panels(key_panels, E), scores, block_keys,
-                  false);
-      for (int64_t r = begin; r < end; ++r) soften_row(r, scores + (r - begin) * block_keys, key_begin, visible);
-      multiply<T>(end - begin, value_size, visible, scores, block_keys, packed_panels(value_panels, keys),
-                  output + begin * value_size, value_size, true);
+      multiply<Factor>(end - begin, visible, E, query + begin * E, E, packed_panels<Factor>(key_panels, E), scores,
+                       block_keys, false);
+      for (int64_t r = begin; r < end; ++r) {
+        T* row_scores = scores + (r - begin) * block_keys;
+        soften_row(r, row_scores, key_begin, visible);
+        if constexpr (kPairs) narrow_row(row_scores, visible, probabilities + (r - begin) * block_keys);
+      }
+      multiply<Factor>(end - begin, value_size, visible, probabilities, block_keys,
+                       packed_panels<Factor>(value_panels, keys), output + begin * value_size, value_size, true);
     }
   }
 
@@ -356,10 +376,14 @@ template <class Scalar>
 void forward_task(const AttentionForwardArgs& args, int64_t batch, int64_t kv_head, int64_t row_begin, int64_t rows,
                   int64_t block_rows) {
   using T = accumulate_t<Scalar>;
+  using Factor = factor_t<Scalar>;
   const int64_t E = args.sizes.head_size, value_size = args.sizes.value_size;
   const int64_t keys = balanced_block(args.sizes.key_length, kForwardKeys, kPhiloxGroup);
-  Scratch<T> query(rows * E), output(rows * value_size), statistics(2 * rows + keys), scores(block_rows * keys),
-      key_panels(panel_columns<T>(keys) * E), value_panels(keys * panel_columns<T>(value_size));
+  Scratch<T> output(rows * value_size), statistics(2 * rows + keys), scores(block_rows * keys);
+  Scratch<Factor> query(rows * E), key_panels(panels_size<Factor>(E, keys)),
+      value_panels(panels_size<Factor>(keys, value_size)), rounded(kInPairs<Scalar, Factor> ? block_rows * keys : 0);
+  Factor* probabilities = rounded.data();
+  if constexpr (!kInPairs<Scalar, Factor>) probabilities = scores.data();
   ForwardTask<Scalar> task{args,
                            batch,
                            kv_head,
@@ -372,6 +396,7 @@ void forward_task(const AttentionForwardArgs& args, int64_t batch, int64_t kv_he
                            statistics.data(),
                            statistics.data() + rows,
                            scores.data(),
+                           probabilities,
                            key_panels.data(),
                            value_panels.data(),
                            statistics.data() + 2 * rows};
@@ -408,37 +433,42 @@ void forward(const AttentionForwardArgs& args) {
 
 // The query side of one head in the type of the products, in blocks of kBackwardQueries: panels of Q^T and dO^T are
 // right operands of the transposed scores, panels of Q and dO those of dK and dV.
-template <class T>
+template <class Factor>
 struct QueryBlock {
-  int64_t begin, count;          // queries
-  const T* query_transposed;     // panels of [E, count], scaled as in forward
-  const T* gradient_transposed;  // panels of [E_v, count]
-  const T* query;                // panels of [count, E]
-  const T* gradient;             // panels of [count, E_v]
-  const T* row_max;              // [kBackwardQueries]; infinite where the row saw nothing but -inf
-  const T* row_factor;           // [kBackwardQueries]: 1 / sum; zero there
-  const T* row_dot;              // [kBackwardQueries]: D
+  using T = accumulate_t<Factor>;
+  int64_t begin, count;         // queries
+  Factor* query_transposed;     // panels of [E, count], scaled as in forward
+  Factor* gradient_transposed;  // panels of [E_v, count]
+  Factor* query;                // panels of [count, E]
+  Factor* gradient;             // panels of [count, E_v]
+  T* row_max;                   // [kBackwardQueries]; infinite where the row saw nothing but -inf
+  T* row_factor;                // [kBackwardQueries]: 1 / sum; zero there
+  T* row_dot;                   // [kBackwardQueries]: D
 };
 
 // The key side of one block.
-template <class T>
+template <class Factor>
 struct KeyBlock {
   int64_t begin, count;
-  Head<const T> key, value;
+  Head<const Factor> key, value;
 };
 
-template <class Scalar>
+template <class Scalar, class Factor>
 struct BackwardBlocks {
   using T = accumulate_t<Scalar>;
+  static constexpr bool kPairs = kInPairs<Scalar, Factor>;
   static constexpr int64_t kStride = kBackwardQueries;  // of the transposed scores
   const AttentionBackwardArgs& args;
-  T* probabilities;  // P^T after dropout, [kBackwardKeys, kStride]
-  T* gradient;       // dS^T, the same
-  T* bias;           // mask^T, the same; null without a mask
-  T* keep;           // dropout's factors, the same; null without dropout
-  T* keep_row;       // [kBackwardKeys]
+  T* scores;              // S^T, [kBackwardKeys, kStride]
+  T* weight_gradient;     // dP^T, the same
+  Factor* probabilities;  // P^T after dropout, the same; in the place of scores unless in pairs
+  Factor* gradient;       // dS^T, the same; in the place of weight_gradient unless in pairs
+  Factor* panel;          // of dS^T, where it is in pairs
+  T* bias;                // mask^T, the same; null without a mask
+  T* keep;                // dropout's factors, the same; null without dropout
+  T* keep_row;            // [kBackwardKeys]
 
-  void load_bias(int64_t batch, int64_t head, const KeyBlock<T>& keys, const QueryBlock<T>& queries) {
+  void load_bias(int64_t batch, int64_t head, const KeyBlock<Factor>& keys, const QueryBlock<Factor>& queries) {
     const int64_t offset = mask_head_offset(args.sizes, args.mask, batch, head);
     for (int64_t q = 0; q < queries.count; ++q) {
       visit_mask_row<Scalar>(args.mask, offset, queries.begin + q, keys.begin, keys.count,
@@ -446,7 +476,7 @@ struct BackwardBlocks {
     }
   }
 
-  void load_keep(int64_t batch, int64_t head, const KeyBlock<T>& keys, const QueryBlock<T>& queries) {
+  void load_keep(int64_t batch, int64_t head, const KeyBlock<Factor>& keys, const QueryBlock<Factor>& queries) {
     const T factor = args.dropout_p < 1 ? static_cast<T>(1 / (1 - args.dropout_p)) : T(0);
     for (int64_t q = 0; q < queries.count; ++q) {
       draw_keep_row(args.dropout_seed, args.dropout_p, batch * args.sizes.heads + head, queries.begin + q, keys.begin,
@@ -455,21 +485,32 @@ struct BackwardBlocks {
     }
   }
 
+  // How many keys of the block the queries before `end` see, and the first query that sees key `k`.
+  int64_t visible_keys(const KeyBlock<Factor>& keys, const QueryBlock<Factor>& queries, int64_t end) const {
+    return args.is_causal ? max_of(min_of(keys.count, queries.begin + end - keys.begin), 0) : keys.count;
+  }
+  int64_t first_query(const KeyBlock<Factor>& keys, const QueryBlock<Factor>& queries, int64_t k) const {
+    return args.is_causal ? min_of(max_of(keys.begin + k - queries.begin, 0), queries.count) : 0;
+  }
+
   // Both products are there; one sweep turns scores into P^T and dP^T into dS^T. `factor` is the scale for dQ and dK,
   // 1 for the mask. Lanes beyond the queries hold what was there before and are read by nothing.
   template <bool kBias, bool kKeep>
-  void sweep(const KeyBlock<T>& keys, const QueryBlock<T>& queries, T factor) {
+  void sweep(const KeyBlock<Factor>& keys, const QueryBlock<Factor>& queries, T factor) {
     constexpr int64_t lanes = Vec<T>::size;
     for (int64_t k = 0; k < keys.count; ++k) {
-      // Queries before the key do not see it.
-      const int64_t first = args.is_causal ? keys.begin + k - queries.begin : 0;
-      for (int64_t q = 0; q < queries.count; q += lanes) {
+      const int64_t first = first_query(keys, queries, k);
+      const int64_t unseen = first == queries.count ? first : first / lanes * lanes;  // no products are there for these
+      fill(probabilities + k * kStride, Factor{}, unseen);
+      fill(gradient + k * kStride, Factor{}, unseen);
+      for (int64_t q = unseen; q < queries.count; q += lanes) {
         const int64_t at = k * kStride + q;
-        Vec<T> score = load(probabilities + at);
+        Vec<T> score = load(scores + at);
+        if constexpr (kPairs) score *= Vec<T>(static_cast<T>(args.scale));
         if constexpr (kBias) score += load(bias + at);
         Vec<T> p = exp(score - load(queries.row_max + q)) * load(queries.row_factor + q);
         if (first > q) p = select(first_lanes<T>(min_of(first - q, lanes)), Vec<T>::zero(), p);
-        Vec<T> dp = load(gradient + at);
+        Vec<T> dp = load(weight_gradient + at);
         if constexpr (kKeep) {
           const Vec<T> kept = load(keep + at);
           dp *= kept;
@@ -482,12 +523,50 @@ struct BackwardBlocks {
     }
   }
 
-  void compute(int64_t batch, int64_t head, const KeyBlock<T>& keys, const QueryBlock<T>& queries, T factor) {
-    const int64_t E = args.sizes.head_size, value_size = args.sizes.value_size;
-    multiply<T>(keys.count, queries.count, E, keys.key.data, keys.key.row_stride,
-                packed_panels(queries.query_transposed, E), probabilities, kStride, false);
-    multiply<T>(keys.count, queries.count, value_size, keys.value.data, keys.value.row_stride,
-                packed_panels(queries.gradient_transposed, value_size), gradient, kStride, false);
+  // A row of `left` for each key times panels of a column for each query, where the query sees the key.
+  void multiply_visible(const KeyBlock<Factor>& keys, const QueryBlock<Factor>& queries, Head<const Factor> left,
+                        int64_t depth, const Factor* panels, T* product) const {
+    constexpr int64_t width = kTileColumns<Factor>;
+    for (int64_t q = 0; q < queries.count; q += width) {
+      const int64_t columns = min_of(width, queries.count - q);
+      const Panels<Factor> right = packed_panels(panels, depth);
+      multiply<Factor>(visible_keys(keys, queries, q + columns), columns, depth, left.data, left.row_stride, right,
+                       product + q, kStride, false);
+      panels += right.panel_stride;
+    }
+  }
+
+  // sums[k] += sum over the queries that see key k of weights[k][q] * right[q], for panels of rows of right.
+  void add_to_keys(const KeyBlock<Factor>& keys, const QueryBlock<Factor>& queries, const Factor* weights,
+                   const Factor* right, int64_t columns, T* sums) const {
+    const int64_t step = args.is_causal ? kDiagonalKeys : keys.count;
+    for (int64_t k = 0; k < keys.count; k += step) {
+      const int64_t first = first_query(keys, queries, k) / Step<Factor>::depth * Step<Factor>::depth;
+      Panels<Factor> panels = packed_panels(right, queries.count);
+      panels.data += first * panels.row_stride;
+      multiply<Factor>(min_of(step, keys.count - k), columns, queries.count - first, weights + k * kStride + first,
+                       kStride, panels, sums + k * columns, columns, true);
+    }
+  }
+
+  // sums[.][q] += sum over the keys that query q sees of left[.][k] * dS^T[k][q].
+  void add_to_queries(const KeyBlock<Factor>& keys, const QueryBlock<Factor>& queries, const Factor* left,
+                      int64_t left_stride, T* sums) const {
+    constexpr int64_t width = kTileColumns<Factor>;
+    for (int64_t q = 0; q < queries.count; q += width) {
+      const int64_t columns = min_of(width, queries.count - q), visible = visible_keys(keys, queries, q + columns);
+      Panels<Factor> right = plain_panels<Factor>(gradient + q, kStride);
+      if constexpr (kPairs) {
+        pack_panel(Matrix<Factor>{gradient + q, kStride, 1}, visible, columns, panel, width);
+        right = packed_panels<Factor>(panel, visible);
+      }
+      multiply<Factor>(args.sizes.head_size, columns, visible, left, left_stride, right, sums + q, kStride, true);
+    }
+  }
+
+  void compute(int64_t batch, int64_t head, const KeyBlock<Factor>& keys, const QueryBlock<Factor>& queries, T factor) {
+    multiply_visible(keys, queries, keys.key, args.sizes.head_size, queries.query_transposed, scores);
+    multiply_visible(keys, queries, keys.value, args.sizes.value_size, queries.gradient_transposed, weight_gradient);
     if (bias != nullptr) load_bias(batch, head, keys, queries);
     if (keep != nullptr) load_keep(batch, head, keys, queries);
     if (bias != nullptr) {
@@ -498,75 +577,77 @@ struct BackwardBlocks {
   }
 };
 
-// ---- backward: the query side
-// ----------------------------------------------------------------------------------------
+// ---- backward: the query side ---------------------------------------------------------------------------------------
 
 int64_t query_blocks(const AttentionSizes& sizes) {
   return ceil_div(sizes.query_length, kBackwardQueries);
 }
 
 // Packed query blocks of `heads` heads, beginning with `first_head`.
-template <class Scalar>
+template <class Scalar, class Factor>
 class QuerySide {
  public:
   using T = accumulate_t<Scalar>;
 
   QuerySide(const AttentionBackwardArgs& args, int64_t batch, int64_t first_head, int64_t heads)
       : sizes_(args.sizes),
-        memory_(heads * query_blocks(args.sizes) * block_size(args.sizes)),
-        output_transposed_(panel_columns<T>(kBackwardQueries) * args.sizes.value_size) {
+        across_(panels_size<Factor>(sizes_.head_size, kBackwardQueries)),
+        gradient_across_(panels_size<Factor>(sizes_.value_size, kBackwardQueries)),
+        along_(panels_size<Factor>(kBackwardQueries, sizes_.head_size)),
+        gradient_along_(panels_size<Factor>(kBackwardQueries, sizes_.value_size)),
+        panels_(heads * query_blocks(sizes_) * (across_ + gradient_across_ + along_ + gradient_along_)),
+        rows_(heads * query_blocks(sizes_) * 3 * kBackwardQueries),
+        output_(kInPairs<Scalar, Factor> ? 0 : panels_size<T>(sizes_.value_size, kBackwardQueries)) {
     for (int64_t h = 0; h < heads; ++h) {
       for (int64_t b = 0; b < query_blocks(sizes_); ++b) pack(args, batch, first_head + h, block(h, b));
     }
   }
 
-  QueryBlock<T> block(int64_t head, int64_t index) const {
-    const int64_t E = sizes_.head_size, value_size = sizes_.value_size, Q = kBackwardQueries;
-    const T* at = memory_.data() + (head * query_blocks(sizes_) + index) * block_size(sizes_);
-    const T* gradient_transposed = at + E * Q;
-    const T* query = gradient_transposed + value_size * Q;
-    const T* gradient = query + panel_columns<T>(E) * Q;
-    const T* row_max = gradient + panel_columns<T>(value_size) * Q;
+  QueryBlock<Factor> block(int64_t head, int64_t index) const {
+    const int64_t Q = kBackwardQueries, place = head * query_blocks(sizes_) + index;
+    Factor* panels = panels_.data() + place * (across_ + gradient_across_ + along_ + gradient_along_);
+    T* rows = rows_.data() + place * 3 * Q;
     return {index * Q,
             min_of(Q, sizes_.query_length - index * Q),
-            at,
-            gradient_transposed,
-            query,
-            gradient,
-            row_max,
-            row_max + Q,
-            row_max + 2 * Q};
+            panels,
+            panels + across_,
+            panels + across_ + gradient_across_,
+            panels + across_ + gradient_across_ + along_,
+            rows,
+            rows + Q,
+            rows + 2 * Q};
   }
 
  private:
-  static int64_t block_size(const AttentionSizes& sizes) {
-    return kBackwardQueries * (sizes.head_size + sizes.value_size + panel_columns<T>(sizes.head_size) +
-                               panel_columns<T>(sizes.value_size) + 3);
-  }
-
-  void pack(const AttentionBackwardArgs& args, int64_t batch, int64_t head, const QueryBlock<T>& block) {
+  void pack(const AttentionBackwardArgs& args, int64_t batch, int64_t head, const QueryBlock<Factor>& block) {
     const AttentionSizes& sizes = sizes_;
     const auto query = head_of<Scalar>(sizes, args.query, batch, head);
     const auto gradient = head_of<Scalar>(sizes, args.grad_output, batch, head);
-    constexpr bool is_rounded = sizeof(Scalar) < sizeof(T);
     const int64_t E = sizes.head_size, value_size = sizes.value_size;
-    pack_transposed_panels(query, block.begin, block.count, E, const_cast<T*>(block.query_transposed));
-    scale_row(const_cast<T*>(block.query_transposed), panel_columns<T>(block.count) * E, static_cast<T>(args.scale));
-    pack_transposed_panels(gradient, block.begin, block.count, value_size, const_cast<T*>(block.gradient_transposed));
-    pack_panels(query, block.begin, block.count, E, const_cast<T*>(block.query));
-    pack_panels(gradient, block.begin, block.count, value_size, const_cast<T*>(block.gradient));
+    pack_panels(columns_of(query, block.begin), E, block.count, block.query_transposed);
+    pack_panels(columns_of(gradient, block.begin), value_size, block.count, block.gradient_transposed);
+    pack_panels(rows_of(query, block.begin), block.count, E, block.query);
+    pack_panels(rows_of(gradient, block.begin), block.count, value_size, block.gradient);
     // The rounding of a half-precision output would be most of the error of D.
+    constexpr bool is_rounded = sizeof(Scalar) < sizeof(T);
     const auto output = head_of<T>(sizes, is_rounded ? args.exact_output : args.output, batch, head);
-    pack_transposed_panels(output, block.begin, block.count, value_size, output_transposed_.data());
-    dot_rows(block.gradient_transposed, output_transposed_.data(), value_size, const_cast<T*>(block.row_dot));
+    if constexpr (kInPairs<Scalar, Factor>) {
+      for (int64_t q = 0; q < block.count; ++q) {
+        block.row_dot[q] = dot(output.row(block.begin + q), gradient.row(block.begin + q), value_size);
+      }
+    } else {
+      scale_row(block.query_transposed, round_up(block.count, kTileColumns<T>) * E, static_cast<T>(args.scale));
+      pack_panels(columns_of(output, block.begin), value_size, block.count, output_.data());
+      dot_rows(block.gradient_transposed, output_.data(), value_size, block.row_dot);
+    }
 
     const int64_t line = (batch * sizes.heads + head) * sizes.query_length + block.begin;
     const T* row_max = static_cast<const T*>(args.statistics) + line;
     const T* row_sum = row_max + sizes.batches * sizes.heads * sizes.query_length;
     for (int64_t q = 0; q < kBackwardQueries; ++q) {
       const bool sees_keys = q < block.count && row_max[q] != -kInfinity<T>;
-      const_cast<T*>(block.row_max)[q] = sees_keys ? row_max[q] : kInfinity<T>;
-      const_cast<T*>(block.row_factor)[q] = q >= block.count || row_sum[q] == 0 ? T(0) : 1 / row_sum[q];
+      block.row_max[q] = sees_keys ? row_max[q] : kInfinity<T>;
+      block.row_factor[q] = q >= block.count || row_sum[q] == 0 ? T(0) : 1 / row_sum[q];
     }
   }
 
@@ -585,11 +666,12 @@ class QuerySide {
   }
 
   const AttentionSizes& sizes_;
-  Scratch<T> memory_, output_transposed_;
+  int64_t across_, gradient_across_, along_, gradient_along_;  // elements of each set of panels of a block
+  Scratch<Factor> panels_;
+  Scratch<T> rows_, output_;
 };
 
-// ---- backward: query, key and value
-// -----------------------------------------------------------------------------------
+// ---- backward: query, key and value ---------------------------------------------------------------------------------
 
 // Elements of the transposed dQ of one kv head's queries: [group, block, E, kBackwardQueries].
 int64_t query_gradient_size(const AttentionSizes& sizes) {
@@ -614,19 +696,29 @@ void store_query_gradient(const AttentionBackwardArgs& args, int64_t batch, int6
   }
 }
 
-template <class Scalar>
+template <class Scalar, class Factor>
 struct BackwardScratch {
   using T = accumulate_t<Scalar>;
   Scratch<T> memory;
-  BackwardBlocks<Scalar> blocks;
+  Scratch<Factor> factors;
+  BackwardBlocks<Scalar, Factor> blocks;
   explicit BackwardScratch(const AttentionBackwardArgs& args)
       : memory(4 * kBlock + kBackwardKeys),
+        factors(kInPairs<Scalar, Factor> ? 2 * kBlock + panels_size<Factor>(kBackwardKeys, 1) : 0),
         blocks{args,
                memory.data(),
                memory.data() + kBlock,
+               factors.data(),
+               factors.data() + kBlock,
+               factors.data() + 2 * kBlock,
                args.mask.type != AttentionMaskType::none ? memory.data() + 2 * kBlock : nullptr,
                args.dropout_p > 0 ? memory.data() + 3 * kBlock : nullptr,
-               memory.data() + 4 * kBlock} {}
+               memory.data() + 4 * kBlock} {
+    if constexpr (!kInPairs<Scalar, Factor>) {
+      blocks.probabilities = blocks.scores;
+      blocks.gradient = blocks.weight_gradient;
+    }
+  }
 
  private:
   static constexpr int64_t kBlock = kBackwardKeys * kBackwardQueries;
@@ -637,11 +729,12 @@ template <class Scalar>
 void backward_task(const AttentionBackwardArgs& args, int64_t batch, int64_t kv_head, int64_t block_keys, int64_t first,
                    int64_t last, accumulate_t<Scalar>* query_gradient) {
   using T = accumulate_t<Scalar>;
+  using Factor = factor_t<Scalar>;
   const AttentionSizes& sizes = args.sizes;
   const int64_t E = sizes.head_size, value_size = sizes.value_size, group = sizes.heads / sizes.kv_heads;
-  const QuerySide<Scalar> query_side(args, batch, kv_head * group, group);
-  BackwardScratch<Scalar> scratch(args);
-  Scratch<T> key_buffer(block_keys * E), value_buffer(block_keys * value_size), key_transposed(block_keys * E);
+  const QuerySide<Scalar, Factor> query_side(args, batch, kv_head * group, group);
+  BackwardScratch<Scalar, Factor> scratch(args);
+  Scratch<Factor> key_buffer(block_keys * E), value_buffer(block_keys * value_size), key_transposed(block_keys * E);
   Scratch<T> grad_key(block_keys * E), grad_value(block_keys * value_size);
   const auto key = head_of<Scalar>(sizes, args.key, batch, kv_head);
   const auto value = head_of<Scalar>(sizes, args.value, batch, kv_head);
@@ -651,28 +744,25 @@ void backward_task(const AttentionBackwardArgs& args, int64_t batch, int64_t kv_
 
   for (int64_t block = first; block < last; ++block) {
     const int64_t begin = block * block_keys, count = min_of(block_keys, sizes.key_length - begin);
-    const KeyBlock<T> keys{begin, count, widened_rows(key, begin, count, E, key_buffer.data()),
-                           widened_rows(value, begin, count, value_size, value_buffer.data())};
+    const KeyBlock<Factor> keys{begin, count, rows_as(key, begin, count, E, key_buffer.data()),
+                                rows_as(value, begin, count, value_size, value_buffer.data())};
     if (wants_query) transpose(key.row(begin), key.row_stride, count, E, key_transposed.data(), block_keys);
     fill(grad_key.data(), T(0), count * E);
     fill(grad_value.data(), T(0), count * value_size);
     for (int64_t h = 0; h < group; ++h) {
       for (int64_t b = args.is_causal ? begin / kBackwardQueries : 0; b < query_blocks(sizes); ++b) {
-        const QueryBlock<T> queries = query_side.block(h, b);
+        const QueryBlock<Factor> queries = query_side.block(h, b);
         scratch.blocks.compute(batch, kv_head * group + h, keys, queries, static_cast<T>(args.scale));
-        const T* p = scratch.blocks.probabilities;
-        const T* ds = scratch.blocks.gradient;
         if (wants_value) {
-          multiply<T>(count, value_size, queries.count, p, kBackwardQueries,
-                      packed_panels(queries.gradient, queries.count), grad_value.data(), value_size, true);
+          scratch.blocks.add_to_keys(keys, queries, scratch.blocks.probabilities, queries.gradient, value_size,
+                                     grad_value.data());
         }
         if (wants_key) {
-          multiply<T>(count, E, queries.count, ds, kBackwardQueries, packed_panels(queries.query, queries.count),
-                      grad_key.data(), E, true);
+          scratch.blocks.add_to_keys(keys, queries, scratch.blocks.gradient, queries.query, E, grad_key.data());
         }
         if (wants_query) {
-          multiply<T>(E, queries.count, count, key_transposed.data(), block_keys, plain_panels(ds, kBackwardQueries),
-                      query_gradient + (h * query_blocks(sizes) + b) * E * kBackwardQueries, kBackwardQueries, true);
+          scratch.blocks.add_to_queries(keys, queries, key_transposed.data(), block_keys,
+                                        query_gradient + (h * query_blocks(sizes) + b) * E * kBackwardQueries);
         }
       }
     }
@@ -712,8 +802,7 @@ void backward_inputs(const AttentionBackwardArgs& args) {
   });
 }
 
-// ---- backward: the mask
-// ------------------------------------------------------------------------------------------------
+// ---- backward: the mask ---------------------------------------------------------------------------------------------
 
 // The heads of a call split by whether the mask is its own for them: of `owned` tuples each is broadcast to `shared`
 // heads. The dimensions are the batch dimensions and, last, the heads.
@@ -776,19 +865,19 @@ void mask_task(const AttentionBackwardArgs& args, const MaskHeads& heads, int64_
   const AttentionSizes& sizes = args.sizes;
   const AttentionMask<void*>& mask = args.grad_mask;
   const int64_t E = sizes.head_size, value_size = sizes.value_size;
-  BackwardScratch<Scalar> scratch(args);
+  BackwardScratch<Scalar, T> scratch(args);  // the mask's gradient is not rounded on the way
   Scratch<T> key_buffer(block_keys * E), value_buffer(block_keys * value_size);
   for (int64_t shared = 0; shared < heads.shared; ++shared) {
     const int64_t place = heads.place(owned, shared), batch = place / sizes.heads, head = place % sizes.heads;
     const int64_t kv_head = head / (sizes.heads / sizes.kv_heads);
-    const QuerySide<Scalar> query_side(args, batch, head, 1);
+    const QuerySide<Scalar, T> query_side(args, batch, head, 1);
     const auto key = head_of<Scalar>(sizes, args.key, batch, kv_head);
     const auto value = head_of<Scalar>(sizes, args.value, batch, kv_head);
     T* head_sums = sums + batch_offset(sizes, mask.batch_strides, batch) + head * mask.head_stride;
     for (int64_t block = first; block < last; ++block) {
       const int64_t begin = block * block_keys, count = min_of(block_keys, sizes.key_length - begin);
-      const KeyBlock<T> keys{begin, count, widened_rows(key, begin, count, E, key_buffer.data()),
-                             widened_rows(value, begin, count, value_size, value_buffer.data())};
+      const KeyBlock<T> keys{begin, count, rows_as(key, begin, count, E, key_buffer.data()),
+                             rows_as(value, begin, count, value_size, value_buffer.data())};
       for (int64_t b = args.is_causal ? begin / kBackwardQueries : 0; b < query_blocks(sizes); ++b) {
         const QueryBlock<T> queries = query_side.block(0, b);
         scratch.blocks.compute(batch, head, keys, queries, T(1));
@@ -823,8 +912,7 @@ void backward_mask(const AttentionBackwardArgs& args) {
   }
 }
 
-// ---- launcher
-// ----------------------------------------------------------------------------------------------------------
+// ---- launcher -------------------------------------------------------------------------------------------------------
 
 void backward(const AttentionBackwardArgs& args) {
   dispatch(args.dtype, [&](auto* type) {

@@ -73,6 +73,9 @@ class OpInfoEntry:
     function: Callable[..., Any]
     # Samples whose values depend on torch's own order of drawing; the column's tests check what they can promise.
     is_random: Callable[[Any], bool] = lambda sample: False
+    # bfloat16 products take factors that were rounded themselves, as torch's do: an element in which they cancel is
+    # off by as much as one rounding of the largest.
+    rounds_factors: bool = False
 
     def __str__(self) -> str:
         return self.torch_name

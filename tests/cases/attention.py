@@ -111,5 +111,6 @@ OPINFO = [
         "nn.functional.scaled_dot_product_attention",
         F.scaled_dot_product_attention,
         is_random=lambda sample: sample.kwargs.get("dropout_p", 0.0) > 0,
+        rounds_factors=True,
     )
 ]
