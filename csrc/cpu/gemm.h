@@ -27,8 +27,6 @@ inline constexpr int64_t kTileColumns = kTileVectors * Vec<accumulate_t<T>>::siz
 // Depth of one accumulation run: a panel of B stays in the second-level cache, and sums of at most this many products
 // are added to C one after another, which is as accurate as any blocked product.
 inline constexpr int64_t kDepthBlock = 256;
-inline constexpr int64_t kRowBlock = 96;
-inline constexpr int64_t kColumnBlock = 512;
 
 // ---- one cache block ----------------------------------------------------------------------------------------------
 
@@ -121,55 +119,64 @@ inline const T* rows_of(Matrix<Scalar> a, int64_t rows, int64_t depth, T* buffer
   return buffer;
 }
 
-// All of B as packed panels, one run of panels per depth block.
-template <class T, class Scalar>
-inline void pack_all(Matrix<Scalar> b, int64_t depth, int64_t columns, T* packed) {
-  const int64_t width = kTileColumns<T>;
-  const int64_t panels = ceil_div(columns, width);
-  parallel_for(ceil_div(depth, kDepthBlock) * panels, 4, [&](int64_t task) {
-    const int64_t k = task / panels * kDepthBlock;
-    const int64_t j = task % panels * width;
-    const int64_t block_depth = min_of(kDepthBlock, depth - k);
-    pack_panel(b.at(k, j), block_depth, min_of(width, columns - j),
-               packed + k * panels * width + j * round_up(block_depth, Step<T>::depth), width);
-  });
+// One output block's part of the depth, [k_begin, k_end), by fused multiply-adds; k_begin is a multiple of kDepthBlock.
+// B is packed here and not once for all: what is packed is then read from the second-level cache and never written to
+// memory, and a block has so many rows that packing is little of its work.
+template <class T, class ScalarA, class ScalarB>
+inline void multiply_block(Matrix<ScalarA> a, Matrix<ScalarB> b, const ProductBlock& block, accumulate_t<T>* c,
+                           int64_t c_row_stride) {
+  constexpr int64_t width = kTileColumns<T>;
+  const Scratch<T> left(block.rows * kDepthBlock), right(round_up(block.columns, width) * kDepthBlock);
+  for (int64_t k = block.k_begin; k < block.k_end; k += kDepthBlock) {
+    const int64_t depth = min_of(kDepthBlock, block.k_end - k);
+    int64_t a_row_stride;
+    const T* a_rows = rows_of<T>(a.at(block.i, k), block.rows, depth, left.data(), &a_row_stride);
+    const Panels<T> panels = packed_panels<T>(right.data(), depth);
+    for (int64_t j = 0; j < block.columns; j += width) {
+      pack_panel(b.at(k, block.j + j), depth, min_of(width, block.columns - j),
+                 right.data() + j / width * panels.panel_stride, width);
+    }
+    multiply<T>(block.rows, block.columns, depth, a_rows, a_row_stride, panels, c, c_row_stride, k > block.k_begin);
+  }
 }
 
-// One output block's part of the depth, [k_begin, k_end), by fused multiply-adds; k_begin is a multiple of kDepthBlock.
-template <class T, class ScalarA>
-inline void multiply_block(Matrix<ScalarA> a, const T* packed_b, int64_t padded_columns, const ProductBlock& block,
-                           int64_t depth, accumulate_t<T>* c, int64_t c_row_stride) {
-  const Scratch<T> buffer(block.rows * kDepthBlock);
-  for (int64_t k = block.k_begin; k < block.k_end; k += kDepthBlock) {
-    const int64_t block_depth = min_of(kDepthBlock, depth - k);
-    int64_t a_row_stride;
-    const T* a_rows = rows_of<T>(a.at(block.i, k), block.rows, block_depth, buffer.data(), &a_row_stride);
-    const T* panel = packed_b + k * padded_columns + block.j * round_up(block_depth, Step<T>::depth);
-    multiply<T>(block.rows, block.columns, block_depth, a_rows, a_row_stride, packed_panels(panel, block_depth), c,
-                c_row_stride, k > block.k_begin);
-  }
+// Rows and columns of a block of C.
+struct BlockShape {
+  int64_t rows, columns;
+};
+
+// Of fused multiply-adds: rows of about equal number in every block, and no fewer blocks than keep some threads busy.
+template <class T>
+inline BlockShape block_shape(int64_t M, int64_t N) {
+  constexpr int64_t most_rows = 32 * kTileRows, most_columns = 256, wanted_blocks = 16;
+  const int64_t rows = round_up(ceil_div(M, ceil_div(M, most_rows)), kTileRows);
+  int64_t columns = max_of(most_columns, kTileColumns<T>);
+  while (columns > kTileColumns<T> && ceil_div(M, rows) * ceil_div(N, columns) < wanted_blocks) columns /= 2;
+  return {rows, columns};
 }
 
 // Calls multiply_block(block, c, c_row_stride) for every block of C and every part of the depth, and finish for the
 // sums of the parts. The partition follows from the shape alone. Products with few output blocks and great depth are
 // split along the depth, the parts added in order.
 template <class T, class MultiplyBlock, class Finish>
-inline void run_product(int64_t M, int64_t N, int64_t K, MultiplyBlock&& multiply_block, Finish&& finish) {
-  const int64_t row_blocks = ceil_div(M, kRowBlock), column_blocks = ceil_div(N, kColumnBlock);
+inline void run_product(int64_t M, int64_t N, int64_t K, BlockShape shape, MultiplyBlock&& multiply_block,
+                        Finish&& finish) {
+  const int64_t row_blocks = ceil_div(M, shape.rows), column_blocks = ceil_div(N, shape.columns);
   const int64_t blocks = row_blocks * column_blocks;
   const int64_t wanted_parts = min_of(ceil_div(16, blocks), K / (4 * kDepthBlock));
   const int64_t part_depth = round_up(ceil_div(max_of(K, 1), max_of(wanted_parts, 1)), kDepthBlock);
   const int64_t parts = max_of(ceil_div(K, part_depth), 1);
 
-  const int64_t block_rows = min_of(M, kRowBlock), block_columns = min_of(round_up(N, kTileColumns<T>), kColumnBlock);
+  const int64_t block_rows = min_of(M, shape.rows);
+  const int64_t block_columns = min_of(round_up(N, kTileColumns<T>), shape.columns);
   const int64_t block_size = block_rows * block_columns;
   Scratch<T> partial(parts > 1 ? parts * blocks * block_size : 0);
   auto block_at = [&](int64_t index, int64_t part) -> ProductBlock {
-    const int64_t i = index / column_blocks * kRowBlock, j = index % column_blocks * kColumnBlock;
+    const int64_t i = index / column_blocks * shape.rows, j = index % column_blocks * shape.columns;
     return {i,
-            min_of(kRowBlock, M - i),
+            min_of(shape.rows, M - i),
             j,
-            min_of(kColumnBlock, N - j),
+            min_of(shape.columns, N - j),
             part * part_depth,
             min_of(K, (part + 1) * part_depth)};
   };
@@ -253,7 +260,7 @@ inline bool gemm_on_tiles(int64_t M, int64_t N, int64_t K, Matrix<ScalarA> a, Ma
       }
     }
   };
-  run_product<float>(M, N, K, multiply_block, finish);
+  run_product<float>(M, N, K, {96, 512}, multiply_block, finish);
   return true;
 }
 
@@ -285,13 +292,10 @@ inline void gemm(int64_t M, int64_t N, int64_t K, Matrix<ScalarA> a, Matrix<Scal
   }
   constexpr bool halves = std::is_same_v<ScalarA, bfloat16> && std::is_same_v<ScalarB, bfloat16>;
   using Factor = std::conditional_t<halves && std::is_same_v<T, float>, factor_t<bfloat16>, T>;
-  const int64_t padded_columns = round_up(N, kTileColumns<Factor>);
-  const Scratch<Factor> packed_b(padded_columns * round_up(K, Step<Factor>::depth));
-  detail::pack_all<Factor>(b, K, N, packed_b.data());
   auto multiply_block = [&](const detail::ProductBlock& block, T* c, int64_t c_row_stride) {
-    detail::multiply_block<Factor>(a, packed_b.data(), padded_columns, block, K, c, c_row_stride);
+    detail::multiply_block<Factor>(a, b, block, c, c_row_stride);
   };
-  detail::run_product<T>(M, N, K, multiply_block, finish);
+  detail::run_product<T>(M, N, K, detail::block_shape<T>(M, N), multiply_block, finish);
 }
 
 }  // namespace dlkernels::DLKERNELS_ISA

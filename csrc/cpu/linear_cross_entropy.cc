@@ -22,6 +22,22 @@
 namespace dlkernels::DLKERNELS_ISA {
 namespace {
 
+constexpr int64_t kRowBlock = 96, kColumnBlock = 512;  // of the products of gradients
+
+// All of a right operand as packed panels, one run of panels per depth block.
+template <class T, class Scalar>
+void pack_all(Matrix<Scalar> b, int64_t depth, int64_t columns, T* packed) {
+  const int64_t width = kTileColumns<T>;
+  const int64_t panels = ceil_div(columns, width);
+  parallel_for(ceil_div(depth, kDepthBlock) * panels, 4, [&](int64_t task) {
+    const int64_t k = task / panels * kDepthBlock;
+    const int64_t j = task % panels * width;
+    const int64_t block_depth = min_of(kDepthBlock, depth - k);
+    pack_panel(b.at(k, j), block_depth, min_of(width, columns - j),
+               packed + k * panels * width + j * round_up(block_depth, Step<T>::depth), width);
+  });
+}
+
 // A tile of logits with the operands of one depth block fits the second-level cache.
 constexpr int64_t kTileOfRows = 256;
 constexpr int64_t kTileOfClasses = 192;
@@ -267,7 +283,7 @@ void forward_typed(const LinearCrossEntropyForwardArgs& args) {
   args.totals[0] = args.totals[1] = 0;
   if (rows == 0) return;
   Scratch<T> packed_input(round_up(rows, kTileColumns<T>) * p.shape.features);
-  detail::pack_all<T>(p.input.transposed(), p.shape.features, rows, packed_input.data());
+  pack_all<T>(p.input.transposed(), p.shape.features, rows, packed_input.data());
 
   const int64_t row_blocks = ceil_div(rows, kTileOfRows);
   const int64_t wanted = min_of(ceil_div(kWantedTasks, row_blocks), ceil_div(classes, kTileOfClasses));
@@ -389,8 +405,8 @@ struct Backward {
 
   void prepare() const {
     fill(g.data(), T(0), chunk * g_stride);  // lanes beyond the last row are computed and never used
-    detail::pack_all<T>(p.input.transposed(), features, rows, packed_input_transposed.data());
-    if (wants_layer) detail::pack_all<T>(p.input, rows, features, packed_input.data());
+    pack_all<T>(p.input.transposed(), features, rows, packed_input_transposed.data());
+    if (wants_layer) pack_all<T>(p.input, rows, features, packed_input.data());
     if (wants_input) fill(grad_input(), T(0), rows * features);
   }
 
@@ -484,7 +500,7 @@ struct Backward {
       });
     }
     if (wants_input) {
-      detail::pack_all<T>(p.linear_weight.at(begin, 0), count, features, packed_weight.data());
+      pack_all<T>(p.linear_weight.at(begin, 0), count, features, packed_weight.data());
       for_each_product_block(rows, [&](int64_t i, int64_t block_rows, int64_t j, int64_t columns) {
         add_to_grad_input(i, block_rows, count, j, columns);
       });

@@ -50,16 +50,17 @@ inline void fill(T* destination, T value, int64_t count) {
   for (int64_t i = 0; i < count; ++i) destination[i] = value;
 }
 
-// destination[j][i] = source[i][j] for a block of rows x columns; source columns are contiguous.
+// destination[j][i] = source[i][j] for a block of rows x columns; source columns are contiguous. A strip of rows is
+// read to its end before the next: more streams at a time are more than the prefetcher follows.
 template <class Source, class Destination>
 inline void transpose(const Source* source, int64_t source_row_stride, int64_t rows, int64_t columns,
                       Destination* destination, int64_t destination_row_stride) {
   using T = accumulate_t<Source>;
   constexpr int64_t lanes = Vec<T>::size;
-  for (int64_t j = 0; j < columns; j += lanes) {
-    const int64_t block_columns = min_of(lanes, columns - j);
-    for (int64_t i = 0; i < rows; i += lanes) {
-      const int64_t block_rows = min_of(lanes, rows - i);
+  for (int64_t i = 0; i < rows; i += lanes) {
+    const int64_t block_rows = min_of(lanes, rows - i);
+    for (int64_t j = 0; j < columns; j += lanes) {
+      const int64_t block_columns = min_of(lanes, columns - j);
       const Source* in = source + i * source_row_stride + j;
       Destination* out = destination + j * destination_row_stride + i;
       Vec<T> block[lanes];
