@@ -70,6 +70,7 @@ class Operation(str, enum.Enum):
     conv2d = "conv2d"
     batch_norm = "batch_norm"
     lstm = "lstm"
+    linear = "linear"
     cross_entropy = "cross_entropy"
     linear_cross_entropy = "linear_cross_entropy"
     attention = "attention"

@@ -125,6 +125,7 @@ def self_test() -> list[Check]:
     heads = {"query": random(2, 3, 33, 16), "key": random(2, 3, 33, 16), "value": random(2, 3, 33, 16)}
 
     layer = {"input": random(40, 24), "linear_weight": random(51, 24), "linear_bias": random(51)}
+    affine = {"input": random(40, 24), "weight": random(51, 24), "bias": random(51)}
     layer["target"] = torch.randint(51, (40,), generator=generator)
 
     def linear_loss(input: Tensor, linear_weight: Tensor, linear_bias: Tensor, target: Tensor) -> Tensor:
@@ -145,6 +146,7 @@ def self_test() -> list[Check]:
         check("conv2d", functional.conv2d, torch_functional.conv2d, image, 2e-6),
         check("batch_norm", batch_norm(functional), batch_norm(torch_functional), batch, 5e-6),
         check("lstm", lstm_program(nn.LSTM), lstm_program(torch.nn.LSTM), sequence, 5e-6),
+        check("linear", functional.linear, torch_functional.linear, affine, 2e-6),
         check("cross_entropy", functional.cross_entropy, torch_functional.cross_entropy, logits, 2e-6),
         check("linear_cross_entropy", fused_linear_loss, linear_loss, layer, 5e-6),
         check("attention", attention(functional), attention(torch_functional), heads, 5e-6),

@@ -19,6 +19,7 @@ LAYERS = (
     "dlkernels/nn/{column}.py",
     "tests/cases/{column}.py",
     "tests/test_{column}.py",
+    "dlkernels/bench/{column}.py",
     "benchmarks/bench_{column}.py",
 )
 

@@ -62,6 +62,15 @@ def cross_entropy() -> None:
     torch.testing.assert_close(losses[:2], expected.float())
 
 
+def linear() -> None:
+    row, weight = normal(1, 2048), normal(2, 2048)
+    rows = row.expand(2**20 + 1, -1)
+    assert rows.numel() > MANY
+    output = F.linear(rows, weight)
+    assert torch.equal(output, output[:1].expand_as(output))
+    torch.testing.assert_close(output[:1].double(), row.double() @ weight.double().T, rtol=1e-5, atol=1e-4)
+
+
 def linear_cross_entropy() -> None:
     classes, features = 2**20 + 1, 2048
     hidden = normal(3, features)
@@ -89,6 +98,7 @@ CHECKS: dict[str, Callable[[], None]] = {
     "batch_norm": batch_norm,
     "conv2d": conv2d,
     "cross_entropy": cross_entropy,
+    "linear": linear,
     "linear_cross_entropy": linear_cross_entropy,
     "lstm": lstm,
 }

@@ -31,7 +31,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    return torch.ops.dlkernels.matrix_product(a, b)  # a b^T
+    return F.linear(a, b)  # a b^T
 
 
 def error(actual: Tensor, exact: Tensor) -> float:

@@ -24,6 +24,7 @@ CALLS: dict[str, Callable[[], object]] = {
     "batch_norm": lambda: F.batch_norm(huge(3, 4, 4), None, None, training=True),
     "conv2d": lambda: F.conv2d(huge(3, 8, 8), torch.zeros(4, 3, 3, 3)),
     "cross_entropy": lambda: F.cross_entropy(huge(5), huge(dtype=torch.long), reduction="none"),
+    "linear": lambda: F.linear(huge(8), torch.zeros(5, 8)),
     "linear_cross_entropy": lambda: F.linear_cross_entropy(huge(8), torch.zeros(5, 8), huge(dtype=torch.long)),
     "lstm": lambda: F.lstm_cell(huge(4), (huge(3), huge(3)), torch.zeros(12, 4), torch.zeros(12, 3)),
 }

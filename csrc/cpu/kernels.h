@@ -7,6 +7,7 @@
 #include "conv2d.h"
 #include "cross_entropy.h"
 #include "elementary.h"
+#include "linear.h"
 #include "linear_cross_entropy.h"
 #include "lstm.h"
 
@@ -20,6 +21,7 @@ struct KernelTable {
   Conv2dKernels conv2d;
   CrossEntropyKernels cross_entropy;
   ElementaryKernels elementary;
+  LinearKernels linear;
   LinearCrossEntropyKernels linear_cross_entropy;
   LstmKernels lstm;
 };

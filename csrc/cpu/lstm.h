@@ -51,21 +51,9 @@ struct LstmBackwardArgs {
   void* grad_w_hr;
 };
 
-// product = a b^T for a [rows][depth] and b [columns][depth] of any strides, product dense.
-struct LstmProductArgs {
-  DType dtype;
-  int64_t rows, columns, depth;
-  const void* a;
-  int64_t a_row_stride, a_column_stride;
-  const void* b;
-  int64_t b_row_stride, b_column_stride;
-  void* product;
-};
-
 struct LstmKernels {
   void (*forward)(const LstmForwardArgs&);
   void (*backward)(const LstmBackwardArgs&);
-  void (*product)(const LstmProductArgs&);
 };
 
 #if defined(DLKERNELS_ISA)

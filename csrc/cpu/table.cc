@@ -6,8 +6,15 @@ namespace dlkernels::DLKERNELS_ISA {
 
 extern const KernelTable table;
 const KernelTable table = {
-    isa_name,         arithmetic_rate_kernels(), attention_kernels(),  batch_norm_kernels(),
-    conv2d_kernels(), cross_entropy_kernels(),   elementary_kernels(), linear_cross_entropy_kernels(),
+    isa_name,
+    arithmetic_rate_kernels(),
+    attention_kernels(),
+    batch_norm_kernels(),
+    conv2d_kernels(),
+    cross_entropy_kernels(),
+    elementary_kernels(),
+    linear_kernels(),
+    linear_cross_entropy_kernels(),
     lstm_kernels(),
 };
 

@@ -5,6 +5,7 @@
 #include <ATen/ATen.h>
 
 #include "ops/cross_entropy.h"
+#include "ops/linear.h"
 #include "ops/second_order.h"
 
 namespace dlkernels::ops {
@@ -198,9 +199,7 @@ struct LinearCrossEntropyBackwardNode : torch::autograd::Function<LinearCrossEnt
     const bool per_row = grad_loss.dim() > 0;
     // The one place with logits: differentiated twice, they are needed whole.
     auto loss = [&](const variable_list& inputs) -> variable_list {
-      Tensor logits = at::matmul(inputs[0], inputs[1].t());
-      if (inputs[2].defined()) logits = logits + inputs[2];
-      logits = logits.to(grad_loss.scalar_type());
+      const Tensor logits = ops::linear(inputs[0], inputs[1], optional_of(inputs[2])).to(grad_loss.scalar_type());
       return {composed_loss(logits, inputs[3], weight, divisor, ignore_index, label_smoothing, per_row)};
     };
     const variable_list second =

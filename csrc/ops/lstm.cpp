@@ -5,6 +5,7 @@
 
 #include <ATen/ATen.h>
 
+#include "ops/linear.h"
 #include "ops/second_order.h"
 
 namespace dlkernels::ops {
@@ -247,24 +248,7 @@ LayerGrads lstm_layer_backward_cpu(const Tensor& grad_output, const Tensor& grad
   return {grad_input, grad_h0, grad_c0, grad_w_ih, grad_w_hh, grad_bias, grad_w_hr};
 }
 
-// a b^T, from which gradients of gradients are composed.
-Tensor matrix_product_cpu(const Tensor& a, const Tensor& b) {
-  const DType dtype = kernel_dtype(a, "matrix_product", "a");
-  check_same_dtype("matrix_product", a, "a", b, "b");
-  TORCH_CHECK(a.dim() == 2 && b.dim() == 2 && a.size(1) == b.size(1), "matrix_product: expected a of shape [M, K] and ",
-              "b of shape [N, K], got ", a.sizes(), " and ", b.sizes());
-  Tensor product = at::empty({a.size(0), b.size(0)}, a.options());
-  kernels().lstm.product({dtype, a.size(0), b.size(0), a.size(1), a.const_data_ptr(), a.stride(0), a.stride(1),
-                          b.const_data_ptr(), b.stride(0), b.stride(1), product.mutable_data_ptr()});
-  return product;
-}
-
 // ---- through the dispatcher ----------------------------------------------------------------------------------------
-
-Tensor matrix_product(const Tensor& a, const Tensor& b) {
-  static const auto op = find_operator<decltype(matrix_product_cpu)>("dlkernels::matrix_product");
-  return op.call(a, b);
-}
 
 CellGrads lstm_cell_backward(const Tensor& grad_h, const Tensor& grad_c, const Tensor& input, const Tensor& hx,
                              const Tensor& cx, const Tensor& w_ih, const Tensor& w_hh, const OptionalTensor& b_ih,
@@ -286,27 +270,6 @@ LayerGrads lstm_layer_backward(const Tensor& grad_output, const Tensor& grad_h_n
 
 // ---- composed of differentiable operators, for gradients of gradients --------------------------------------------
 
-struct MatrixProductNode : torch::autograd::Function<MatrixProductNode> {
-  static constexpr bool is_traceable = true;
-
-  static Tensor forward(AutogradContext* ctx, const Tensor& a, const Tensor& b) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    ctx->save_for_backward({a, b});
-    return matrix_product(a, b);
-  }
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    const variable_list saved = ctx->get_saved_variables();
-    return {ctx->needs_input_grad(0) ? matrix_product(grads[0], saved[1].t()) : Tensor(),
-            ctx->needs_input_grad(1) ? matrix_product(grads[0].t(), saved[0].t()) : Tensor()};
-  }
-};
-
-Tensor matrix_product_autograd(const Tensor& a, const Tensor& b) {
-  if (must_record(a, b)) return MatrixProductNode::apply(a, b);
-  at::AutoDispatchBelowADInplaceOrView guard;
-  return matrix_product(a, b);
-}
-
 struct State {
   Tensor h, c;
 };
@@ -314,12 +277,11 @@ struct State {
 // `bias`, `w_hr` may be undefined.
 State composed_cell(const Tensor& input, const State& before, const Tensor& w_ih, const Tensor& w_hh,
                     const Tensor& bias, const Tensor& w_hr) {
-  Tensor a = matrix_product(input, w_ih) + matrix_product(before.h, w_hh);
-  if (bias.defined()) a = a + bias;
+  const Tensor a = ops::linear(input, w_ih, optional_of(bias)) + ops::linear(before.h, w_hh, std::nullopt);
   const auto gates = a.chunk(4, 1);
   const Tensor c = gates[1].sigmoid() * before.c + gates[0].sigmoid() * gates[2].tanh();
   const Tensor h = gates[3].sigmoid() * c.tanh();
-  return {w_hr.defined() ? matrix_product(h, w_hr) : h, c};
+  return {w_hr.defined() ? ops::linear(h, w_hr, std::nullopt) : h, c};
 }
 
 // A packed batch as a dense one: padded[t][n] is row places[t][n] of the packed rows, and of a row of zeros after them
@@ -645,14 +607,12 @@ TORCH_LIBRARY_IMPL(dlkernels, CPU, m) {
   m.impl("lstm_cell_backward", &lstm_cell_backward_cpu);
   m.impl("lstm_layer", &lstm_layer_cpu);
   m.impl("lstm_layer_backward", &lstm_layer_backward_cpu);
-  m.impl("matrix_product", &matrix_product_cpu);
 }
 TORCH_LIBRARY_IMPL(dlkernels, Autograd, m) {
   m.impl("lstm_cell", &lstm_cell_autograd);
   m.impl("lstm_cell_backward", &lstm_cell_backward_autograd);
   m.impl("lstm_layer", &lstm_layer_autograd);
   m.impl("lstm_layer_backward", &lstm_layer_backward_autograd);
-  m.impl("matrix_product", &matrix_product_autograd);
 }
 TORCH_LIBRARY_IMPL(dlkernels, AutocastCPU, m) {
   m.impl("lstm_cell", &lstm_cell_autocast<c10::DispatchKey::AutocastCPU, c10::DeviceType::CPU>);

@@ -22,7 +22,7 @@ from .. import info
 from ..train.show import is_live
 from .harness import FULL, QUICK, TORCH, Case, Ceilings, Result, dtype_name, measure, measure_ceilings
 
-COLUMNS = ("conv2d", "batch_norm", "lstm", "cross_entropy", "linear_cross_entropy", "attention")
+COLUMNS = ("conv2d", "batch_norm", "lstm", "linear", "cross_entropy", "linear_cross_entropy", "attention")
 HUGE_PAGES = "torch, huge pages"
 
 

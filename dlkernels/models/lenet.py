@@ -32,7 +32,7 @@ class LeNet(torch.nn.Module):
     Args:
         image_size: height and width of the images, a multiple of 4; 8 for scikit-learn's digits, 28 for MNIST.
         widths: channels of the two blocks; LeNet-5 had (6, 16).
-        layers: where ``Conv2d`` and ``BatchNorm2d`` come from, ``dlkernels.nn`` or ``torch.nn``. Parameters and their
+        layers: where the layers with parameters come from, ``dlkernels.nn`` or ``torch.nn``. Parameters and their
             initial values are the same.
 
     Raises:
@@ -55,11 +55,11 @@ class LeNet(torch.nn.Module):
             ConvBlock(widths[0], widths[1], layers),
         )
         self.classifier = torch.nn.Sequential(
-            torch.nn.Linear(widths[1] * (image_size // 4) ** 2, 120),
+            layers.Linear(widths[1] * (image_size // 4) ** 2, 120),
             torch.nn.ReLU(),
-            torch.nn.Linear(120, 84),
+            layers.Linear(120, 84),
             torch.nn.ReLU(),
-            torch.nn.Linear(84, num_classes),
+            layers.Linear(84, num_classes),
         )
 
     def forward(self, x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from .attention import MultiheadAttention
 from .batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from .conv2d import Conv2d
 from .cross_entropy import CrossEntropyLoss
+from .linear import Linear
 from .linear_cross_entropy import LinearCrossEntropyLoss
 from .lstm import LSTM, LSTMCell
 
@@ -15,6 +16,7 @@ __all__ = [
     "Conv2d",
     "CrossEntropyLoss",
     "LSTMCell",
+    "Linear",
     "LinearCrossEntropyLoss",
     "MultiheadAttention",
 ]

@@ -76,7 +76,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         else:
             output = functional.scaled_dot_product_attention(q, k, v, mask, dropout_p, use_causal)
         output = output.transpose(1, 2).flatten(2)  # [N, L, E]
-        output = torch_functional.linear(output.transpose(0, batch_dimension), self.out_proj.weight, self.out_proj.bias)
+        output = functional.linear(output.transpose(0, batch_dimension), self.out_proj.weight, self.out_proj.bias)
         if not batched:
             output, weights = output.squeeze(0), weights.squeeze(0) if weights is not None else None
         return output, weights
@@ -102,16 +102,15 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         return batched
 
     def _project_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        linear = torch_functional.linear
         if self._qkv_same_embed_dim and query is key and key is value:
-            q, k, v = linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
+            q, k, v = functional.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
             return q, k, v
         if self._qkv_same_embed_dim:
             weights = list(self.in_proj_weight.chunk(3))
         else:
             weights = [self.q_proj_weight, self.k_proj_weight, self.v_proj_weight]
         biases = [None, None, None] if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
-        q, k, v = (linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))
+        q, k, v = (functional.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))
         return q, k, v
 
     def _merged_mask(

@@ -281,11 +281,6 @@ def _fake_layer_backward(
     return (*grads, input.new_empty(w_hr.shape) if w_hr is not None and output_mask[6] else None)
 
 
-@register_fake("dlkernels::matrix_product")
-def _fake_matrix_product(a: Tensor, b: Tensor) -> Tensor:
-    return a.new_empty([a.shape[0], b.shape[0]])
-
-
 class LSTMCellFunction(torch.autograd.Function):
     """One step as a Python ``autograd.Function``: the same kernels, readable and composable with ``torch.func``.
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-COLUMNS = ("attention", "batch_norm", "conv2d", "cross_entropy", "linear_cross_entropy", "lstm")
+COLUMNS = ("attention", "batch_norm", "conv2d", "cross_entropy", "linear", "linear_cross_entropy", "lstm")
 
 
 @dataclass

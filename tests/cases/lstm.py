@@ -160,17 +160,11 @@ def _layer_backward_arguments() -> tuple[Any, ...]:
     return (*grads, *tensors, batch_sizes, reverse, *saved, [True, False, True, True, True, True, True])
 
 
-def _product_arguments() -> tuple[Any, ...]:
-    a, b = _grads((3, 5), (4, 5))
-    return (a, b)
-
-
 OPERATOR_SAMPLES = [
     ("lstm_cell", _cell_arguments),
     ("lstm_cell_backward", _cell_backward_arguments),
     ("lstm_layer", _layer_arguments),
     ("lstm_layer_backward", _layer_backward_arguments),
-    ("matrix_product", _product_arguments),
 ]
 
 OPINFO: list[Any] = []

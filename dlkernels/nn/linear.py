@@ -1,0 +1,16 @@
+"""The linear layer as a module."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import functional
+
+
+class Linear(torch.nn.Linear):
+    """``torch.nn.Linear`` computed by :func:`dlkernels.functional.linear`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``[..., in_features]`` to ``[..., out_features]``."""
+        return functional.linear(input, self.weight, self.bias)
