@@ -5,8 +5,8 @@
 // (window.h), for up to kChannelBlock channels at a time. Then row pointers do what an im2col copy would: the depth of
 // a product is (tap, channel), the row of a pixel at tap t is the pixel's place in the window plus an offset that all
 // pixels share. Runs of up to kDepthBlock sums stay in the registers of multiply_tile; the weights stand packed in
-// panels. The window (a few hundred KB) and a panel's run (64 KB) live in the second-level cache, the sums of the block
-// beside them.
+// panels, all packed ahead or, where few tasks read the same, each when it is needed. The window (a few hundred KB) and
+// a panel's run (64 KB) live in the second-level cache, the sums of the block beside them.
 #include "conv2d_parts.h"
 #include "gemm.h"
 
@@ -17,6 +17,8 @@ template <class Scalar>
 class DenseConvolution {
   using T = accumulate_t<Scalar>;
   static constexpr int64_t kPanel = kTileColumns<T>;
+  // With no more blocks of pixels, every task packs the weights that it needs when it needs them, once.
+  static constexpr int64_t kFewBlocks = 2;
 
  public:
   explicit DenseConvolution(const Convolution<Scalar>& convolution)
@@ -41,9 +43,10 @@ class DenseConvolution {
   }
 
   void run() {
-    Scratch<T> packed(conv_.groups * panels_ * depth_ * kPanel);
+    const bool packs_ahead = blocks_.count() > kFewBlocks || grid_.phase_count > 1;
+    Scratch<T> packed(packs_ahead ? conv_.groups * panels_ * depth_ * kPanel : 0);
     packed_ = packed.data();
-    pack_weights();
+    if (packs_ahead) pack_weights();
     const double work = 1.0 * conv_.input.N * grid_.rows * grid_.columns * conv_.output.C * depth_;
     parallel_for(tasks(), work < kSerialWork ? tasks() : 1, [&](int64_t task) { run_task(task); });
   }
@@ -54,6 +57,21 @@ class DenseConvolution {
   // Packed rows of panel `panel` of group g: for each block of channels, tap by tap, channel by channel.
   T* packed_panel(int64_t g, int64_t panel) const { return packed_ + (g * panels_ + panel) * depth_ * kPanel; }
 
+  // A panel's weights of the block of channels from c on; false where one is not finite.
+  bool pack_panel_of(int64_t g, int64_t panel, int64_t c, T* destination) const {
+    const int64_t channels = min_of(channel_block_, in_channels_ - c);
+    const int64_t columns = min_of(kPanel, out_channels_ - panel * kPanel);
+    const Weights<Scalar>& w = conv_.weights;
+    const Scalar* source = w.data + g * w.group_stride + c * w.in_stride + panel * kPanel * w.out_stride;
+    bool finite = true;
+    for (int64_t t = 0; t < grid_.tap_count; ++t) {
+      pack_rows(Matrix<Scalar>{source + grid_.taps[t].weight_offset, w.in_stride, w.out_stride}, channels, columns,
+                destination, kPanel);
+      for (int64_t c2 = 0; c2 < channels; ++c2, destination += kPanel) finite &= all_finite(destination, columns);
+    }
+    return finite;
+  }
+
   void pack_weights() {
     const int64_t channel_blocks = ceil_div(in_channels_, channel_block_);
     const int64_t tasks = conv_.groups * panels_ * channel_blocks;
@@ -61,19 +79,8 @@ class DenseConvolution {
     parallel_for(tasks, work < kSerialWork / 16 ? tasks : 1, [&](int64_t task) {
       const int64_t c = task % channel_blocks * channel_block_;
       const int64_t panel = task / channel_blocks % panels_, g = task / channel_blocks / panels_;
-      const int64_t channels = min_of(channel_block_, in_channels_ - c);
-      const int64_t columns = min_of(kPanel, out_channels_ - panel * kPanel);
-      T* destination = packed_panel(g, panel) + c * grid_.tap_count * kPanel;
-      const Weights<Scalar>& w = conv_.weights;
-      const Scalar* source = w.data + g * w.group_stride + c * w.in_stride + panel * kPanel * w.out_stride;
-      for (int64_t t = 0; t < grid_.tap_count; ++t) {
-        pack_rows(Matrix<Scalar>{source + grid_.taps[t].weight_offset, w.in_stride, w.out_stride}, channels, columns,
-                  destination + t * channels * kPanel, kPanel);
-        for (int64_t c2 = 0; c2 < channels; ++c2) {
-          if (!all_finite(destination + (t * channels + c2) * kPanel, columns)) {
-            __atomic_store_n(&finite_weights_, false, __ATOMIC_RELAXED);
-          }
-        }
+      if (!pack_panel_of(g, panel, c, packed_panel(g, panel) + c * grid_.tap_count * kPanel)) {
+        __atomic_store_n(&finite_weights_, false, __ATOMIC_RELAXED);
       }
     });
   }
@@ -87,6 +94,7 @@ class DenseConvolution {
     const int64_t first_out = g * out_channels_ + out_channel;
     Scratch<T> staged(block.images * window.rows * window.columns * channel_block_);
     Scratch<T> results(is_one_matrix(block) ? 0 : block.pixels() * out_channels);
+    Scratch<T> own_panel(packed_ == nullptr ? channel_block_ * grid_.tap_count * kPanel : 0);
     Scratch<int64_t> places(block.pixels());
     bool is_staged = false;
     for (int64_t index = 0; index < grid_.phase_count; ++index) {
@@ -112,8 +120,15 @@ class DenseConvolution {
         if (!is_staged) stage_block(conv_.input, block, g * in_channels_ + c, channels, window, staged.data());
         is_staged = channel_block_ == in_channels_;
         for (int64_t j = 0; j < out_channels; j += kPanel) {
-          const T* panel = packed_panel(g, (out_channel + j) / kPanel) + c * grid_.tap_count * kPanel;
-          multiply_panel(part, phase, places.data(), window, channels, staged.data(), panel,
+          const int64_t index_of_panel = (out_channel + j) / kPanel;
+          const T* panel = own_panel.data();
+          bool finite_weights = finite_weights_;
+          if (packed_ == nullptr) {
+            finite_weights = pack_panel_of(g, index_of_panel, c, own_panel.data());
+          } else {
+            panel = packed_panel(g, index_of_panel) + c * grid_.tap_count * kPanel;
+          }
+          multiply_panel(part, phase, places.data(), window, channels, staged.data(), panel, finite_weights,
                          min_of(kPanel, out_channels - j), sums + j, stride, c > 0 || conv_.bias != nullptr);
         }
       }
@@ -131,19 +146,19 @@ class DenseConvolution {
 
   // sums[pixel][0 .. columns) (+)= all taps of the phase, of `channels` channels.
   void multiply_panel(const Block& block, const Phase& phase, const int64_t* places, const Window& window,
-                      int64_t channels, const T* staged, const T* panel, int64_t columns, T* sums, int64_t sums_stride,
-                      bool accumulate) const {
+                      int64_t channels, const T* staged, const T* panel, bool finite_weights, int64_t columns, T* sums,
+                      int64_t sums_stride, bool accumulate) const {
     const int64_t pixels = block.pixels(), taps_per_run = max_of(1, kDepthBlock / channels);
-    const int64_t pixels_together = finite_weights_ ? kTileRows : 1;
+    const int64_t pixels_together = finite_weights ? kTileRows : 1;
     Segment segments[kDepthBlock];
     for (int64_t t = 0; t < phase.tap_count; t += taps_per_run) {
       const int64_t first = phase.first_tap + t, taps = min_of(taps_per_run, phase.tap_count - t);
       const T* run = panel + first * channels * kPanel;
       int64_t count = 0;
-      if (finite_weights_) count = segments_of(first, taps, block, -1, window, channels, segments);
+      if (finite_weights) count = segments_of(first, taps, block, -1, window, channels, segments);
       for (int64_t p = 0; p < pixels; p += pixels_together) {
         const int64_t rows = min_of(pixels_together, pixels - p);
-        if (!finite_weights_) count = segments_of(first, taps, block, p, window, channels, segments);
+        if (!finite_weights) count = segments_of(first, taps, block, p, window, channels, segments);
         const T* pointers[kTileRows];
         for (int64_t r = 0; r < rows; ++r) pointers[r] = staged + places[p + r] * channels;
         multiply_tile(rows, columns, segments, count, pointers, run, kPanel, sums + p * sums_stride, sums_stride,

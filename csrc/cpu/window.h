@@ -130,14 +130,15 @@ struct Blocks {
   Blocks(int64_t N_, int64_t H_, int64_t W_, int64_t wanted_pixels) : N(N_), H(H_), W(W_) {
     columns = ceil_div(W, ceil_div(W, wanted_pixels));
     rows = ceil_div(H, ceil_div(H, max_of(1, wanted_pixels / columns)));
-    images = rows == H && columns == W ? min_of(N, max_of(1, wanted_pixels / (rows * columns))) : 1;
-    image_blocks = ceil_div(N, images);
+    set_images(rows == H && columns == W ? max_of(1, wanted_pixels / (rows * columns)) : 1);
     row_blocks = ceil_div(H, rows);
     column_blocks = ceil_div(W, columns);
   }
   // No more images in a block than `most`.
-  void limit_images(int64_t most) {
-    images = max_of(1, min_of(images, most));
+  void limit_images(int64_t most) { set_images(max_of(1, min_of(images, most))); }
+  // About as many images in every block.
+  void set_images(int64_t most) {
+    images = ceil_div(max_of(N, 1), ceil_div(max_of(N, 1), most));
     image_blocks = ceil_div(N, images);
   }
   int64_t count() const { return image_blocks * row_blocks * column_blocks; }
