@@ -33,7 +33,7 @@ template <class Scalar>
 void convolve(const Convolution<Scalar>& convolution) {
   if (is_depthwise(convolution.input.C, convolution.output.C, convolution.groups)) {
     convolve_depthwise(convolution);
-  } else if (!convolve_on_tiles(convolution) && !convolve_winograd(convolution) &&
+  } else if (!convolve_on_tiles(convolution) && !convolve_winograd(convolution) && !convolve_in_pairs(convolution) &&
              !(is_planar_better(convolution) && convolve_planar(convolution))) {
     convolve_dense(convolution);
   }

@@ -13,10 +13,14 @@
 namespace dlkernels::DLKERNELS_ISA {
 namespace {
 
-template <class Scalar>
+constexpr int64_t kFewestPaired = 8;  // channels, below which the steps of a pair are too much of the work
+
+// Products are taken in Factor: the type of the sums, or pairs of bfloat16 (pairs.h).
+template <class Scalar, class Factor = accumulate_t<Scalar>>
 class DenseConvolution {
   using T = accumulate_t<Scalar>;
-  static constexpr int64_t kPanel = kTileColumns<T>;
+  static constexpr int64_t kPanel = kTileColumns<Factor>;
+  static constexpr int64_t kStep = Step<Factor>::depth;
   // With no more blocks of pixels, every task packs the weights that it needs when it needs them, once.
   static constexpr int64_t kFewBlocks = 2;
 
@@ -27,9 +31,9 @@ class DenseConvolution {
         in_channels_(convolution.input.C / convolution.groups),
         out_channels_(convolution.output.C / convolution.groups),
         panels_(ceil_div(out_channels_, kPanel)),
-        depth_(in_channels_ * grid_.tap_count),
+        depth_(round_up(in_channels_, kStep) * grid_.tap_count),
         blocks_(conv_.input.N, grid_.rows, grid_.columns, kPixelBlock) {
-    channel_block_ = channels_of_runs(conv_);
+    channel_block_ = round_up(channels_of_runs(conv_), kStep);
     out_block_ = min_of(out_channels_, kOutputChannelBlock);
     for (int64_t pixels = kPixelBlock; tasks() < kWantedTasks / 2; pixels /= 2) {
       if (out_block_ > kPanel) {
@@ -39,12 +43,12 @@ class DenseConvolution {
       if (pixels <= 4 * kTileRows) break;
       blocks_ = Blocks(conv_.input.N, grid_.rows, grid_.columns, pixels / 2);
     }
-    blocks_.limit_images(images_that_fit<T>(channel_block_, grid_.window_pixels(blocks_)));
+    blocks_.limit_images(images_that_fit<Factor>(channel_block_, grid_.window_pixels(blocks_)));
   }
 
   void run() {
     const bool packs_ahead = blocks_.count() > kFewBlocks || grid_.phase_count > 1;
-    Scratch<T> packed(packs_ahead ? conv_.groups * panels_ * depth_ * kPanel : 0);
+    Scratch<Factor> packed(packs_ahead ? conv_.groups * panels_ * depth_ * kPanel : 0);
     packed_ = packed.data();
     if (packs_ahead) pack_weights();
     const double work = 1.0 * conv_.input.N * grid_.rows * grid_.columns * conv_.output.C * depth_;
@@ -55,19 +59,21 @@ class DenseConvolution {
   int64_t out_blocks() const { return ceil_div(out_channels_, out_block_); }
   int64_t tasks() const { return blocks_.count() * out_blocks() * conv_.groups; }
   // Packed rows of panel `panel` of group g: for each block of channels, tap by tap, channel by channel.
-  T* packed_panel(int64_t g, int64_t panel) const { return packed_ + (g * panels_ + panel) * depth_ * kPanel; }
+  Factor* packed_panel(int64_t g, int64_t panel) const { return packed_ + (g * panels_ + panel) * depth_ * kPanel; }
 
   // A panel's weights of the block of channels from c on; false where one is not finite.
-  bool pack_panel_of(int64_t g, int64_t panel, int64_t c, T* destination) const {
-    const int64_t channels = min_of(channel_block_, in_channels_ - c);
+  bool pack_panel_of(int64_t g, int64_t panel, int64_t c, Factor* destination) const {
+    const int64_t channels = min_of(channel_block_, in_channels_ - c), rows = ceil_div(channels, kStep);
     const int64_t columns = min_of(kPanel, out_channels_ - panel * kPanel);
     const Weights<Scalar>& w = conv_.weights;
     const Scalar* source = w.data + g * w.group_stride + c * w.in_stride + panel * kPanel * w.out_stride;
     bool finite = true;
     for (int64_t t = 0; t < grid_.tap_count; ++t) {
-      pack_rows(Matrix<Scalar>{source + grid_.taps[t].weight_offset, w.in_stride, w.out_stride}, channels, columns,
-                destination, kPanel);
-      for (int64_t c2 = 0; c2 < channels; ++c2, destination += kPanel) finite &= all_finite(destination, columns);
+      pack_panel(Matrix<Scalar>{source + grid_.taps[t].weight_offset, w.in_stride, w.out_stride}, channels, columns,
+                 destination, kPanel);
+      for (int64_t row = 0; row < rows; ++row, destination += kStep * kPanel) {
+        finite &= all_finite(destination, kStep * columns);
+      }
     }
     return finite;
   }
@@ -92,9 +98,9 @@ class DenseConvolution {
     const int64_t out_channels = min_of(out_block_, out_channels_ - out_channel);
     const Window window = grid_.input_window(block);
     const int64_t first_out = g * out_channels_ + out_channel;
-    Scratch<T> staged(block.images * window.rows * window.columns * channel_block_);
+    Scratch<Factor> staged(block.images * window.rows * window.columns * channel_block_);
     Scratch<T> results(is_one_matrix(block) ? 0 : block.pixels() * out_channels);
-    Scratch<T> own_panel(packed_ == nullptr ? channel_block_ * grid_.tap_count * kPanel : 0);
+    Scratch<Factor> own_panel(packed_ == nullptr ? channel_block_ * grid_.tap_count * kPanel : 0);
     Scratch<int64_t> places(block.pixels());
     bool is_staged = false;
     for (int64_t index = 0; index < grid_.phase_count; ++index) {
@@ -121,7 +127,7 @@ class DenseConvolution {
         is_staged = channel_block_ == in_channels_;
         for (int64_t j = 0; j < out_channels; j += kPanel) {
           const int64_t index_of_panel = (out_channel + j) / kPanel;
-          const T* panel = own_panel.data();
+          const Factor* panel = own_panel.data();
           bool finite_weights = finite_weights_;
           if (packed_ == nullptr) {
             finite_weights = pack_panel_of(g, index_of_panel, c, own_panel.data());
@@ -146,20 +152,21 @@ class DenseConvolution {
 
   // sums[pixel][0 .. columns) (+)= all taps of the phase, of `channels` channels.
   void multiply_panel(const Block& block, const Phase& phase, const int64_t* places, const Window& window,
-                      int64_t channels, const T* staged, const T* panel, bool finite_weights, int64_t columns, T* sums,
-                      int64_t sums_stride, bool accumulate) const {
+                      int64_t channels, const Factor* staged, const Factor* panel, bool finite_weights, int64_t columns,
+                      T* sums, int64_t sums_stride, bool accumulate) const {
     const int64_t pixels = block.pixels(), taps_per_run = max_of(1, kDepthBlock / channels);
+    const int64_t tap_rows = round_up(channels, kStep);
     const int64_t pixels_together = finite_weights ? kTileRows : 1;
     Segment segments[kDepthBlock];
     for (int64_t t = 0; t < phase.tap_count; t += taps_per_run) {
       const int64_t first = phase.first_tap + t, taps = min_of(taps_per_run, phase.tap_count - t);
-      const T* run = panel + first * channels * kPanel;
+      const Factor* run = panel + first * tap_rows * kPanel;
       int64_t count = 0;
       if (finite_weights) count = segments_of(first, taps, block, -1, window, channels, segments);
       for (int64_t p = 0; p < pixels; p += pixels_together) {
         const int64_t rows = min_of(pixels_together, pixels - p);
         if (!finite_weights) count = segments_of(first, taps, block, p, window, channels, segments);
-        const T* pointers[kTileRows];
+        const Factor* pointers[kTileRows];
         for (int64_t r = 0; r < rows; ++r) pointers[r] = staged + places[p + r] * channels;
         multiply_tile(rows, columns, segments, count, pointers, run, kPanel, sums + p * sums_stride, sums_stride,
                       accumulate || t > 0);
@@ -174,7 +181,8 @@ class DenseConvolution {
     for (int64_t i = 0; i < taps; ++i) {
       const Tap& tap = grid_.taps[first + i];
       if (pixel >= 0 && !grid_.is_inside(tap, block, pixel, conv_.input.H, conv_.input.W)) continue;
-      const int64_t a_offset = grid_.tap_pixel(tap, window) * channels, b_offset = i * channels * kPanel;
+      const int64_t a_offset = grid_.tap_pixel(tap, window) * channels;
+      const int64_t b_offset = i * round_up(channels, kStep) * kPanel;
       Segment* last = segments + count - 1;
       if (count > 0 && last->a_offset + last->depth == a_offset && last->b_offset + last->depth * kPanel == b_offset) {
         last->depth += channels;  // neighbouring taps are neighbours in the window
@@ -190,7 +198,7 @@ class DenseConvolution {
   int64_t in_channels_, out_channels_, panels_, depth_;  // of one group
   Blocks blocks_;
   int64_t channel_block_, out_block_;
-  T* packed_ = nullptr;
+  Factor* packed_ = nullptr;
   bool finite_weights_ = true;
 };
 
@@ -201,9 +209,27 @@ void convolve_dense(const Convolution<Scalar>& convolution) {
   DenseConvolution<Scalar>(convolution).run();
 }
 
+template <class Scalar>
+bool convolve_in_pairs(const Convolution<Scalar>& convolution) {
+  using Factor = factor_t<Scalar>;
+  if constexpr (std::is_same_v<Factor, accumulate_t<Scalar>>) {
+    return false;
+  } else {
+    const int64_t in_channels = convolution.input.C / convolution.groups;
+    const int64_t out_channels = convolution.output.C / convolution.groups;
+    if (in_channels < kFewestPaired || out_channels < Vec<accumulate_t<Scalar>>::size) return false;
+    DenseConvolution<Scalar, Factor>(convolution).run();
+    return true;
+  }
+}
+
 template void convolve_dense(const Convolution<float>&);
 template void convolve_dense(const Convolution<double>&);
 template void convolve_dense(const Convolution<bfloat16>&);
 template void convolve_dense(const Convolution<float16>&);
+template bool convolve_in_pairs(const Convolution<float>&);
+template bool convolve_in_pairs(const Convolution<double>&);
+template bool convolve_in_pairs(const Convolution<bfloat16>&);
+template bool convolve_in_pairs(const Convolution<float16>&);
 
 }  // namespace dlkernels::DLKERNELS_ISA

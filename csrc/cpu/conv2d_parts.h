@@ -13,6 +13,10 @@ namespace dlkernels::DLKERNELS_ISA {
 template <class Scalar>
 void convolve_dense(const Convolution<Scalar>& convolution);
 
+// The same in pairs of bfloat16. False for other types, and where there are no pairs or too few channels for them.
+template <class Scalar>
+bool convolve_in_pairs(const Convolution<Scalar>& convolution);
+
 // conv2d_planar.cc: the same sums in the same order, in products whose columns are pixels.
 template <class Scalar>
 bool is_planar_better(const Convolution<Scalar>& convolution);

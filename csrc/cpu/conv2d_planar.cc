@@ -376,7 +376,9 @@ template <class Scalar>
 bool is_planar_better(const Convolution<Scalar>& convolution) {
   const int64_t outputs = convolution.output.C / convolution.groups, lanes = Vec<accumulate_t<Scalar>>::size;
   const bool contiguous = !convolution.output.channels_last;
-  if (convolution.input.C == 0 || (!contiguous && outputs > lanes)) return false;
+  // With more output channels, panels of weights are read faster than pixels at the places of many taps.
+  const int64_t most = !contiguous ? lanes / 2 : convolution.grid.tap_count == 1 ? outputs : 8 * lanes;
+  if (convolution.input.C == 0 || outputs > most) return false;
   const double dense = static_cast<double>(round_up(outputs, lanes)) / outputs;
   return PlanarConvolution<Scalar>(convolution).cost() < (contiguous ? 1.2 : 1.1) * dense;
 }

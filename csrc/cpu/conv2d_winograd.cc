@@ -38,7 +38,7 @@ constexpr int64_t kRunTiles = 7;           // tiles staged at a time where chann
 constexpr int64_t kGradientTiles = 32;     // tiles of a run of sums in the gradient of the weight
 constexpr int64_t kGradientBlock = 64;     // channels in and out of a task there
 constexpr int64_t kFewestChannels = 32;
-constexpr int64_t kFewestTiles = 16;
+constexpr int64_t kFewestTiles = 16, kFewestTilesAgainstPairs = 64;  // pairs of bfloat16 are twice as fast to multiply
 
 using V = Vec<float>;
 
@@ -332,8 +332,8 @@ bool is_filter(const Grid& grid) {
   return grid.tap_count == 9 && grid.last_dy - grid.first_dy == 2 && grid.last_dx - grid.first_dx == 2 &&
          grid.input_step_y == 1 && grid.input_step_x == 1 && grid.output_step_y == 1 && grid.output_step_x == 1;
 }
-bool is_worthwhile(int64_t in_channels, int64_t out_channels, int64_t tiles) {
-  return in_channels >= kFewestChannels && out_channels >= kFewestChannels && tiles >= kFewestTiles;
+bool is_worthwhile(int64_t in_channels, int64_t out_channels) {
+  return in_channels >= kFewestChannels && out_channels >= kFewestChannels;
 }
 
 // ---- gradient of the weight -----------------------------------------------------------------------------------------
@@ -474,7 +474,9 @@ bool convolve_winograd(const Convolution<Scalar>& convolution) {
     const Grid& grid = convolution.grid;
     const int64_t tiles = TileGrid<OutputsOf<Scalar>>(convolution.input.N, grid.rows, grid.columns).count();
     const int64_t groups = convolution.groups;
-    if (is_filter(grid) && is_worthwhile(convolution.input.C / groups, convolution.output.C / groups, tiles)) {
+    const int64_t fewest_tiles = std::is_same_v<factor_t<Scalar>, float> ? kFewestTiles : kFewestTilesAgainstPairs;
+    if (is_filter(grid) && tiles >= fewest_tiles &&
+        is_worthwhile(convolution.input.C / groups, convolution.output.C / groups)) {
       return WinogradConvolution<Scalar>(convolution).run();
     }
   }
@@ -487,7 +489,7 @@ bool winograd_weight_gradient(const Conv2dBackwardArgs& args) {
     const Conv2dGeometry& g = args.geometry;
     const int64_t tiles = TileGrid<OutputsOf<Scalar>>(g.N, g.output_H, g.output_W).count();
     if (g.kernel_H == 3 && g.kernel_W == 3 && g.stride_H == 1 && g.stride_W == 1 && g.dilation_H == 1 &&
-        g.dilation_W == 1 && is_worthwhile(g.C / g.groups, g.K / g.groups, tiles)) {
+        g.dilation_W == 1 && tiles >= kFewestTiles && is_worthwhile(g.C / g.groups, g.K / g.groups)) {
       return WinogradWeightGradient<Scalar>(g, static_cast<const Scalar*>(args.input),
                                             static_cast<const Scalar*>(args.grad_output))
           .run(static_cast<Scalar*>(args.grad_weight));

@@ -50,6 +50,28 @@ inline void fill(T* destination, T value, int64_t count) {
   for (int64_t i = 0; i < count; ++i) destination[i] = value;
 }
 
+// `count` lanes on their way from one array to another: half types that stay what they are move as bits.
+template <class Source, class Destination>
+constexpr bool kMovesBits = sizeof(Source) == 2 && std::is_same_v<Source, Destination>;
+template <class Source, class Destination>
+DLKERNELS_INLINE Vec<accumulate_t<Source>> load_moved(const Source* p, int64_t count) {
+  if constexpr (kMovesBits<Source, Destination>) {
+    const HalfBits bits = count == VecF::size ? load_half_bits(p) : load_half_bits(p, count);
+    return from_bits<float>(__builtin_convertvector(bits, Lanes<float>::bits));
+  } else {
+    return load_lanes(p, count);
+  }
+}
+template <class Source, class Destination>
+DLKERNELS_INLINE void store_moved(Destination* p, Vec<accumulate_t<Source>> lanes, int64_t count) {
+  if constexpr (kMovesBits<Source, Destination>) {
+    const HalfBits bits = __builtin_convertvector(bits_of(lanes), HalfBits);
+    count == VecF::size ? store_half_bits(p, bits) : store_half_bits(p, bits, count);
+  } else {
+    store_lanes(p, lanes, count);
+  }
+}
+
 // destination[j][i] = source[i][j] for a block of rows x columns; source columns are contiguous. A strip of rows is
 // read to its end before the next: more streams at a time are more than the prefetcher follows.
 template <class Source, class Destination>
@@ -66,20 +88,22 @@ inline void transpose(const Source* source, int64_t source_row_stride, int64_t r
       Vec<T> block[lanes];
       if (block_rows == lanes && block_columns == lanes) {
 #pragma GCC unroll 16
-        for (int64_t r = 0; r < lanes; ++r) block[r] = load(in + r * source_row_stride);
+        for (int64_t r = 0; r < lanes; ++r)
+          block[r] = load_moved<Source, Destination>(in + r * source_row_stride, lanes);
         transpose_square(block);
 #pragma GCC unroll 16
-        for (int64_t c = 0; c < lanes; ++c) store(out + c * destination_row_stride, block[c]);
+        for (int64_t c = 0; c < lanes; ++c) store_moved<Source>(out + c * destination_row_stride, block[c], lanes);
         continue;
       }
 #pragma GCC unroll 16
       for (int64_t r = 0; r < lanes; ++r) {
-        block[r] = r < block_rows ? load(in + r * source_row_stride, block_columns) : Vec<T>::zero();
+        block[r] = r < block_rows ? load_moved<Source, Destination>(in + r * source_row_stride, block_columns)
+                                  : Vec<T>::zero();
       }
       transpose_square(block);
 #pragma GCC unroll 16
       for (int64_t c = 0; c < lanes; ++c) {
-        if (c < block_columns) store(out + c * destination_row_stride, block[c], block_rows);
+        if (c < block_columns) store_moved<Source>(out + c * destination_row_stride, block[c], block_rows);
       }
     }
   }

@@ -162,8 +162,8 @@ void unstage_block(const Images<Scalar>& images, const Block& block, int64_t cha
 }
 
 // Padding times a weight or a gradient that is not finite would be NaN; these (only) meet no pixel outside the image.
-template <class T>
-bool all_finite(const T* values, int64_t count) {
+template <class Element, class T = accumulate_t<Element>>
+bool all_finite(const Element* values, int64_t count) {
   constexpr int64_t lanes = Vec<T>::size;
   Vec<T> sum = Vec<T>::zero();  // zero times anything finite
   int64_t i = 0;

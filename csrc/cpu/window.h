@@ -29,21 +29,37 @@ struct Window {
 
 namespace detail {
 
+// A window is in the type of the sums, or in that of the images where products take it so.
+template <class Scalar>
+inline void copy_row(const Scalar* source, int64_t count, accumulate_t<Scalar>* destination) {
+  widen_row(source, count, destination);
+}
+template <class Scalar>
+inline void copy_one(const Scalar* source, accumulate_t<Scalar>* destination) {
+  *destination = load_one(source);
+}
+inline void copy_one(const bfloat16* source, bfloat16* destination) {
+  *destination = *source;
+}
+inline void copy_row(const bfloat16* source, int64_t count, bfloat16* destination) {
+  __builtin_memcpy(destination, source, static_cast<size_t>(count) * sizeof(bfloat16));
+}
+
 // `count` pixels of one row, `step` apart, from `source` (a channel of the first of them) to pixel-major.
 template <class Scalar, class T>
 inline void stage_pixels(const Images<const Scalar>& images, const Scalar* source, int64_t count, int64_t step,
                          int64_t channels, T* destination) {
   const int64_t column_stride = step * images.column_stride(), channel_stride = images.channel_stride();
   if (column_stride == channels && (channel_stride == 1 || channels == 1)) {
-    widen_row(source, count * channels, destination);
+    copy_row(source, count * channels, destination);
   } else if (channel_stride == 1) {
-    for (int64_t j = 0; j < count; ++j) widen_row(source + j * column_stride, channels, destination + j * channels);
+    for (int64_t j = 0; j < count; ++j) copy_row(source + j * column_stride, channels, destination + j * channels);
   } else if (step == 1) {
     transpose(source, channel_stride, channels, count, destination, channels);
   } else {
     for (int64_t c = 0; c < channels; ++c) {
       for (int64_t j = 0; j < count; ++j) {
-        destination[j * channels + c] = load_one(source + c * channel_stride + j * column_stride);
+        copy_one(source + c * channel_stride + j * column_stride, destination + j * channels + c);
       }
     }
   }
@@ -89,13 +105,13 @@ inline void stage(const Images<const Scalar>& images, int64_t n, int64_t channel
   for (int64_t i = 0; i < w.rows; ++i, destination += w.columns * channels) {
     const int64_t y = w.y + i * w.step_y;
     if (y < 0 || y >= images.H || first == end) {
-      fill(destination, T(0), w.columns * channels);
+      fill(destination, T{}, w.columns * channels);
       continue;
     }
-    fill(destination, T(0), first * channels);
+    fill(destination, T{}, first * channels);
     detail::stage_pixels(images, images.at(n, channel, y, w.x + first * w.step_x), end - first, w.step_x, channels,
                          destination + first * channels);
-    fill(destination + end * channels, T(0), (w.columns - end) * channels);
+    fill(destination + end * channels, T{}, (w.columns - end) * channels);
   }
 }
 
