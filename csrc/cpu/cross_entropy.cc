@@ -59,13 +59,14 @@ T row_max(const Scalar* x, int64_t classes) {
   return reduce_max(max(max(best[0], best[1]), max(best[2], best[3])));
 }
 
+// sum_c exp(x_c - maximum)
 template <class Scalar, class T = accumulate_t<Scalar>>
-T row_log_sum(const Scalar* x, int64_t classes, T maximum) {
+T row_sum(const Scalar* x, int64_t classes, T maximum) {
   Vec<T> sums[kUnroll] = {T(0), T(0), T(0), T(0)};
   for_each_vector<T>(classes, [&](int64_t c, int64_t count, int64_t slot) {
     sums[slot] += keep_lanes(exp(load_lanes(x + c, count) - Vec<T>(maximum)), T(0), count);
   });
-  return log(Vec<T>(combine_sums(sums)))[0];
+  return combine_sums(sums);
 }
 
 // sum_c w_c q_c log p_c, with q null for all ones.
@@ -125,24 +126,36 @@ T uniform_mass(const Problem<Scalar>& p) {
 
 // ---- classes contiguous (inner == 1) -----------------------------------------------------------------------------
 
+// Of rows [begin, end). The logarithms are taken of a vector of rows at a time.
 template <class Scalar, class T = accumulate_t<Scalar>>
-T row_loss(const Problem<Scalar>& p, int64_t row, T* maximum, T* log_sum) {
+void row_statistics(const Problem<Scalar>& p, int64_t begin, int64_t end, T* maxima, T* log_sums) {
+  for (int64_t row = begin; row < end; ++row) {
+    const Scalar* x = p.logits + row * p.shape.logits_outer_stride;
+    maxima[row] = row_max(x, p.shape.classes);
+    log_sums[row] = row_sum(x, p.shape.classes, maxima[row]);
+  }
+  for (int64_t row = begin; row < end; row += Vec<T>::size) {
+    const int64_t count = min_of(Vec<T>::size, end - row);
+    store_lanes(log_sums + row, log(load_lanes(log_sums + row, count)), count);
+  }
+}
+
+template <class Scalar, class T = accumulate_t<Scalar>>
+T row_loss(const Problem<Scalar>& p, int64_t row, T maximum, T log_sum) {
   const int64_t classes = p.shape.classes;
   const Scalar* x = p.logits + row * p.shape.logits_outer_stride;
-  *maximum = row_max(x, classes);
-  *log_sum = row_log_sum(x, classes, *maximum);
   if (p.probabilities != nullptr) {
-    return -row_weighted_log_probability(x, p.probabilities + row * classes, p.weight, classes, p.smoothing, *maximum,
-                                         *log_sum);
+    return -row_weighted_log_probability(x, p.probabilities + row * classes, p.weight, classes, p.smoothing, maximum,
+                                         log_sum);
   }
   if (p.ignored(row)) return T(0);
   const int64_t y = p.shape.target[row];
-  const T log_p = (load_one(x + y) - *maximum) - *log_sum;
+  const T log_p = (load_one(x + y) - maximum) - log_sum;
   T loss = -(T(1) - p.smoothing) * p.class_weight(y) * log_p;
   if (p.smoothing != T(0)) {
     const Scalar* ones = nullptr;
     loss -= p.smoothing / static_cast<T>(classes) *
-            row_weighted_log_probability(x, ones, p.weight, classes, T(0), *maximum, *log_sum);
+            row_weighted_log_probability(x, ones, p.weight, classes, T(0), maximum, log_sum);
   }
   return loss;
 }
@@ -325,7 +338,8 @@ void forward_typed(const CrossEntropyForwardArgs& args) {
       }
     };
     if (p.shape.inner == 1) {
-      for (int64_t row = begin; row < end; ++row) finish_row(row, row_loss(p, row, maxima + row, log_sums + row));
+      row_statistics(p, begin, end, maxima, log_sums);
+      for (int64_t row = begin; row < end; ++row) finish_row(row, row_loss(p, row, maxima[row], log_sums[row]));
     } else {
       for_each_row_vector(p, begin, end, [&](const RowVector<Scalar>& rows) {
         Vec<T> maximum, log_sum;
