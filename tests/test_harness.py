@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -321,3 +322,16 @@ def test_every_quick_case_agrees_with_torch(column: str) -> None:
         for a, b in zip(ours, shapes, strict=True):
             assert a.dtype == b.dtype == chosen.dtype
             assert relative_difference(a, b) < (1e-5 if chosen.dtype == torch.float32 else 2e-2), chosen
+
+
+def test_readme_shows_the_committed_measurements() -> None:
+    root = Path(__file__).resolve().parents[1]
+    location = importlib.util.spec_from_file_location("harness_script", root / "benchmarks" / "harness.py")
+    assert location is not None and location.loader is not None
+    script = importlib.util.module_from_spec(location)
+    location.loader.exec_module(script)
+    measured = json.loads((root / "benchmarks" / "results" / "cpu.json").read_text(encoding="utf-8"))
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    assert {entry["column"] for entry in measured["classes"]} == set(bench.COLUMNS)
+    assert script.with_speed_table(readme, measured["classes"]) == readme
+    assert script.with_speed_table(readme, measured["classes"][:1]) != readme
