@@ -50,6 +50,8 @@ class DenseConvolution {
     const bool packs_ahead = blocks_.count() > kFewBlocks || grid_.phase_count > 1;
     Scratch<Factor> packed(packs_ahead ? conv_.groups * panels_ * depth_ * kPanel : 0);
     packed_ = packed.data();
+    const ChannelsLastImages<Scalar> input(conv_.input, out_blocks() > 1);
+    input_ = input.images;
     if (packs_ahead) pack_weights();
     const double work = 1.0 * conv_.input.N * grid_.rows * grid_.columns * conv_.output.C * depth_;
     parallel_for(tasks(), work < kSerialWork ? tasks() : 1, [&](int64_t task) { run_task(task); });
@@ -123,7 +125,7 @@ class DenseConvolution {
       }
       for (int64_t c = 0; c < in_channels_ && phase.tap_count > 0; c += channel_block_) {
         const int64_t channels = min_of(channel_block_, in_channels_ - c);
-        if (!is_staged) stage_block(conv_.input, block, g * in_channels_ + c, channels, window, staged.data());
+        if (!is_staged) stage_block(input_, block, g * in_channels_ + c, channels, window, staged.data());
         is_staged = channel_block_ == in_channels_;
         for (int64_t j = 0; j < out_channels; j += kPanel) {
           const int64_t index_of_panel = (out_channel + j) / kPanel;
@@ -195,6 +197,7 @@ class DenseConvolution {
 
   const Convolution<Scalar>& conv_;
   const Grid& grid_;
+  Images<const Scalar> input_ = {};
   int64_t in_channels_, out_channels_, panels_, depth_;  // of one group
   Blocks blocks_;
   int64_t channel_block_, out_block_;

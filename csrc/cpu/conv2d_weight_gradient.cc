@@ -1,18 +1,30 @@
-// The gradient of a convolution's weight: a product whose depth is the pixels. The windows of the input, staged
-// pixel-major (window.h), stand against grad_output transposed. The chunks of pixels and the groups in which their sums
-// are added follow from the shapes alone.
+// The gradient of a convolution's weight: a product whose depth is the pixels. A task takes a region of the gradient
+// and a part of the chunks of pixels; chunks, regions and the groups in which sums are added follow from the shapes
+// alone.
+//
+// The lanes lie along the output channels or the input channels. Along the output channels, grad_output is staged
+// pixel-major as the right operand, and the input as planes (planes.h): the left row of a tap and an input channel is
+// the channel's plane from the tap's offset on, so no tap costs a copy. Along the input channels, the window of the
+// input is staged pixel-major (window.h) and grad_output stands against it, a row for each output channel. Both add the
+// same products in the same order; what lanes stay empty and what has to be transposed decides. Pairs of bfloat16
+// (pairs.h), two neighbouring pixels, go the first way.
 #include "conv2d_parts.h"
 #include "gemm.h"
+#include "planes.h"
 
 namespace dlkernels::DLKERNELS_ISA {
 namespace {
 
-constexpr int64_t kGradientPixels = 256;  // pixels of a run of sums
-constexpr int64_t kFewChannels = 8;       // input channels up to which they make poor lanes
+constexpr int64_t kGradientPixels = 256;              // pixels of a run of sums
+constexpr int64_t kRegionSums = 160 << 10;            // of a task, in the second-level cache beside its operands
+constexpr double kCopyCost = 3, kTransposeCost = 20;  // of an element, in multiply-adds
 
-template <class Scalar>
+// Products are taken in Factor: the type of the sums, or pairs of bfloat16.
+template <class Scalar, class Factor = accumulate_t<Scalar>>
 class DenseWeightGradient {
   using T = accumulate_t<Scalar>;
+  static constexpr bool kPairs = !std::is_same_v<Factor, T>;
+  static constexpr int64_t kStep = Step<Factor>::depth;
 
  public:
   DenseWeightGradient(const Conv2dGeometry& g, const Grid& grid, const Scalar* input, const Scalar* grad_output)
@@ -27,28 +39,33 @@ class DenseWeightGradient {
     in_block_ =
         channel_block<T>(in_channels_, pointwise ? 2 * kChannelBlock : kChannelBlock, grid.window_pixels(chunks_));
     chunks_.limit_images(images_that_fit<T>(in_block_, grid.window_pixels(chunks_)));
-    out_block_ = balanced(out_channels_, pointwise ? 128 : 64);
+    in_blocks_ = ceil_div(in_channels_, in_block_);
+    out_block_ = balanced(out_channels_, max_of(64, kRegionSums / max_of(1, grid.tap_count * in_block_)));
+    while (out_block_ > 64 && regions() * chunks_.count() < kWantedTasks / 2) {
+      out_block_ = balanced(out_channels_, max_of(64, out_block_ / 2));
+    }
+    out_blocks_ = ceil_div(out_channels_, out_block_);
+    region_size_ = grid.tap_count * in_block_ * out_block_;
+    parts_ = part_count(chunks_.count(), regions(), regions() * region_size_ * static_cast<int64_t>(sizeof(T)));
     // Neighbouring kernel columns are neighbours in the window: one wider product for all of them.
     merged_ = g.kernel_W == 1 || (g.dilation_W == 1 && grid.window_step_x() == 1);
-    swapped_ = merged_ && in_block_ == in_channels_ && in_channels_ <= kFewChannels && out_channels_ >= Vec<T>::size;
-    in_blocks_ = ceil_div(in_channels_, in_block_);
-    out_blocks_ = ceil_div(out_channels_, out_block_);
-    regions_ = g.groups * in_blocks_ * out_blocks_;
-    region_size_ = grid.tap_count * in_block_ * out_block_;
-    parts_ = part_count(chunks_.count(), regions_, regions_ * region_size_ * static_cast<int64_t>(sizeof(T)));
+    outputs_are_lanes_ = kPairs || cost_along_outputs() < cost_along_inputs();
+    // Pairs that end with every row waste a lane of the last one where rows are odd; planes of their own have no ends.
+    shares_planes_ = !kPairs || chunks_.columns % 2 == 0;
   }
 
   void run(Scalar* grad_weight) {
-    Scratch<T> partial(parts_ * regions_ * region_size_);
+    const int64_t regions_in_all = regions();
+    Scratch<T> partial(parts_ * regions_in_all * region_size_);
     const double work = 1.0 * g_.N * g_.output_H * g_.output_W * g_.K * in_channels_ * grid_.tap_count;
-    const int64_t tasks = parts_ * regions_;
+    const int64_t tasks = parts_ * regions_in_all;
     parallel_for(tasks, work < kSerialWork ? tasks : 1, [&](int64_t task) {
-      run_part(task / regions_, task % regions_, partial.data() + task * region_size_);
+      run_part(task / regions_in_all, task % regions_in_all, partial.data() + task * region_size_);
     });
-    parallel_for(regions_, work < kSerialWork ? regions_ : 1, [&](int64_t region) {
+    parallel_for(regions_in_all, work < kSerialWork ? regions_in_all : 1, [&](int64_t region) {
       T* sum = partial.data() + region * region_size_;
       for (int64_t part = 1; part < parts_; ++part) {
-        add_to(sum, partial.data() + (part * regions_ + region) * region_size_, region_size_);
+        add_to(sum, partial.data() + (part * regions_in_all + region) * region_size_, region_size_);
       }
       write_region(region_at(region), sum, grad_weight);
     });
@@ -58,36 +75,170 @@ class DenseWeightGradient {
   struct Region {
     int64_t group, in, out, in_count, out_count;  // channels within the group
   };
+  int64_t regions() const { return g_.groups * in_blocks_ * ceil_div(out_channels_, out_block_); }
   Region region_at(int64_t index) const {
     const int64_t in = index % in_blocks_ * in_block_, out = index / in_blocks_ % out_blocks_ * out_block_;
     return {index / in_blocks_ / out_blocks_, in, out, min_of(in_block_, in_channels_ - in),
             min_of(out_block_, out_channels_ - out)};
   }
 
-  // sums: [kernel_H][out][kernel_W x in] when merged, [kernel_H][kernel_W x in][out] when swapped (few input channels,
-  // so that the output channels are the lanes), otherwise [kernel_H][kernel_W][out][in].
+  // Of a pixel of a region, in multiply-adds: those of full and of empty lanes, and what staging costs.
+  double cost_along_outputs() const {
+    return 1.0 * grid_.tap_count * in_block_ * round_up(out_block_, Vec<T>::size) +
+           in_block_ * window_share() * (g_.channels_last ? kTransposeCost : kCopyCost) +
+           out_block_ * (g_.channels_last ? kCopyCost : kTransposeCost);
+  }
+  double cost_along_inputs() const {
+    const int64_t taps = merged_ ? g_.kernel_W : 1;
+    return 1.0 * grid_.tap_count / taps * round_up(taps * in_block_, Vec<T>::size) * out_block_ +
+           in_block_ * window_share() * (g_.channels_last ? kCopyCost : kTransposeCost) +
+           out_block_ * (g_.channels_last ? kTransposeCost : kCopyCost);
+  }
+  double window_share() const { return 1.0 * grid_.window_pixels(chunks_) / max_of(1, chunks_.rows * chunks_.columns); }
+
+  // sums: [kernel_H x kernel_W][in][out] where output channels are the lanes. Otherwise [kernel_H][out][kernel_W x in]
+  // when merged, or else [kernel_H][kernel_W][out][in].
   void run_part(int64_t part, int64_t index, T* sums) const {
     const Region region = region_at(index);
     const int64_t first = part * chunks_.count() / parts_, end = (part + 1) * chunks_.count() / parts_;
-    Scratch<T> staged(chunks_.images * grid_.window_pixels(chunks_) * region.in_count);
-    Scratch<T> gradient(chunks_.pixels() * region.out_count);  // [out][pixel]
     fill(sums, T(0), region_size_);
     for (int64_t chunk = first; chunk < end; ++chunk) {
-      const Block block = chunks_.at(chunk);
-      const Window window = grid_.input_window(block);
-      stage_block(input_, block, region.group * in_channels_ + region.in, region.in_count, window, staged.data());
-      if (swapped_) {
-        stage_block(grad_output_, block, region.group * out_channels_ + region.out, region.out_count,
-                    grid_.output_window(block, grid_.phases[0]), gradient.data());
-      } else {
-        stage_gradient(block, region, gradient.data());
+      if (outputs_are_lanes_) {
+        add_along_outputs(chunks_.at(chunk), region, sums);
+      } else if constexpr (!kPairs) {
+        add_along_inputs(chunks_.at(chunk), region, sums);
       }
-      const bool inside_only =
-          grid_.reads_padding(block, g_.H, g_.W) && !all_finite(gradient.data(), block.pixels() * region.out_count);
-      if (swapped_) {
-        add_chunk_swapped(block, window, region, staged.data(), gradient.data(), inside_only, sums);
-      } else {
-        add_chunk(block, window, region, staged.data(), gradient.data(), inside_only, sums);
+    }
+  }
+
+  // ---- lanes along the output channels ----
+
+  // The pixels of a block that follow one another in both operands.
+  struct Lines {
+    int64_t count, pixels;
+    int64_t left_step;  // from one line to the next in a plane
+  };
+  static Lines lines_of(const Block& block, const Planes& planes) {
+    if (planes.columns != block.columns) return {block.images * block.rows, block.columns, 0};
+    if (planes.rows != block.rows) return {block.images, block.rows * block.columns, planes.rows * planes.columns};
+    return {1, block.pixels(), 0};
+  }
+
+  void add_along_outputs(const Block& block, const Region& region, T* sums) const {
+    const Planes planes(grid_, block, shares_planes_);
+    const int64_t columns = region.out_count;
+    Scratch<Factor> left(region.in_count * planes.channel_stride);
+    stage_planes(input_, block, region.group * in_channels_ + region.in, region.in_count, planes, left.data());
+    const Lines lines = lines_of(block, planes);
+    const int64_t line_pixels = round_up(lines.pixels, kStep);
+    // Pairs are read in whole vectors.
+    Scratch<Factor> right(lines.count * line_pixels * columns + kStep * Vec<T>::size);
+    stage_right(block, region, lines, right.data());
+    Segment segments[kGradientPixels];
+    int64_t count = 0;
+    for (; count < lines.count; ++count) {
+      const int64_t n = count / block.rows, i = count % block.rows;
+      const int64_t offset = planes.columns == block.columns ? count * lines.left_step : planes.flat(n, i, 0);
+      segments[count] = {lines.pixels, offset, count * line_pixels * columns};
+    }
+    if (!kPairs && grid_.reads_padding(block, g_.H, g_.W) && !all_finite(right.data(), block.pixels() * columns)) {
+      for (int64_t t = 0; t < grid_.tap_count; ++t) {
+        count = segments_inside(
+            grid_.taps[t], block, [&](int64_t n, int64_t i, int64_t j) { return planes.flat(n, i, j); },
+            [&](int64_t n, int64_t i, int64_t j) { return ((n * block.rows + i) * block.columns + j) * columns; },
+            segments);
+        multiply_planes(planes, t, 1, region, segments, count, left.data(), right.data(), sums);
+      }
+    } else {
+      multiply_planes(planes, 0, grid_.tap_count, region, segments, count, left.data(), right.data(), sums);
+    }
+  }
+
+  // grad_output, [pixel][out]; pairs of pixels side by side, lines padded with a zero.
+  void stage_right(const Block& block, const Region& region, const Lines& lines, Factor* right) const {
+    const int64_t columns = region.out_count, channel = region.group * out_channels_ + region.out;
+    const Window window = grid_.output_window(block, grid_.phases[0]);
+    if constexpr (!kPairs) {
+      stage_block(grad_output_, block, channel, columns, window, right);
+    } else {
+      Scratch<Factor> pixels(block.pixels() * columns);
+      stage_block(grad_output_, block, channel, columns, window, pixels.data());
+      for (int64_t line = 0; line < lines.count; ++line) {
+        const Factor* source = pixels.data() + line * lines.pixels * columns;
+        for (int64_t p = 0; p < lines.pixels; p += 2, right += 2 * columns) {
+          const Factor* even = source + p * columns;
+          interleave_rows(even, p + 1 < lines.pixels ? even + columns : nullptr, columns, right);
+        }
+      }
+    }
+  }
+
+  // sums[tap][in][out] += the segments of `taps` taps from `tap` on.
+  void multiply_planes(const Planes& planes, int64_t tap, int64_t taps, const Region& region, const Segment* segments,
+                       int64_t count, const Factor* left, const Factor* right, T* sums) const {
+    const int64_t channels = region.in_count, rows = taps * channels, columns = region.out_count;
+    const int64_t tiles = ceil_div(rows, kTileRows);
+    sums += tap * channels * columns;
+    for (int64_t j = 0; j < columns; j += kTileColumns<Factor>) {
+      const int64_t tile_columns = min_of(kTileColumns<Factor>, columns - j);
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        const int64_t first = rows * tile / tiles, tile_rows = rows * (tile + 1) / tiles - first;
+        const Factor* pointers[kTileRows];
+        for (int64_t r = 0; r < tile_rows; ++r) {
+          const int64_t t = tap + (first + r) / channels, c = (first + r) % channels;
+          pointers[r] = left + c * planes.channel_stride + planes.tap_offset(grid_.taps[t], grid_);
+        }
+        multiply_tile(tile_rows, tile_columns, segments, count, pointers, right + kStep * j, columns,
+                      sums + first * columns + j, columns, true);
+      }
+    }
+  }
+
+  // The pixels whose tap lies inside the image, alone; left and right say where pixel (n, i, j) is in the operands.
+  template <class Left, class Right>
+  int64_t segments_inside(const Tap& tap, const Block& block, Left&& left, Right&& right, Segment* segments) const {
+    int64_t count = 0;
+    for (int64_t n = 0; n < block.images; ++n) {
+      for (int64_t i = 0; i < block.rows; ++i) {
+        const Columns columns = grid_.inside_columns(tap, block, i, g_.H, g_.W);
+        if (columns.end <= columns.first) continue;
+        segments[count++] = {columns.end - columns.first, left(n, i, columns.first), right(n, i, columns.first)};
+      }
+    }
+    return count;
+  }
+
+  // ---- lanes along the input channels ----
+
+  void add_along_inputs(const Block& block, const Region& region, T* sums) const {
+    const Window window = grid_.input_window(block);
+    const int64_t channels = region.in_count, pixels = block.pixels();
+    Scratch<T> staged(block.images * window.rows * window.columns * channels);
+    Scratch<T> gradient(pixels * region.out_count);  // [out][pixel]
+    stage_block(input_, block, region.group * in_channels_ + region.in, channels, window, staged.data());
+    stage_gradient(block, region, gradient.data());
+    const bool inside_only =
+        grid_.reads_padding(block, g_.H, g_.W) && !all_finite(gradient.data(), pixels * region.out_count);
+    const int64_t column_step = grid_.pixel_step_x() * channels;
+    auto pixel = [&](int64_t n, int64_t i, int64_t j) { return (n * block.rows + i) * block.columns + j; };
+    auto place = [&](int64_t n, int64_t i, int64_t j) {
+      return (n * window.rows + i * grid_.pixel_step_y()) * window.columns * channels + j * column_step;
+    };
+    Segment segments[kGradientPixels];
+    int64_t count = 0;
+    for (; count < block.images * block.rows; ++count) {
+      const int64_t n = count / block.rows, i = count % block.rows;
+      segments[count] = {block.columns, pixel(n, i, 0), place(n, i, 0)};
+    }
+    const int64_t products = merged_ ? 1 : g_.kernel_W, taps = merged_ ? g_.kernel_W : 1, columns = taps * channels;
+    for (int64_t product = 0; product < g_.kernel_H * products; ++product) {
+      const Tap* first = grid_.taps + product * taps;
+      T* out = sums + product * region.out_count * columns;
+      for (int64_t tap = 0; tap < (inside_only ? taps : 1); ++tap) {
+        if (inside_only) count = segments_inside(first[tap], block, pixel, place, segments);
+        const T* shifted = staged.data() + grid_.tap_pixel(first[tap], window) * channels;
+        multiply_window(region.out_count, inside_only ? channels : columns, segments, count, gradient.data(), pixels,
+                        shifted, column_step, out + tap * channels, columns);
       }
     }
   }
@@ -112,80 +263,9 @@ class DenseWeightGradient {
     }
   }
 
-  // The block's pixels as depth of a product: rows of pixels, pixel j of row (n, i) at row_offset(n, i) + j * step of
-  // the right operand. With a tap given, those whose tap lies inside the image alone.
-  template <class RowOffset>
-  int64_t segments_of(const Block& block, const Tap* tap, RowOffset&& row_offset, int64_t step,
-                      Segment* segments) const {
-    int64_t count = 0;
-    for (int64_t n = 0; n < block.images; ++n) {
-      for (int64_t i = 0; i < block.rows; ++i) {
-        const Columns columns =
-            tap == nullptr ? Columns{0, block.columns} : grid_.inside_columns(*tap, block, i, g_.H, g_.W);
-        if (columns.end <= columns.first) continue;
-        const int64_t pixel = (n * block.rows + i) * block.columns + columns.first;
-        const int64_t offset = row_offset(n, i) + columns.first * step, depth = columns.end - columns.first;
-        Segment* last = segments + count - 1;
-        if (count > 0 && last->a_offset + last->depth == pixel && last->b_offset + last->depth * step == offset) {
-          last->depth += depth;
-        } else {
-          segments[count++] = {depth, pixel, offset};
-        }
-      }
-    }
-    return count;
-  }
-
-  void add_chunk(const Block& block, const Window& window, const Region& region, const T* staged, const T* gradient,
-                 bool inside_only, T* sums) const {
-    const int64_t channels = region.in_count, pixels = block.pixels();
-    const int64_t column_step = grid_.pixel_step_x() * channels;
-    auto row_offset = [&](int64_t n, int64_t i) {
-      return (n * window.rows + i * grid_.pixel_step_y()) * window.columns * channels;
-    };
-    Segment segments[kGradientPixels];
-    int64_t count = segments_of(block, nullptr, row_offset, column_step, segments);
-    const int64_t products = merged_ ? 1 : g_.kernel_W, taps = merged_ ? g_.kernel_W : 1, columns = taps * channels;
-    for (int64_t product = 0; product < g_.kernel_H * products; ++product) {
-      const Tap* first = grid_.taps + product * taps;
-      T* out = sums + product * region.out_count * columns;
-      for (int64_t tap = 0; tap < (inside_only ? taps : 1); ++tap) {
-        if (inside_only) count = segments_of(block, first + tap, row_offset, column_step, segments);
-        const T* shifted = staged + grid_.tap_pixel(first[tap], window) * channels;
-        multiply_chunk(region.out_count, inside_only ? channels : columns, segments, count, gradient, pixels, shifted,
-                       column_step, out + tap * channels, columns);
-      }
-    }
-  }
-
-  void add_chunk_swapped(const Block& block, const Window& window, const Region& region, const T* staged,
-                         const T* gradient, bool inside_only, T* sums) const {
-    const int64_t channels = region.in_count, pixels = block.pixels(), rows = g_.kernel_W * channels;
-    const int64_t column_step = grid_.pixel_step_x() * channels, columns = region.out_count;
-    auto row_offset = [&](int64_t n, int64_t i) { return (n * block.rows + i) * block.columns * columns; };
-    Segment segments[kGradientPixels];
-    int64_t count = segments_of(block, nullptr, row_offset, columns, segments);
-    Scratch<T> patches(rows * pixels);  // [kernel_W x in][pixel]
-    for (int64_t kh = 0; kh < g_.kernel_H; ++kh) {
-      const Tap* first = grid_.taps + kh * g_.kernel_W;
-      const T* shifted = staged + grid_.tap_pixel(*first, window) * channels;
-      for (int64_t row = 0; row < block.images * block.rows; ++row) {
-        const int64_t window_row = row / block.rows * window.rows + row % block.rows * grid_.pixel_step_y();
-        transpose(shifted + window_row * window.columns * channels, column_step, block.columns, rows,
-                  patches.data() + row * block.columns, pixels);
-      }
-      for (int64_t tap = 0; tap < (inside_only ? g_.kernel_W : 1); ++tap) {
-        if (inside_only) count = segments_of(block, first + tap, row_offset, columns, segments);
-        multiply_chunk(inside_only ? channels : rows, columns, segments, count,
-                       patches.data() + tap * channels * pixels, pixels, gradient, columns,
-                       sums + (kh * rows + tap * channels) * columns, columns);
-      }
-    }
-  }
-
   // out[row][column] += sum over the segments' pixels of left[row][pixel] * right[pixel][column].
-  static void multiply_chunk(int64_t rows, int64_t columns, const Segment* segments, int64_t count, const T* left,
-                             int64_t pixels, const T* right, int64_t column_step, T* out, int64_t out_stride) {
+  static void multiply_window(int64_t rows, int64_t columns, const Segment* segments, int64_t count, const T* left,
+                              int64_t pixels, const T* right, int64_t column_step, T* out, int64_t out_stride) {
     for (int64_t j = 0; j < columns; j += kTileColumns<T>) {
       for (int64_t k = 0; k < rows; k += kTileRows) {
         const int64_t tile_rows = min_of(kTileRows, rows - k);
@@ -198,7 +278,7 @@ class DenseWeightGradient {
   }
 
   void write_region(const Region& region, const T* sums, Scalar* grad_weight) const {
-    if (swapped_) return write_region_swapped(region, sums, grad_weight);
+    if (outputs_are_lanes_) return write_region_by_outputs(region, sums, grad_weight);
     const int64_t products = merged_ ? 1 : g_.kernel_W, taps_per_product = merged_ ? g_.kernel_W : 1;
     for (int64_t kh = 0; kh < g_.kernel_H; ++kh) {
       for (int64_t product = 0; product < products; ++product) {
@@ -214,12 +294,12 @@ class DenseWeightGradient {
     }
   }
 
-  void write_region_swapped(const Region& region, const T* sums, Scalar* grad_weight) const {
+  void write_region_by_outputs(const Region& region, const T* sums, Scalar* grad_weight) const {
     const int64_t* strides = g_.grad_weight_strides;
     for (int64_t t = 0; t < grid_.tap_count; ++t) {
       for (int64_t c = 0; c < region.in_count; ++c, sums += region.out_count) {
-        Scalar* out = grad_weight + (region.group * out_channels_ + region.out) * strides[0] + c * strides[1] +
-                      t / g_.kernel_W * strides[2] + t % g_.kernel_W * strides[3];
+        Scalar* out = grad_weight + (region.group * out_channels_ + region.out) * strides[0] +
+                      (region.in + c) * strides[1] + t / g_.kernel_W * strides[2] + t % g_.kernel_W * strides[3];
         for (int64_t k = 0; k < region.out_count; ++k) store_one(out + k * strides[0], sums[k]);
       }
     }
@@ -230,20 +310,42 @@ class DenseWeightGradient {
   Images<const Scalar> input_, grad_output_;
   int64_t in_channels_, out_channels_;
   Blocks chunks_;
-  int64_t in_block_, out_block_, in_blocks_, out_blocks_, regions_, region_size_, parts_;
-  bool merged_, swapped_;
+  int64_t in_block_, out_block_, in_blocks_, out_blocks_, region_size_, parts_;
+  bool merged_, outputs_are_lanes_, shares_planes_;
 };
+
+// Pairs need output channels for their lanes, and cannot leave out the padding where a gradient is not finite.
+template <class Scalar>
+bool can_take_pairs(const Conv2dGeometry& g, const Grid& grid, const Scalar* grad_output) {
+  if (g.K / g.groups < Vec<accumulate_t<Scalar>>::size) return false;
+  if (!grid.reads_padding({0, 0, 0, g.N, g.output_H, g.output_W}, g.H, g.W)) return true;
+  bool finite = true;
+  const int64_t size = g.K * g.output_H * g.output_W;
+  parallel_for(g.N, ceil_div(1 << 16, size), [&](int64_t n) {
+    if (all_finite(grad_output + n * g.output_image_stride, size)) return;
+    __atomic_store_n(&finite, false, __ATOMIC_RELAXED);
+  });
+  return finite;
+}
 
 }  // namespace
 
 template <class Scalar>
 void dense_weight_gradient(const Conv2dBackwardArgs& args) {
-  Scratch<Tap> taps(args.geometry.kernel_H * args.geometry.kernel_W);
+  const Conv2dGeometry& g = args.geometry;
+  Scratch<Tap> taps(g.kernel_H * g.kernel_W);
   Phase phase;
-  const Grid grid = forward_grid(args.geometry, args.geometry.weight_strides, taps.data(), &phase);
-  DenseWeightGradient<Scalar>(args.geometry, grid, static_cast<const Scalar*>(args.input),
-                              static_cast<const Scalar*>(args.grad_output))
-      .run(static_cast<Scalar*>(args.grad_weight));
+  const Grid grid = forward_grid(g, g.weight_strides, taps.data(), &phase);
+  const auto* input = static_cast<const Scalar*>(args.input);
+  const auto* grad_output = static_cast<const Scalar*>(args.grad_output);
+  auto* grad_weight = static_cast<Scalar*>(args.grad_weight);
+  using Factor = factor_t<Scalar>;
+  if constexpr (!std::is_same_v<Factor, accumulate_t<Scalar>>) {
+    if (can_take_pairs(g, grid, grad_output)) {
+      return DenseWeightGradient<Scalar, Factor>(g, grid, input, grad_output).run(grad_weight);
+    }
+  }
+  DenseWeightGradient<Scalar>(g, grid, input, grad_output).run(grad_weight);
 }
 
 template void dense_weight_gradient<float>(const Conv2dBackwardArgs&);

@@ -38,7 +38,9 @@ constexpr int64_t kRunTiles = 7;           // tiles staged at a time where chann
 constexpr int64_t kGradientTiles = 32;     // tiles of a run of sums in the gradient of the weight
 constexpr int64_t kGradientBlock = 64;     // channels in and out of a task there
 constexpr int64_t kFewestChannels = 32;
-constexpr int64_t kFewestTiles = 16, kFewestTilesAgainstPairs = 64;  // pairs of bfloat16 are twice as fast to multiply
+// Pairs of bfloat16 are twice as fast to multiply.
+template <class Scalar>
+constexpr int64_t kFewestTiles = std::is_same_v<factor_t<Scalar>, accumulate_t<Scalar>> ? 16 : 64;
 
 using V = Vec<float>;
 
@@ -474,8 +476,7 @@ bool convolve_winograd(const Convolution<Scalar>& convolution) {
     const Grid& grid = convolution.grid;
     const int64_t tiles = TileGrid<OutputsOf<Scalar>>(convolution.input.N, grid.rows, grid.columns).count();
     const int64_t groups = convolution.groups;
-    const int64_t fewest_tiles = std::is_same_v<factor_t<Scalar>, float> ? kFewestTiles : kFewestTilesAgainstPairs;
-    if (is_filter(grid) && tiles >= fewest_tiles &&
+    if (is_filter(grid) && tiles >= kFewestTiles<Scalar> &&
         is_worthwhile(convolution.input.C / groups, convolution.output.C / groups)) {
       return WinogradConvolution<Scalar>(convolution).run();
     }
@@ -489,7 +490,7 @@ bool winograd_weight_gradient(const Conv2dBackwardArgs& args) {
     const Conv2dGeometry& g = args.geometry;
     const int64_t tiles = TileGrid<OutputsOf<Scalar>>(g.N, g.output_H, g.output_W).count();
     if (g.kernel_H == 3 && g.kernel_W == 3 && g.stride_H == 1 && g.stride_W == 1 && g.dilation_H == 1 &&
-        g.dilation_W == 1 && tiles >= kFewestTiles && is_worthwhile(g.C / g.groups, g.K / g.groups)) {
+        g.dilation_W == 1 && tiles >= kFewestTiles<Scalar> && is_worthwhile(g.C / g.groups, g.K / g.groups)) {
       return WinogradWeightGradient<Scalar>(g, static_cast<const Scalar*>(args.input),
                                             static_cast<const Scalar*>(args.grad_output))
           .run(static_cast<Scalar*>(args.grad_weight));

@@ -69,8 +69,9 @@ template <int Step, class Scalar, class T>
 inline void gather_row(const Scalar* source, int64_t count, T* destination) {
   int64_t i = 0;
   // The vectors reach Step - 1 elements beyond the last one wanted, so that another one must follow.
-  for (; i + Vec<T>::size < count; i += Vec<T>::size) store(destination + i, load_every<Step>(source + i * Step));
-  for (; i < count; ++i) destination[i] = load_one(source + i * Step);
+  constexpr int64_t lanes = Vec<accumulate_t<T>>::size;
+  for (; i + lanes < count; i += lanes) store(destination + i, load_every<Step>(source + i * Step));
+  for (; i < count; ++i) copy_one(source + i * Step, destination + i);
 }
 
 }  // namespace detail
@@ -79,13 +80,13 @@ inline void gather_row(const Scalar* source, int64_t count, T* destination) {
 template <class Scalar, class T = accumulate_t<Scalar>>
 inline void gather_row(const Scalar* source, int64_t step, int64_t count, T* destination) {
   if (step == 1) {
-    widen_row(source, count, destination);
+    detail::copy_row(source, count, destination);
   } else if (step == 2) {
     detail::gather_row<2>(source, count, destination);
   } else if (step == 4) {
     detail::gather_row<4>(source, count, destination);
   } else {
-    for (int64_t i = 0; i < count; ++i) destination[i] = load_one(source + i * step);
+    for (int64_t i = 0; i < count; ++i) detail::copy_one(source + i * step, destination + i);
   }
 }
 
@@ -107,8 +108,8 @@ inline void stage_row(const Images<const Scalar>& images, int64_t n, int64_t cha
     const int64_t end = outside ? first : max_of(first, min_of(p.columns, ceil_div(images.W - x, step)));
     if (first > 0 || end < p.columns) {
       for (int64_t c = 0; c < channels; ++c) {
-        fill(destination + c * p.channel_stride, T(0), first);
-        fill(destination + c * p.channel_stride + end, T(0), p.columns - end);
+        fill(destination + c * p.channel_stride, T{}, first);
+        fill(destination + c * p.channel_stride + end, T{}, p.columns - end);
       }
     }
     if (first == end) continue;
@@ -138,7 +139,8 @@ inline void stage_planes(const Images<const Scalar>& images, const Block& block,
         continue;
       }
       for (int64_t c = 0; c < channels; ++c) {
-        widen_row(source + c * images.H * images.W, pixels, destination + c * p.channel_stride + p.flat(n, 0, 0));
+        detail::copy_row(source + c * images.H * images.W, pixels,
+                         destination + c * p.channel_stride + p.flat(n, 0, 0));
       }
       continue;
     }

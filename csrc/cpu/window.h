@@ -4,6 +4,7 @@
 #pragma once
 
 #include "pack.h"
+#include "parallel.h"
 
 namespace dlkernels::DLKERNELS_ISA {
 
@@ -128,6 +129,30 @@ inline void unstage(const Images<Scalar>& images, int64_t n, int64_t channel, in
                            images.at(n, channel, w.y + i * w.step_y, w.x));
   }
 }
+
+// Images with neighbouring channels side by side: a copy of contiguous ones where it is wanted. Windows that are cut
+// out again and again are cut from it, for a transposition each time costs more.
+template <class Scalar>
+class ChannelsLastImages {
+ public:
+  ChannelsLastImages(const Images<const Scalar>& source, bool wanted)
+      : images(source), copy_(is_copied(wanted) ? source.N * source.C * source.H * source.W : 0) {
+    if (!is_copied(wanted)) return;
+    const int64_t pixels = source.H * source.W, strip = 64, strips = ceil_div(pixels, strip);
+    parallel_for(source.N * strips, ceil_div(1 << 15, strip * source.C), [&](int64_t task) {
+      const int64_t n = task / strips, first = task % strips * strip;
+      transpose(source.at(n, 0, 0, 0) + first, pixels, source.C, min_of(strip, pixels - first),
+                copy_.data() + (n * pixels + first) * source.C, source.C);
+    });
+    images = {copy_.data(), source.C * pixels, source.N, source.C, source.H, source.W, true};
+  }
+
+  Images<const Scalar> images;
+
+ private:
+  bool is_copied(bool wanted) const { return wanted && !images.channels_last && images.C > 1; }
+  Scratch<Scalar> copy_;
+};
 
 // ---- a grid of pixels over a batch, cut into blocks ---------------------------------------------------------------
 
