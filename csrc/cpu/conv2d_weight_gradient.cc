@@ -277,30 +277,42 @@ class DenseWeightGradient {
     }
   }
 
+  // ---- the region's sums to the gradient ----
+
   void write_region(const Region& region, const T* sums, Scalar* grad_weight) const {
-    if (outputs_are_lanes_) return write_region_by_outputs(region, sums, grad_weight);
-    const int64_t products = merged_ ? 1 : g_.kernel_W, taps_per_product = merged_ ? g_.kernel_W : 1;
-    for (int64_t kh = 0; kh < g_.kernel_H; ++kh) {
-      for (int64_t product = 0; product < products; ++product) {
-        for (int64_t k = 0; k < region.out_count; ++k) {
-          for (int64_t tap = 0; tap < taps_per_product; ++tap, sums += region.in_count) {
-            const int64_t* strides = g_.grad_weight_strides;
-            Scalar* out = grad_weight + (region.group * out_channels_ + region.out + k) * strides[0] +
-                          region.in * strides[1] + kh * strides[2] + (product + tap) * strides[3];
-            for (int64_t c = 0; c < region.in_count; ++c) store_one(out + c * strides[1], sums[c]);
+    const int64_t channels = region.in_count, columns = region.out_count, taps = grid_.tap_count;
+    Scratch<T> rows(Vec<T>::size * taps * channels);  // [out][tap][in]
+    for (int64_t k = 0; k < columns; k += Vec<T>::size) {
+      const int64_t count = min_of(Vec<T>::size, columns - k);
+      if (outputs_are_lanes_) {
+        transpose(sums + k, columns, taps * channels, count, rows.data(), taps * channels);
+      } else {
+        const int64_t width = merged_ ? g_.kernel_W * channels : channels;  // of a row that lies together
+        for (int64_t r = 0; r < count; ++r) {
+          for (int64_t piece = 0; piece < taps * channels / width; ++piece) {
+            widen_row(sums + (piece * columns + k + r) * width, width,
+                      rows.data() + (r * taps * channels + piece * width));
           }
         }
       }
+      for (int64_t r = 0; r < count; ++r) write_row(region, k + r, rows.data() + r * taps * channels, grad_weight);
     }
   }
 
-  void write_region_by_outputs(const Region& region, const T* sums, Scalar* grad_weight) const {
+  // [tap][in] of output channel `out` of the region.
+  void write_row(const Region& region, int64_t out, const T* row, Scalar* grad_weight) const {
+    const int64_t channels = region.in_count, taps = grid_.tap_count;
     const int64_t* strides = g_.grad_weight_strides;
-    for (int64_t t = 0; t < grid_.tap_count; ++t) {
-      for (int64_t c = 0; c < region.in_count; ++c, sums += region.out_count) {
-        Scalar* out = grad_weight + (region.group * out_channels_ + region.out) * strides[0] +
-                      (region.in + c) * strides[1] + t / g_.kernel_W * strides[2] + t % g_.kernel_W * strides[3];
-        for (int64_t k = 0; k < region.out_count; ++k) store_one(out + k * strides[0], sums[k]);
+    grad_weight += (region.group * out_channels_ + region.out + out) * strides[0] + region.in * strides[1];
+    if (strides[1] == taps && strides[2] == g_.kernel_W && strides[3] == 1) {
+      return transpose(row, channels, taps, channels, grad_weight, taps);
+    }
+    for (int64_t t = 0; t < taps; ++t, row += channels) {
+      Scalar* tap = grad_weight + t / g_.kernel_W * strides[2] + t % g_.kernel_W * strides[3];
+      if (strides[1] == 1) {
+        narrow_row(row, channels, tap);
+      } else {
+        for (int64_t c = 0; c < channels; ++c) store_one(tap + c * strides[1], row[c]);
       }
     }
   }
