@@ -39,50 +39,26 @@ void convolve(const Convolution<Scalar>& convolution) {
   }
 }
 
-// The weight with neighbouring input channels side by side in memory, as every product wants it: a copy, unless it is
-// so already or has no others.
+// The weight as matrices of taps from input to output channels.
 template <class Scalar>
-class PackableWeight {
- public:
-  PackableWeight(const Conv2dGeometry& g, const void* weight)
-      : data(static_cast<const Scalar*>(weight)),
-        copy_(needs_copy(g) ? g.K * g.C / g.groups * g.kernel_H * g.kernel_W : 0) {
-    for (int i = 0; i < 4; ++i) strides[i] = g.weight_strides[i];
-    if (!needs_copy(g)) return;
-    const int64_t channels = g.C / g.groups, taps = g.kernel_H * g.kernel_W, size = channels * taps;
-    parallel_for(g.K, ceil_div(1 << 15, size), [&](int64_t k) {
-      transpose(data + k * g.weight_strides[0], taps, channels, taps, copy_.data() + k * size, channels);
-    });
-    data = copy_.data();
-    strides[0] = size, strides[1] = 1, strides[2] = g.kernel_W * channels, strides[3] = channels;
-  }
-
-  const Scalar* data;
-  int64_t strides[4];
-
- private:
-  static bool needs_copy(const Conv2dGeometry& g) {
-    const int64_t taps = g.kernel_H * g.kernel_W;
-    return g.C > g.groups && taps > 1 && g.weight_strides[3] == 1 && g.weight_strides[2] == g.kernel_W &&
-           g.weight_strides[1] == taps;
-  }
-  Scratch<Scalar> copy_;
-};
+Weights<Scalar> weights_of(const Conv2dGeometry& g, const void* weight, int64_t in_stride, int64_t out_stride) {
+  const int64_t* strides = g.weight_strides;
+  const int64_t taps = g.kernel_H * g.kernel_W;
+  const bool innermost = strides[1] == taps && strides[2] == g.kernel_W && strides[3] == 1;
+  return {static_cast<const Scalar*>(weight), g.K / g.groups * strides[0], in_stride, out_stride, innermost ? taps : 0};
+}
 
 // ---- forward --------------------------------------------------------------------------------------------------------
 
 template <class Scalar>
 void forward_of(const Conv2dForwardArgs& args) {
   const Conv2dGeometry& g = args.geometry;
-  const PackableWeight<Scalar> weight(g, args.weight);
   Scratch<Tap> taps(g.kernel_H * g.kernel_W);
   Phase phase;
   convolve<Scalar>({input_images(g, static_cast<const Scalar*>(args.input)),
-                    {weight.data, g.K / g.groups * weight.strides[0], weight.strides[1], weight.strides[0]},
-                    static_cast<const Scalar*>(args.bias),
-                    output_images(g, static_cast<Scalar*>(args.output)),
-                    g.groups,
-                    forward_grid(g, weight.strides, taps.data(), &phase)});
+                    weights_of<Scalar>(g, args.weight, g.weight_strides[1], g.weight_strides[0]),
+                    static_cast<const Scalar*>(args.bias), output_images(g, static_cast<Scalar*>(args.output)),
+                    g.groups, forward_grid(g, g.weight_strides, taps.data(), &phase)});
 }
 
 // ---- gradients ------------------------------------------------------------------------------------------------------
@@ -128,15 +104,14 @@ Grid input_gradient_grid(const Conv2dGeometry& g, const int64_t* weight_strides,
 template <class Scalar>
 void input_gradient(const Conv2dBackwardArgs& args) {
   const Conv2dGeometry& g = args.geometry;
-  const PackableWeight<Scalar> weight(g, args.weight);
   Scratch<Tap> taps(g.kernel_H * g.kernel_W);
   Scratch<Phase> phases(min_of(g.stride_H, g.H) * min_of(g.stride_W, g.W));
   convolve<Scalar>({output_images(g, static_cast<const Scalar*>(args.grad_output)),
-                    {weight.data, g.K / g.groups * weight.strides[0], weight.strides[0], weight.strides[1]},
+                    weights_of<Scalar>(g, args.weight, g.weight_strides[0], g.weight_strides[1]),
                     nullptr,
                     {static_cast<Scalar*>(args.grad_input), g.C * g.H * g.W, g.N, g.C, g.H, g.W, g.channels_last},
                     g.groups,
-                    input_gradient_grid(g, weight.strides, taps.data(), phases.data())});
+                    input_gradient_grid(g, g.weight_strides, taps.data(), phases.data())});
 }
 
 template <class Scalar>

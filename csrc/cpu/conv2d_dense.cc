@@ -50,7 +50,7 @@ class DenseConvolution {
     const bool packs_ahead = blocks_.count() > kFewBlocks || grid_.phase_count > 1;
     Scratch<Factor> packed(packs_ahead ? conv_.groups * panels_ * depth_ * kPanel : 0);
     packed_ = packed.data();
-    const ChannelsLastImages<Scalar> input(conv_.input, out_blocks() > 1);
+    const ImagesInLayout<Scalar> input(conv_.input, true, out_blocks() > 1);
     input_ = input.images;
     if (packs_ahead) pack_weights();
     const double work = 1.0 * conv_.input.N * grid_.rows * grid_.columns * conv_.output.C * depth_;
@@ -68,14 +68,26 @@ class DenseConvolution {
     const int64_t channels = min_of(channel_block_, in_channels_ - c), rows = ceil_div(channels, kStep);
     const int64_t columns = min_of(kPanel, out_channels_ - panel * kPanel);
     const Weights<Scalar>& w = conv_.weights;
-    const Scalar* source = w.data + g * w.group_stride + c * w.in_stride + panel * kPanel * w.out_stride;
-    bool finite = true;
-    for (int64_t t = 0; t < grid_.tap_count; ++t) {
-      pack_panel(Matrix<Scalar>{source + grid_.taps[t].weight_offset, w.in_stride, w.out_stride}, channels, columns,
-                 destination, kPanel);
-      for (int64_t row = 0; row < rows; ++row, destination += kStep * kPanel) {
-        finite &= all_finite(destination, kStep * columns);
+    const Matrix<Scalar> source = {w.data + g * w.group_stride + c * w.in_stride + panel * kPanel * w.out_stride,
+                                   w.in_stride, w.out_stride};
+    if constexpr (kStep == 1) {
+      pack_taps(grid_, w.innermost_taps, source, channels, columns, destination, kPanel, channels * kPanel);
+    } else if (w.innermost_taps == grid_.tap_count && grid_.tap_count > 1) {
+      Scratch<Factor> raw(grid_.tap_count * channels * kPanel);
+      pack_taps(grid_, w.innermost_taps, source, channels, columns, raw.data(), kPanel, channels * kPanel);
+      for (int64_t t = 0; t < grid_.tap_count; ++t) {
+        pack_pairs({raw.data() + t * channels * kPanel, kPanel, 1}, channels, columns,
+                   destination + t * rows * kStep * kPanel, kStep * kPanel);
       }
+    } else {
+      for (int64_t t = 0; t < grid_.tap_count; ++t) {
+        pack_pairs({source.data + grid_.taps[t].weight_offset, source.row_stride, source.column_stride}, channels,
+                   columns, destination + t * rows * kStep * kPanel, kStep * kPanel);
+      }
+    }
+    bool finite = true;
+    for (int64_t row = 0; row < grid_.tap_count * rows; ++row, destination += kStep * kPanel) {
+      finite &= all_finite(destination, kStep * columns);
     }
     return finite;
   }

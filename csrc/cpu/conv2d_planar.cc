@@ -155,11 +155,9 @@ class PlanarConvolution {
       const Scalar* source = w.data + g * w.group_stride + k * w.out_stride;
       for (int64_t c = 0; c < in_channels_; c += channel_block_) {
         const int64_t channels = min_of(channel_block_, in_channels_ - c);
-        for (int64_t t = 0; t < grid_.tap_count; ++t) {
-          pack_rows(Matrix<Scalar>{source + c * w.in_stride + grid_.taps[t].weight_offset, w.out_stride, w.in_stride},
-                    min_of(out_step, out_channels_ - k), channels,
-                    packed + (g * out_channels_ + k) * depth_ + c * grid_.tap_count + t * channels, depth_);
-        }
+        pack_taps(grid_, w.innermost_taps, Matrix<Scalar>{source + c * w.in_stride, w.out_stride, w.in_stride},
+                  min_of(out_step, out_channels_ - k), channels,
+                  packed + (g * out_channels_ + k) * depth_ + c * grid_.tap_count, depth_, channels);
       }
     });
   }

@@ -67,13 +67,16 @@ class TileConvolution {
       const int64_t channels = min_of(channel_block_, in_channels_ - block);
       const int64_t columns = min_of(kSplitColumns, out_channels_ - panel * kSplitColumns);
       const Weights<Scalar>& w = conv_.weights;
-      const Scalar* source = w.data + g * w.group_stride + panel * kSplitColumns * w.out_stride;
+      const Matrix<Scalar> source = {
+          w.data + g * w.group_stride + block * w.in_stride + panel * kSplitColumns * w.out_stride, w.in_stride,
+          w.out_stride};
+      Scratch<float> taps(grid_.tap_count * channels * columns);
+      pack_taps(grid_, w.innermost_taps, source, channels, columns, taps.data(), columns, channels * columns);
       Right* destination = panel_at(g, panel, block);
       for (int64_t t = 0; t < grid_.tap_count; ++t) {
-        for (int64_t c = block; c < block + channels; c += kTileDepth) {
-          const Matrix<Scalar> tap = {source + grid_.taps[t].weight_offset + c * w.in_stride, w.in_stride,
-                                      w.out_stride};
-          note(split_right(tap, min_of(kTileDepth, block + channels - c), columns, destination++));
+        for (int64_t c = 0; c < channels; c += kTileDepth) {
+          const Matrix<float> tap = {taps.data() + (t * channels + c) * columns, columns, 1};
+          note(split_right(tap, min_of(kTileDepth, channels - c), columns, destination++));
         }
       }
     });

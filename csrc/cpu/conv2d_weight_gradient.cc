@@ -56,6 +56,9 @@ class DenseWeightGradient {
 
   void run(Scalar* grad_weight) {
     const int64_t regions_in_all = regions();
+    const ImagesInLayout<Scalar> input(input_, !outputs_are_lanes_, out_blocks_ > 1);
+    const ImagesInLayout<Scalar> gradient(grad_output_, outputs_are_lanes_, in_blocks_ > 1);
+    input_ = input.images, grad_output_ = gradient.images;
     Scratch<T> partial(parts_ * regions_in_all * region_size_);
     const double work = 1.0 * g_.N * g_.output_H * g_.output_W * g_.K * in_channels_ * grid_.tap_count;
     const int64_t tasks = parts_ * regions_in_all;
@@ -101,12 +104,11 @@ class DenseWeightGradient {
   void run_part(int64_t part, int64_t index, T* sums) const {
     const Region region = region_at(index);
     const int64_t first = part * chunks_.count() / parts_, end = (part + 1) * chunks_.count() / parts_;
-    fill(sums, T(0), region_size_);
     for (int64_t chunk = first; chunk < end; ++chunk) {
       if (outputs_are_lanes_) {
-        add_along_outputs(chunks_.at(chunk), region, sums);
+        add_along_outputs(chunks_.at(chunk), region, sums, chunk > first);
       } else if constexpr (!kPairs) {
-        add_along_inputs(chunks_.at(chunk), region, sums);
+        add_along_inputs(chunks_.at(chunk), region, sums, chunk > first);
       }
     }
   }
@@ -124,7 +126,7 @@ class DenseWeightGradient {
     return {1, block.pixels(), 0};
   }
 
-  void add_along_outputs(const Block& block, const Region& region, T* sums) const {
+  void add_along_outputs(const Block& block, const Region& region, T* sums, bool accumulate) const {
     const Planes planes(grid_, block, shares_planes_);
     const int64_t columns = region.out_count;
     Scratch<Factor> left(region.in_count * planes.channel_stride);
@@ -147,10 +149,10 @@ class DenseWeightGradient {
             grid_.taps[t], block, [&](int64_t n, int64_t i, int64_t j) { return planes.flat(n, i, j); },
             [&](int64_t n, int64_t i, int64_t j) { return ((n * block.rows + i) * block.columns + j) * columns; },
             segments);
-        multiply_planes(planes, t, 1, region, segments, count, left.data(), right.data(), sums);
+        multiply_planes(planes, t, 1, region, segments, count, left.data(), right.data(), sums, accumulate);
       }
     } else {
-      multiply_planes(planes, 0, grid_.tap_count, region, segments, count, left.data(), right.data(), sums);
+      multiply_planes(planes, 0, grid_.tap_count, region, segments, count, left.data(), right.data(), sums, accumulate);
     }
   }
 
@@ -173,9 +175,9 @@ class DenseWeightGradient {
     }
   }
 
-  // sums[tap][in][out] += the segments of `taps` taps from `tap` on.
+  // sums[tap][in][out] (+)= the segments of `taps` taps from `tap` on.
   void multiply_planes(const Planes& planes, int64_t tap, int64_t taps, const Region& region, const Segment* segments,
-                       int64_t count, const Factor* left, const Factor* right, T* sums) const {
+                       int64_t count, const Factor* left, const Factor* right, T* sums, bool accumulate) const {
     const int64_t channels = region.in_count, rows = taps * channels, columns = region.out_count;
     const int64_t tiles = ceil_div(rows, kTileRows);
     sums += tap * channels * columns;
@@ -189,7 +191,7 @@ class DenseWeightGradient {
           pointers[r] = left + c * planes.channel_stride + planes.tap_offset(grid_.taps[t], grid_);
         }
         multiply_tile(tile_rows, tile_columns, segments, count, pointers, right + kStep * j, columns,
-                      sums + first * columns + j, columns, true);
+                      sums + first * columns + j, columns, accumulate);
       }
     }
   }
@@ -210,7 +212,7 @@ class DenseWeightGradient {
 
   // ---- lanes along the input channels ----
 
-  void add_along_inputs(const Block& block, const Region& region, T* sums) const {
+  void add_along_inputs(const Block& block, const Region& region, T* sums, bool accumulate) const {
     const Window window = grid_.input_window(block);
     const int64_t channels = region.in_count, pixels = block.pixels();
     Scratch<T> staged(block.images * window.rows * window.columns * channels);
@@ -238,7 +240,7 @@ class DenseWeightGradient {
         if (inside_only) count = segments_inside(first[tap], block, pixel, place, segments);
         const T* shifted = staged.data() + grid_.tap_pixel(first[tap], window) * channels;
         multiply_window(region.out_count, inside_only ? channels : columns, segments, count, gradient.data(), pixels,
-                        shifted, column_step, out + tap * channels, columns);
+                        shifted, column_step, out + tap * channels, columns, accumulate);
       }
     }
   }
@@ -252,7 +254,7 @@ class DenseWeightGradient {
       for (int64_t i = 0; i < runs; ++i) {
         const Scalar* source = grad_output_.at(block.image + n, channel, block.row + i, block.column);
         T* destination = gradient + n * block.rows * block.columns + i * run;
-        if (g_.channels_last) {
+        if (grad_output_.channels_last) {
           transpose(source, g_.K, run, region.out_count, destination, pixels);
         } else {
           for (int64_t k = 0; k < region.out_count; ++k) {
@@ -263,16 +265,17 @@ class DenseWeightGradient {
     }
   }
 
-  // out[row][column] += sum over the segments' pixels of left[row][pixel] * right[pixel][column].
+  // out[row][column] (+)= sum over the segments' pixels of left[row][pixel] * right[pixel][column].
   static void multiply_window(int64_t rows, int64_t columns, const Segment* segments, int64_t count, const T* left,
-                              int64_t pixels, const T* right, int64_t column_step, T* out, int64_t out_stride) {
+                              int64_t pixels, const T* right, int64_t column_step, T* out, int64_t out_stride,
+                              bool accumulate) {
     for (int64_t j = 0; j < columns; j += kTileColumns<T>) {
       for (int64_t k = 0; k < rows; k += kTileRows) {
         const int64_t tile_rows = min_of(kTileRows, rows - k);
         const T* pointers[kTileRows];
         for (int64_t r = 0; r < tile_rows; ++r) pointers[r] = left + (k + r) * pixels;
         multiply_tile(tile_rows, min_of(kTileColumns<T>, columns - j), segments, count, pointers, right + j,
-                      column_step, out + k * out_stride + j, out_stride, true);
+                      column_step, out + k * out_stride + j, out_stride, accumulate);
       }
     }
   }

@@ -143,7 +143,7 @@ class WinogradConvolution {
         weights_first_(tiles_.count() > 2 * out_channels_) {
     for (int64_t t = 0; t < grid_.tap_count; ++t) {
       const Tap& tap = grid_.taps[t];
-      offsets_[tap.dy - grid_.first_dy][tap.dx - grid_.first_dx] = tap.weight_offset;
+      order_[tap.dy - grid_.first_dy][tap.dx - grid_.first_dx] = t;
     }
     panel_ = min_of(kTileColumns<float>, round_up(out_channels_, V::size));
     if (weights_first_) {
@@ -234,18 +234,16 @@ class WinogradConvolution {
     constexpr int64_t together = V::size;
     const Weights<Scalar>& w = conv_.weights;
     const Scalar* first = w.data + group * w.group_stride + channel * w.in_stride + panel * panel_ * w.out_stride;
-    Scratch<float> staged(together * 9 * columns);  // [channel][tap][column]
+    Scratch<float> staged(together * 9 * columns);  // [tap][channel][column]
     for (int64_t c = 0; c < channels; c += together) {
       const int64_t block = min_of(together, channels - c);
-      for (int64_t tap = 0; tap < 9; ++tap) {
-        pack_rows(Matrix<Scalar>{first + c * w.in_stride + offsets_[tap / 3][tap % 3], w.in_stride, w.out_stride},
-                  block, columns, staged.data() + tap * columns, 9 * columns);
-      }
+      pack_taps(grid_, w.innermost_taps, Matrix<Scalar>{first + c * w.in_stride, w.in_stride, w.out_stride}, block,
+                columns, staged.data(), columns, block * columns);
       for (int64_t i = 0; i < block; ++i) {
-        const float* taps = staged.data() + i * 9 * columns;
+        const float* taps = staged.data() + i * columns;
         float* destination = out + (c + i) * panel_;
         for_lanes(columns, [&](auto lanes, int64_t k) {
-          Outputs::weight([&](int y, int x) { return load_lanes(taps + (3 * y + x) * columns + k, lanes); },
+          Outputs::weight([&](int y, int x) { return load_lanes(taps + order_[y][x] * block * columns + k, lanes); },
                           [&](int y, int x, V value) {
                             store(destination + (y * Outputs::points_x + x) * channels * panel_ + k, value);
                           });
@@ -324,7 +322,7 @@ class WinogradConvolution {
   int64_t in_pitch_;                    // from one point of a transformed tile to the next
   int64_t run_channels_;                // of one run of sums
   bool weights_first_;                  // what the tasks share: weights, or images
-  int64_t offsets_[3][3];               // of the taps' matrices
+  int64_t order_[3][3];                 // tap (y, x) among those of the grid
   int64_t panel_, panels_, task_tiles_, tile_blocks_, channel_block_;
   float* shared_ = nullptr;
   bool finite_ = true;

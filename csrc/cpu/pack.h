@@ -72,11 +72,11 @@ DLKERNELS_INLINE void store_moved(Destination* p, Vec<accumulate_t<Source>> lane
   }
 }
 
-// destination[j][i] = source[i][j] for a block of rows x columns; source columns are contiguous. A strip of rows is
-// read to its end before the next: more streams at a time are more than the prefetcher follows.
-template <class Source, class Destination>
-inline void transpose(const Source* source, int64_t source_row_stride, int64_t rows, int64_t columns,
-                      Destination* destination, int64_t destination_row_stride) {
+// destination[row_offset(j) + i] = source[i][j] for a block of rows x columns; source columns are contiguous. A strip
+// of rows is read to its end before the next: more streams at a time are more than the prefetcher follows.
+template <class Source, class Destination, class RowOffset>
+inline void transpose_to_rows(const Source* source, int64_t source_row_stride, int64_t rows, int64_t columns,
+                              Destination* destination, RowOffset&& row_offset) {
   using T = accumulate_t<Source>;
   constexpr int64_t lanes = Vec<T>::size;
   for (int64_t i = 0; i < rows; i += lanes) {
@@ -84,7 +84,7 @@ inline void transpose(const Source* source, int64_t source_row_stride, int64_t r
     for (int64_t j = 0; j < columns; j += lanes) {
       const int64_t block_columns = min_of(lanes, columns - j);
       const Source* in = source + i * source_row_stride + j;
-      Destination* out = destination + j * destination_row_stride + i;
+      Destination* out = destination + i;
       Vec<T> block[lanes];
       if (block_rows == lanes && block_columns == lanes) {
 #pragma GCC unroll 16
@@ -92,7 +92,7 @@ inline void transpose(const Source* source, int64_t source_row_stride, int64_t r
           block[r] = load_moved<Source, Destination>(in + r * source_row_stride, lanes);
         transpose_square(block);
 #pragma GCC unroll 16
-        for (int64_t c = 0; c < lanes; ++c) store_moved<Source>(out + c * destination_row_stride, block[c], lanes);
+        for (int64_t c = 0; c < lanes; ++c) store_moved<Source>(out + row_offset(j + c), block[c], lanes);
         continue;
       }
 #pragma GCC unroll 16
@@ -103,10 +103,18 @@ inline void transpose(const Source* source, int64_t source_row_stride, int64_t r
       transpose_square(block);
 #pragma GCC unroll 16
       for (int64_t c = 0; c < lanes; ++c) {
-        if (c < block_columns) store_moved<Source>(out + c * destination_row_stride, block[c], block_rows);
+        if (c < block_columns) store_moved<Source>(out + row_offset(j + c), block[c], block_rows);
       }
     }
   }
+}
+
+// destination[j][i] = source[i][j].
+template <class Source, class Destination>
+inline void transpose(const Source* source, int64_t source_row_stride, int64_t rows, int64_t columns,
+                      Destination* destination, int64_t destination_row_stride) {
+  transpose_to_rows(source, source_row_stride, rows, columns, destination,
+                    [=](int64_t j) { return j * destination_row_stride; });
 }
 
 // destination[i][k] = source(i, k): rows contiguous along the depth.

@@ -126,12 +126,13 @@ struct Grid {
   }
 };
 
-// Matrices of the taps: element (in, out) of group g and tap t is data[g group + in * in_stride + out * out_stride +
-// t].
+// Matrices of the taps: element (in, out) of group g is data[g group_stride + in * in_stride + out * out_stride] and on
+// by the tap's weight_offset.
 template <class Scalar>
 struct Weights {
   const Scalar* data;
   int64_t group_stride, in_stride, out_stride;
+  int64_t innermost_taps = 0;  // taps side by side in memory, next to each other as the channels of one of the strides
 };
 
 // One convolution as a sum over taps.
@@ -144,6 +145,37 @@ struct Convolution {
   int64_t groups;
   Grid grid;
 };
+
+// destination[t * tap_stride + i * row_stride + j] = element (i, j) of tap t of the grid, for `rows` x `columns`
+// channels from `source` on, one of them coming in, the other going out. Taps that are innermost are read with their
+// neighbours.
+template <class Scalar, class T>
+void pack_taps(const Grid& grid, int64_t innermost_taps, Matrix<Scalar> source, int64_t rows, int64_t columns,
+               T* destination, int64_t row_stride, int64_t tap_stride) {
+  const int64_t taps = grid.tap_count;
+  if (innermost_taps != taps || taps == 1) {
+    for (int64_t t = 0; t < taps; ++t) {
+      pack_rows(Matrix<Scalar>{source.data + grid.taps[t].weight_offset, source.row_stride, source.column_stride}, rows,
+                columns, destination + t * tap_stride, row_stride);
+    }
+    return;
+  }
+  Scratch<int64_t> offsets(taps);  // of the destination, by the tap's place in memory
+  for (int64_t t = 0; t < taps; ++t) offsets[grid.taps[t].weight_offset] = t * tap_stride;
+  if (source.row_stride == taps) {
+    Scratch<int64_t> row_offsets(rows * taps);
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t t = 0; t < taps; ++t) row_offsets[i * taps + t] = i * row_stride + offsets[t];
+    }
+    transpose_to_rows(source.data, source.column_stride, columns, rows * taps, destination,
+                      [&](int64_t row) { return row_offsets[row]; });
+  } else {
+    for (int64_t i = 0; i < rows; ++i) {
+      transpose_to_rows(source.at(i, 0).data, taps, columns, taps, destination + i * row_stride,
+                        [&](int64_t t) { return offsets[t]; });
+    }
+  }
+}
 
 template <class Scalar, class T = accumulate_t<Scalar>>
 void stage_block(const Images<const Scalar>& images, const Block& block, int64_t channel, int64_t channels,

@@ -130,27 +130,31 @@ inline void unstage(const Images<Scalar>& images, int64_t n, int64_t channel, in
   }
 }
 
-// Images with neighbouring channels side by side: a copy of contiguous ones where it is wanted. Windows that are cut
-// out again and again are cut from it, for a transposition each time costs more.
+// Images in the layout that is wanted: a copy of those in the other one if they are cut into windows again and again,
+// for a transposition of every window costs more.
 template <class Scalar>
-class ChannelsLastImages {
+class ImagesInLayout {
  public:
-  ChannelsLastImages(const Images<const Scalar>& source, bool wanted)
-      : images(source), copy_(is_copied(wanted) ? source.N * source.C * source.H * source.W : 0) {
-    if (!is_copied(wanted)) return;
+  ImagesInLayout(const Images<const Scalar>& source, bool channels_last, bool used_often)
+      : images(source), copy_(used_often && differs(channels_last) ? source.N * source.C * source.H * source.W : 0) {
+    if (copy_.data() == nullptr) return;
     const int64_t pixels = source.H * source.W, strip = 64, strips = ceil_div(pixels, strip);
     parallel_for(source.N * strips, ceil_div(1 << 15, strip * source.C), [&](int64_t task) {
-      const int64_t n = task / strips, first = task % strips * strip;
-      transpose(source.at(n, 0, 0, 0) + first, pixels, source.C, min_of(strip, pixels - first),
-                copy_.data() + (n * pixels + first) * source.C, source.C);
+      const int64_t n = task / strips, first = task % strips * strip, count = min_of(strip, pixels - first);
+      Scalar* copy = copy_.data() + n * source.C * pixels;
+      if (channels_last) {
+        transpose(source.at(n, 0, 0, 0) + first, pixels, source.C, count, copy + first * source.C, source.C);
+      } else {
+        transpose(source.at(n, 0, 0, 0) + first * source.C, source.C, count, source.C, copy + first, pixels);
+      }
     });
-    images = {copy_.data(), source.C * pixels, source.N, source.C, source.H, source.W, true};
+    images = {copy_.data(), source.C * pixels, source.N, source.C, source.H, source.W, channels_last};
   }
 
   Images<const Scalar> images;
 
  private:
-  bool is_copied(bool wanted) const { return wanted && !images.channels_last && images.C > 1; }
+  bool differs(bool channels_last) const { return images.channels_last != channels_last && images.C > 1; }
   Scratch<Scalar> copy_;
 };
 
