@@ -112,11 +112,13 @@ class DenseConvolution {
     const int64_t out_channels = min_of(out_block_, out_channels_ - out_channel);
     const Window window = grid_.input_window(block);
     const int64_t first_out = g * out_channels_ + out_channel;
-    Scratch<Factor> staged(block.images * window.rows * window.columns * channel_block_);
+    const Factor* pixels = pixels_in_place(block, g, window);
+    Scratch<Factor> staged(pixels != nullptr ? 0 : block.images * window.rows * window.columns * channel_block_);
     Scratch<T> results(is_one_matrix(block) ? 0 : block.pixels() * out_channels);
     Scratch<Factor> own_panel(packed_ == nullptr ? channel_block_ * grid_.tap_count * kPanel : 0);
     Scratch<int64_t> places(block.pixels());
-    bool is_staged = false;
+    bool is_staged = pixels != nullptr;
+    if (!is_staged) pixels = staged.data();
     for (int64_t index = 0; index < grid_.phase_count; ++index) {
       const Phase& phase = grid_.phases[index];
       const Block part = grid_.phase_block(block, phase);
@@ -138,7 +140,7 @@ class DenseConvolution {
       for (int64_t c = 0; c < in_channels_ && phase.tap_count > 0; c += channel_block_) {
         const int64_t channels = min_of(channel_block_, in_channels_ - c);
         if (!is_staged) stage_block(input_, block, g * in_channels_ + c, channels, window, staged.data());
-        is_staged = channel_block_ == in_channels_;
+        is_staged |= channel_block_ == in_channels_;
         for (int64_t j = 0; j < out_channels; j += kPanel) {
           const int64_t index_of_panel = (out_channel + j) / kPanel;
           const Factor* panel = own_panel.data();
@@ -148,7 +150,7 @@ class DenseConvolution {
           } else {
             panel = packed_panel(g, index_of_panel) + c * grid_.tap_count * kPanel;
           }
-          multiply_panel(part, phase, places.data(), window, channels, staged.data(), panel, finite_weights,
+          multiply_panel(part, phase, places.data(), window, channels, pixels, panel, finite_weights,
                          min_of(kPanel, out_channels - j), sums + j, stride, c > 0 || conv_.bias != nullptr);
         }
       }
@@ -156,6 +158,18 @@ class DenseConvolution {
         unstage_block(conv_.output, part, first_out, out_channels, grid_.output_window(part, phase), sums);
       }
     }
+  }
+
+  // The block's window where the images hold it as it would be staged, or null.
+  const Factor* pixels_in_place(const Block& block, int64_t g, const Window& window) const {
+    if constexpr (std::is_same_v<Factor, Scalar>) {
+      const bool whole_images = window.rows == input_.H && input_.image_stride == input_.C * input_.H * input_.W;
+      if (input_.channel_stride() == 1 && input_.C == channel_block_ && (block.images == 1 || whole_images) &&
+          detail::is_one_run(input_, window)) {
+        return input_.at(block.image, g * in_channels_, window.y, 0);
+      }
+    }
+    return nullptr;
   }
 
   // Whether the block's outputs are a matrix [pixel][channel] in place, with a constant distance between pixels.

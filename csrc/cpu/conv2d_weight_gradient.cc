@@ -59,9 +59,17 @@ class DenseWeightGradient {
     const ImagesInLayout<Scalar> input(input_, !outputs_are_lanes_, out_blocks_ > 1);
     const ImagesInLayout<Scalar> gradient(grad_output_, outputs_are_lanes_, in_blocks_ > 1);
     input_ = input.images, grad_output_ = gradient.images;
-    Scratch<T> partial(parts_ * regions_in_all * region_size_);
     const double work = 1.0 * g_.N * g_.output_H * g_.output_W * g_.K * in_channels_ * grid_.tap_count;
     const int64_t tasks = parts_ * regions_in_all;
+    if (parts_ == 1) {
+      parallel_for(tasks, work < kSerialWork ? tasks : 1, [&](int64_t region) {
+        Scratch<T> sums(region_size_);
+        run_part(0, region, sums.data());
+        write_region(region_at(region), sums.data(), grad_weight);
+      });
+      return;
+    }
+    Scratch<T> partial(tasks * region_size_);
     parallel_for(tasks, work < kSerialWork ? tasks : 1, [&](int64_t task) {
       run_part(task / regions_in_all, task % regions_in_all, partial.data() + task * region_size_);
     });
