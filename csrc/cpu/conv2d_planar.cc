@@ -15,7 +15,7 @@
 namespace dlkernels::DLKERNELS_ISA {
 namespace {
 
-constexpr int64_t kPlanarPixels = 256;  // output pixels of a task
+constexpr int64_t kPlanarPixels = 512;  // output pixels of a task
 constexpr int64_t kGroupChannels = 32;  // groups with fewer channels are taken together
 
 // A stretch of the depth: `depth` elements of each row of the left operand from `offset` on.

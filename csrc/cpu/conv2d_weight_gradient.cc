@@ -315,7 +315,7 @@ class DenseWeightGradient {
     const int64_t channels = region.in_count, taps = grid_.tap_count;
     const int64_t* strides = g_.grad_weight_strides;
     grad_weight += (region.group * out_channels_ + region.out + out) * strides[0] + region.in * strides[1];
-    if (strides[1] == taps && strides[2] == g_.kernel_W && strides[3] == 1) {
+    if (taps > 1 && strides[1] == taps && strides[2] == g_.kernel_W && strides[3] == 1) {
       return transpose(row, channels, taps, channels, grad_weight, taps);
     }
     for (int64_t t = 0; t < taps; ++t, row += channels) {

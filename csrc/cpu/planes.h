@@ -101,6 +101,14 @@ template <class Scalar, class T = accumulate_t<Scalar>>
 inline void stage_row(const Images<const Scalar>& images, int64_t n, int64_t channel, int64_t channels, int64_t y,
                       const Planes& p, T* destination) {
   const int64_t step = p.column_step;
+  const bool inside = y >= 0 && y < images.H && p.window.x >= 0 && p.window.x + p.columns * step <= images.W;
+  if (step > 4 && p.planes_x == step && inside && !images.channels_last) {  // neighbours go to neighbouring planes
+    for (int64_t c = 0; c < channels; ++c) {
+      transpose(images.at(n, channel + c, y, p.window.x), step, p.columns, step, destination + c * p.channel_stride,
+                p.plane);
+    }
+    return;
+  }
   for (int64_t plane_x = 0; plane_x < p.planes_x; ++plane_x, destination += p.plane) {
     const int64_t x = p.window.x + plane_x * p.plane_step;
     const int64_t first = x >= 0 ? 0 : min_of(p.columns, ceil_div(-x, step));
