@@ -162,20 +162,29 @@ DLKERNELS_INLINE void sum_rows(const BatchNormShape& shape, const Chunk& chunk, 
   for (int64_t first = 0; first < shape.channels; first += kRowChannels) {
     const int64_t channels = min_of(kRowChannels, shape.channels - first);
     fill(buffer.data(), T(0), Count * one_sum);
+    // Rows that a lane's sums take one after another, with the sums in registers between them.
+    auto add_rows = [&](int64_t n, int64_t p, auto rows) {
+      const int64_t row = (n * shape.inner + p) * shape.channels + first;
+      T* lane = buffer.data() + (p - chunk.begin) % lanes * kRowChannels;
+      auto add_vector = [&](int64_t c, int64_t count) {
+        Vec<T> sums[Count];
+        for (int s = 0; s < Count; ++s) sums[s] = load(lane + s * one_sum + c);
+        for (int64_t r = 0; r < rows; ++r) add(sums, row + r * lanes * shape.channels + c, first + c, count);
+        for (int s = 0; s < Count; ++s) store(lane + s * one_sum + c, sums[s]);
+      };
+      int64_t c = 0;
+      for (; c + lanes <= channels; c += lanes) add_vector(c, lanes);
+      if (c < channels) add_vector(c, channels - c);
+    };
+    constexpr int64_t kRows = 4;
     for (int64_t n = chunk.first; n < chunk.last; ++n) {
-      for (int64_t p = chunk.begin; p < chunk.end; ++p) {
-        const int64_t row = (n * shape.inner + p) * shape.channels + first;
-        T* lane = buffer.data() + (p - chunk.begin) % lanes * kRowChannels;
-        auto add_vector = [&](int64_t c, int64_t count) {
-          Vec<T> sums[Count];
-          for (int s = 0; s < Count; ++s) sums[s] = load(lane + s * one_sum + c);
-          add(sums, row + c, first + c, count);
-          for (int s = 0; s < Count; ++s) store(lane + s * one_sum + c, sums[s]);
-        };
-        int64_t c = 0;
-        for (; c + lanes <= channels; c += lanes) add_vector(c, lanes);
-        if (c < channels) add_vector(c, channels - c);
+      int64_t p = chunk.begin;
+      for (; p + kRows * lanes <= chunk.end; p += kRows * lanes) {
+        for (int64_t lane = 0; lane < lanes; ++lane) {
+          add_rows(n, p + lane, std::integral_constant<int64_t, kRows>());
+        }
       }
+      for (; p < chunk.end; ++p) add_rows(n, p, std::integral_constant<int64_t, 1>());
     }
     for (int s = 0; s < Count; ++s) {
       add_lanes(buffer.data() + s * one_sum, halves.data(), channels, totals + s * shape.channels + first);
@@ -195,6 +204,24 @@ DLKERNELS_INLINE void for_each_row_vector(const BatchNormShape& shape, const Chu
       if (c < channels) body(row + c, c, channels - c);
     }
   }
+}
+
+// ---- output that is larger than the caches -------------------------------------------------------------------------
+
+constexpr int64_t kCachedBytes = 16 << 20;
+
+// Whether outputs of these sizes at `output` are stored past the caches: they are large, and their vectors aligned.
+template <class Scalar>
+bool goes_past_cache(const BatchNormShape& shape, const Scalar* output) {
+  using T = accumulate_t<Scalar>;
+  const int64_t side_by_side = shape.channels_last ? shape.channels : shape.inner;
+  return shape.batch * shape.channels * shape.inner * static_cast<int64_t>(sizeof(Scalar)) > kCachedBytes &&
+         side_by_side % Vec<T>::size == 0 && reinterpret_cast<uintptr_t>(output) % kVectorBytes == 0;
+}
+
+template <class Scalar>
+DLKERNELS_INLINE void store_output(Scalar* p, Vec<accumulate_t<Scalar>> value, int64_t count, bool past_cache) {
+  past_cache ? store_past_cache(p, value) : store_lanes(p, value, count);
 }
 
 // ---- statistics ----------------------------------------------------------------------------------------------------
@@ -290,6 +317,7 @@ struct Forward {
   double* variance = args.variance;
   Scalar* y = static_cast<Scalar*>(args.output);
   Chunks<T> chunks{shape};
+  bool past_cache = goes_past_cache(shape, y);
 
   void keep(int64_t c, const Moments& moments) const {
     mean[c] = moments.mean;
@@ -311,7 +339,7 @@ struct Forward {
     Vec<T> out = fma(load_lanes(x + at, count) - channel_mean, channel_scale, channel_offset);
     if (residual != nullptr) out += load_lanes(residual + at, count);
     if (shape.relu) out = max(Vec<T>::zero(), out);
-    store_lanes(y + at, out, count);
+    store_output(y + at, out, count, past_cache);
   }
 
   void contiguous() const {
@@ -321,6 +349,7 @@ struct Forward {
       for (int64_t i = chunks.count - 1; i >= 0; --i) {
         for_each_vector<T>(shape, chunks[i], c, [&](int64_t at, int64_t count) { write(at, count, m, s, b); });
       }
+      finish_stores_past_cache();
     });
   }
 
@@ -331,7 +360,7 @@ struct Forward {
       Scratch<Moments> moments(chunks.count * channels);
       parallel_for(chunks.count, grain,
                    [&](int64_t i) { chunk_moments(shape, chunks[i], x, moments.data() + i * channels); });
-      parallel_for(channels, 64, [&](int64_t c) {
+      parallel_for(channels, ceil_div(1024, max_of(chunks.count, 1)), [&](int64_t c) {
         Moments total = moments[c];
         for (int64_t i = 1; i < chunks.count; ++i) total = total.merged(moments[i * channels + c]);
         keep(c, total);
@@ -344,6 +373,7 @@ struct Forward {
       for_each_row_vector<T>(shape, chunks[chunks.count - 1 - task], [&](int64_t at, int64_t c, int64_t count) {
         write(at, count, load_lanes(centers + c, count), load_lanes(scales + c, count), load_lanes(offsets + c, count));
       });
+      finish_stores_past_cache();
     });
   }
 };
@@ -372,6 +402,7 @@ struct Backward {
   T* dbias = static_cast<T*>(args.grad_bias);
   Chunks<T> chunks{shape};
   double count = static_cast<double>(shape.batch * shape.inner);
+  bool past_cache = goes_past_cache(shape, dx), residual_past_cache = goes_past_cache(shape, dresidual);
 
   // The gradient behind the ReLU; NaN outputs let it pass, as torch's do.
   DLKERNELS_INLINE Vec<T> masked(int64_t at, int64_t n) const {
@@ -395,10 +426,10 @@ struct Backward {
 
   DLKERNELS_INLINE void write(int64_t at, int64_t n, Vec<T> center, Vec<T> a, Vec<T> mean_g, Vec<T> b) const {
     const Vec<T> g = masked(at, n);
-    if (dresidual != nullptr) store_lanes(dresidual + at, g, n);
+    if (dresidual != nullptr) store_output(dresidual + at, g, n, residual_past_cache);
     if (dx == nullptr) return;
-    if (!shape.training) return store_lanes(dx + at, a * g, n);
-    store_lanes(dx + at, a * fma(load_lanes(x + at, n) - center, -b, g - mean_g), n);
+    if (!shape.training) return store_output(dx + at, a * g, n, past_cache);
+    store_output(dx + at, a * fma(load_lanes(x + at, n) - center, -b, g - mean_g), n, past_cache);
   }
 
   void contiguous() const {
@@ -419,6 +450,7 @@ struct Backward {
       for (int64_t i = chunks.count - 1; i >= 0; --i) {
         for_each_vector<T>(shape, chunks[i], c, [&](int64_t at, int64_t n) { write(at, n, m, a, mean_g, b); });
       }
+      finish_stores_past_cache();
     });
   }
 
@@ -437,7 +469,7 @@ struct Backward {
     });
     Scratch<T> slopes(3 * channels);
     T *a = slopes.data(), *mean_g = a + channels, *b = mean_g + channels;
-    parallel_for(channels, 64, [&](int64_t c) {
+    parallel_for(channels, ceil_div(4096, max_of(chunks.count, 1)), [&](int64_t c) {
       double sum_g = 0, sum_gx = 0;
       for (int64_t i = 0; i < chunks.count; ++i) {
         sum_g += sums[2 * i * channels + c];
@@ -451,6 +483,7 @@ struct Backward {
         write(at, n, load_lanes(centers.data() + c, n), load_lanes(a + c, n), load_lanes(mean_g + c, n),
               load_lanes(b + c, n));
       });
+      finish_stores_past_cache();
     });
   }
 };

@@ -481,6 +481,40 @@ DLKERNELS_INLINE void store(float16* p, VecF a) {
   store_half_bits(p, narrow(float16{}, a));
 }
 
+// Stores past the cache, for outputs that the cache would not hold until they are read: their lines are not read before
+// they are written. p is aligned to the bytes of a register, or half of them for the half types.
+namespace detail {
+template <class Register>
+DLKERNELS_INLINE void store_past_cache(void* p, Register a) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(a) == 64) return _mm512_stream_si512(static_cast<__m512i*>(p), (__m512i)a);
+#endif
+#if defined(__AVX2__)
+  if constexpr (sizeof(a) == 32) return _mm256_stream_si256(static_cast<__m256i*>(p), (__m256i)a);
+#endif
+#if defined(__x86_64__)
+  if constexpr (sizeof(a) == 16) return _mm_stream_si128(static_cast<__m128i*>(p), (__m128i)a);
+#endif
+  __builtin_memcpy(p, &a, sizeof a);
+}
+}  // namespace detail
+DLKERNELS_INLINE void store_past_cache(float* p, VecF a) {
+  detail::store_past_cache(p, a.raw);
+}
+DLKERNELS_INLINE void store_past_cache(double* p, VecD a) {
+  detail::store_past_cache(p, a.raw);
+}
+template <class Half>
+DLKERNELS_INLINE void store_past_cache(Half* p, VecF a) {
+  detail::store_past_cache(p, narrow(Half{}, a));
+}
+// After the last of them, before another thread looks.
+DLKERNELS_INLINE void finish_stores_past_cache() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
 // The first `count` lanes (0 <= count <= size); lanes beyond it load as zero and are not stored. Neither touches memory
 // beyond `count` elements.
 #if defined(__AVX512F__)
