@@ -50,7 +50,7 @@ struct Chunks {
   explicit Chunks(const BatchNormShape& shape) : batch(shape.batch), inner(shape.inner) {
     images = max_of(1, kChunk<T> / max_of(inner, 1));
     parts = max_of(1, inner / kChunk<T>);
-    length = round_up(ceil_div(max_of(inner, 1), parts), 64);  // a multiple of every vector
+    length = round_up(ceil_div(max_of(inner, 1), parts), Vec<T>::size);
     parts = ceil_div(max_of(inner, 1), length);
     groups = ceil_div(batch, images);
     count = groups * parts;
@@ -59,6 +59,8 @@ struct Chunks {
     const int64_t first = i % groups * images, begin = i / groups * length;
     return {first, min_of(first + images, batch), begin, min_of(begin + length, inner)};
   }
+  // The number of the i-th chunk of images in memory order, in which threads have stretches alike and read on.
+  int64_t in_memory_order(int64_t i) const { return i % parts * groups + i / parts; }
 };
 
 // ---- one chunk, positions side by side ------------------------------------------------------------------------------
@@ -358,8 +360,10 @@ struct Forward {
     const int64_t grain = max_of(1, 8192 / max_of(channels * kChunk<T>, 1));
     if (shape.training) {
       Scratch<Moments> moments(chunks.count * channels);
-      parallel_for(chunks.count, grain,
-                   [&](int64_t i) { chunk_moments(shape, chunks[i], x, moments.data() + i * channels); });
+      parallel_for(chunks.count, grain, [&](int64_t task) {
+        const int64_t i = chunks.in_memory_order(task);
+        chunk_moments(shape, chunks[i], x, moments.data() + i * channels);
+      });
       parallel_for(channels, ceil_div(1024, max_of(chunks.count, 1)), [&](int64_t c) {
         Moments total = moments[c];
         for (int64_t i = 1; i < chunks.count; ++i) total = total.merged(moments[i * channels + c]);
@@ -370,9 +374,11 @@ struct Forward {
     T *centers = affine.data(), *scales = centers + channels, *offsets = scales + channels;
     for (int64_t c = 0; c < channels; ++c) centers[c] = center(c), scales[c] = scale(c), offsets[c] = offset(c);
     parallel_for(chunks.count, grain, [&](int64_t task) {
-      for_each_row_vector<T>(shape, chunks[chunks.count - 1 - task], [&](int64_t at, int64_t c, int64_t count) {
-        write(at, count, load_lanes(centers + c, count), load_lanes(scales + c, count), load_lanes(offsets + c, count));
-      });
+      for_each_row_vector<T>(shape, chunks[chunks.in_memory_order(chunks.count - 1 - task)],
+                             [&](int64_t at, int64_t c, int64_t count) {
+                               write(at, count, load_lanes(centers + c, count), load_lanes(scales + c, count),
+                                     load_lanes(offsets + c, count));
+                             });
       finish_stores_past_cache();
     });
   }
@@ -459,7 +465,8 @@ struct Backward {
     Scratch<T> centers(channels);
     for (int64_t c = 0; c < channels; ++c) centers[c] = center(c);
     Scratch<double> sums(2 * max_of(chunks.count, 1) * channels);
-    parallel_for(chunks.count, 1, [&](int64_t i) {
+    parallel_for(chunks.count, 1, [&](int64_t task) {
+      const int64_t i = chunks.in_memory_order(task);
       auto add_both = [&](Vec<T>(&sums)[2], int64_t at, int64_t c, int64_t n) {
         const Vec<T> g = masked(at, n);
         sums[0] += g;
@@ -479,10 +486,11 @@ struct Backward {
       a[c] = static_cast<T>(slope.a), mean_g[c] = static_cast<T>(slope.mean_g), b[c] = static_cast<T>(slope.b);
     });
     parallel_for(chunks.count, 1, [&](int64_t task) {
-      for_each_row_vector<T>(shape, chunks[chunks.count - 1 - task], [&](int64_t at, int64_t c, int64_t n) {
-        write(at, n, load_lanes(centers.data() + c, n), load_lanes(a + c, n), load_lanes(mean_g + c, n),
-              load_lanes(b + c, n));
-      });
+      for_each_row_vector<T>(shape, chunks[chunks.in_memory_order(chunks.count - 1 - task)],
+                             [&](int64_t at, int64_t c, int64_t n) {
+                               write(at, n, load_lanes(centers.data() + c, n), load_lanes(a + c, n),
+                                     load_lanes(mean_g + c, n), load_lanes(b + c, n));
+                             });
       finish_stores_past_cache();
     });
   }
