@@ -59,6 +59,9 @@ struct Chunks {
     const int64_t first = i % groups * images, begin = i / groups * length;
     return {first, min_of(first + images, batch), begin, min_of(begin + length, inner)};
   }
+  void write_counts(double* counts) const {
+    for (int64_t i = 0; i < count; ++i) counts[i] = static_cast<double>((*this)[i].count());
+  }
   // The number of the i-th chunk of images in memory order, in which threads have stretches alike and read on.
   int64_t in_memory_order(int64_t i) const { return i % parts * groups + i / parts; }
 };
@@ -228,25 +231,37 @@ DLKERNELS_INLINE void store_output(Scalar* p, Vec<accumulate_t<Scalar>> value, i
 
 // ---- statistics ----------------------------------------------------------------------------------------------------
 
-// Mean and sum of squared deviations of some elements; merging adds the deviation between the two means.
+// Mean of some elements, and the sum of their squared deviations from it.
 struct Moments {
-  double count = 0, mean = 0, squares = 0;
+  double mean = 0, squares = 0;
 
   // From sums about reference points: first about `shift`, then about `center`, the rounded mean.
   static Moments of(double count, double shift, double sum, double center, double squares) {
     const double mean = shift + sum / count, off = mean - center;
-    return {count, mean, squares - count * off * off};
-  }
-  Moments merged(const Moments& other) const {
-    const double total = count + other.count, delta = other.mean - mean;
-    return {total, mean + delta * other.count / total,
-            squares + other.squares + delta * delta * count * other.count / total};
+    return {mean, squares - count * off * off};
   }
 };
 
+// Moments of a channel from those of its chunks, `stride` apart. One body for both layouts, so that it rounds alike.
+__attribute__((noinline)) Moments merge_chunks(const double* counts, int64_t chunks, const Moments* parts,
+                                               int64_t stride) {
+  double count = 0, sum = 0, squares = 0;
+  for (int64_t i = 0; i < chunks; ++i) {
+    count += counts[i];
+    sum += counts[i] * parts[i * stride].mean;
+  }
+  const double mean = sum / count;
+  for (int64_t i = 0; i < chunks; ++i) {
+    const double off = parts[i * stride].mean - mean;
+    squares += parts[i * stride].squares + counts[i] * off * off;
+  }
+  return {mean, squares};
+}
+
+// Moments of every chunk of one channel.
 template <class Scalar, class T = accumulate_t<Scalar>>
-Moments channel_moments(const BatchNormShape& shape, const Chunks<T>& chunks, const Scalar* x, int64_t c) {
-  Moments moments;
+void channel_moments(const BatchNormShape& shape, const Chunks<T>& chunks, const Scalar* x, int64_t c,
+                     Moments* moments) {
   for_each_group(chunks, [&](int64_t first, auto together) {
     constexpr int64_t kChunks = together;
     T shift[kChunks], center[kChunks];
@@ -271,11 +286,9 @@ Moments channel_moments(const BatchNormShape& shape, const Chunks<T>& chunks, co
     }
     const auto squares = sum_positions<kChunks, 1>(shape, chunks, first, c, add_square);
     for (int64_t k = 0; k < kChunks; ++k) {
-      const Moments part = Moments::of(count, shift[k], deviations.of[k][0], center[k], squares.of[k][0]);
-      moments = first + k == 0 ? part : moments.merged(part);
+      moments[first + k] = Moments::of(count, shift[k], deviations.of[k][0], center[k], squares.of[k][0]);
     }
   });
-  return moments;
 }
 
 // Moments of every channel of one chunk.
@@ -321,9 +334,10 @@ struct Forward {
   Chunks<T> chunks{shape};
   bool past_cache = goes_past_cache(shape, y);
 
-  void keep(int64_t c, const Moments& moments) const {
+  void keep(int64_t c, const double* counts, const Moments* parts, int64_t stride) const {
+    const Moments moments = merge_chunks(counts, chunks.count, parts, stride);
     mean[c] = moments.mean;
-    variance[c] = moments.squares / moments.count;
+    variance[c] = moments.squares / static_cast<double>(shape.batch * shape.inner);
   }
   // y = (x - center) scale + offset, center being the rounded mean.
   T center(int64_t c) const { return static_cast<T>(mean[c]); }
@@ -345,8 +359,14 @@ struct Forward {
   }
 
   void contiguous() const {
+    const Scratch<double> counts(chunks.count);
+    chunks.write_counts(counts.data());
     parallel_for(shape.channels, max_of(1, 4096 / max_of(shape.batch * shape.inner, 1)), [&](int64_t c) {
-      if (shape.training) keep(c, channel_moments(shape, chunks, x, c));
+      if (shape.training) {
+        const Scratch<Moments> parts(chunks.count);
+        channel_moments(shape, chunks, x, c, parts.data());
+        keep(c, counts.data(), parts.data(), 1);
+      }
       const Vec<T> m = center(c), s = scale(c), b = offset(c);
       for (int64_t i = chunks.count - 1; i >= 0; --i) {
         for_each_vector<T>(shape, chunks[i], c, [&](int64_t at, int64_t count) { write(at, count, m, s, b); });
@@ -356,19 +376,18 @@ struct Forward {
   }
 
   void channels_last() const {
+    const Scratch<double> counts(chunks.count);
+    chunks.write_counts(counts.data());
     const int64_t channels = shape.channels;
     const int64_t grain = max_of(1, 8192 / max_of(channels * kChunk<T>, 1));
     if (shape.training) {
-      Scratch<Moments> moments(chunks.count * channels);
+      const Scratch<Moments> moments(chunks.count * channels);
       parallel_for(chunks.count, grain, [&](int64_t task) {
         const int64_t i = chunks.in_memory_order(task);
         chunk_moments(shape, chunks[i], x, moments.data() + i * channels);
       });
-      parallel_for(channels, ceil_div(1024, max_of(chunks.count, 1)), [&](int64_t c) {
-        Moments total = moments[c];
-        for (int64_t i = 1; i < chunks.count; ++i) total = total.merged(moments[i * channels + c]);
-        keep(c, total);
-      });
+      parallel_for(channels, ceil_div(1024, max_of(chunks.count, 1)),
+                   [&](int64_t c) { keep(c, counts.data(), moments.data() + c, channels); });
     }
     Scratch<T> affine(3 * channels);
     T *centers = affine.data(), *scales = centers + channels, *offsets = scales + channels;
