@@ -59,6 +59,8 @@ struct Chunks {
     const int64_t first = i % groups * images, begin = i / groups * length;
     return {first, min_of(first + images, batch), begin, min_of(begin + length, inner)};
   }
+  // All elements, image by image.
+  Chunk whole() const { return {0, batch, 0, inner}; }
   void write_counts(double* counts) const {
     for (int64_t i = 0; i < count; ++i) counts[i] = static_cast<double>((*this)[i].count());
   }
@@ -368,9 +370,7 @@ struct Forward {
         keep(c, counts.data(), parts.data(), 1);
       }
       const Vec<T> m = center(c), s = scale(c), b = offset(c);
-      for (int64_t i = chunks.count - 1; i >= 0; --i) {
-        for_each_vector<T>(shape, chunks[i], c, [&](int64_t at, int64_t count) { write(at, count, m, s, b); });
-      }
+      for_each_vector<T>(shape, chunks.whole(), c, [&](int64_t at, int64_t count) { write(at, count, m, s, b); });
       finish_stores_past_cache();
     });
   }
@@ -472,9 +472,7 @@ struct Backward {
       });
       const Slope slope = finish(c, sum_g, sum_gx);
       const Vec<T> a = static_cast<T>(slope.a), mean_g = static_cast<T>(slope.mean_g), b = static_cast<T>(slope.b);
-      for (int64_t i = chunks.count - 1; i >= 0; --i) {
-        for_each_vector<T>(shape, chunks[i], c, [&](int64_t at, int64_t n) { write(at, n, m, a, mean_g, b); });
-      }
+      for_each_vector<T>(shape, chunks.whole(), c, [&](int64_t at, int64_t n) { write(at, n, m, a, mean_g, b); });
       finish_stores_past_cache();
     });
   }
