@@ -13,7 +13,6 @@ namespace {
 
 constexpr int64_t kPixelBlock = 192;          // output pixels of a task
 constexpr int64_t kOutputChannelBlock = 256;  // output channels of a task
-constexpr int64_t kRunUnits = kDepthBlock / kTileDepth;
 constexpr int64_t kFewestChannels = 16;  // in or out: with fewer, most of a tile would be padding
 
 template <int Planes, class Scalar>
@@ -90,7 +89,7 @@ class TileConvolution {
     const Window window = grid_.input_window(block);
     const int64_t window_pixels = block.images * window.rows * window.columns, block_units = units(channel_block_);
     const Scratch<float> staged(window_pixels * channel_block_), sums(block.pixels() * out_channels);
-    const Scratch<Left> split(window_pixels * block_units);
+    const Scratch<Left> split(round_up(window_pixels, kTileHeight) * block_units);
     const Scratch<int64_t> places(block.pixels());
     Tiles tiles;
     bool is_staged = false;
@@ -120,9 +119,9 @@ class TileConvolution {
   void multiply_taps(Tiles& tiles, const Phase& phase, const int64_t* places, int64_t pixels, const Window& window,
                      int64_t channel_units, const Left* split, const Right* panels, int64_t panel_stride,
                      int64_t out_channels, float* sums) const {
-    const int64_t taps_per_run = max_of(1, kRunUnits / channel_units), end = phase.first_tap + phase.tap_count;
+    const int64_t taps_per_run = max_of(1, kRunUnits<Planes> / channel_units), end = phase.first_tap + phase.tap_count;
     Scratch<Left> gathered(kSplitRows * taps_per_run * channel_units);
-    UnitSegment segments[kRunUnits];
+    UnitSegment segments[kRunUnits<Planes>];
     for (int64_t t = phase.first_tap; t < end; t += taps_per_run) {
       const int64_t taps = min_of(taps_per_run, end - t);
       for (int64_t p = 0; p < pixels; p += kSplitRows) {

@@ -227,41 +227,87 @@ inline void multiply_unsplit_block(Matrix<ScalarA> a, Matrix<ScalarB> b, const P
   }
 }
 
-// gemm() on tiles; false, and nothing finished, when B cannot be split.
-template <int Planes, class ScalarA, class ScalarB, class Finish>
-inline bool gemm_on_tiles(int64_t M, int64_t N, int64_t K, Matrix<ScalarA> a, Matrix<ScalarB> b, Finish&& finish) {
-  const int64_t units = ceil_div(K, kTileDepth), panels = ceil_div(N, kSplitColumns);
-  const Scratch<RightUnit<Planes>> right(panels * units);  // [panel][unit]
-  bool can_split = true;
-  parallel_for(panels * units, 8, [&](int64_t task) {
-    const int64_t j = task / units * kSplitColumns, k = task % units * kTileDepth;
-    if (!split_right(b.at(k, j), min_of(kTileDepth, K - k), min_of(kSplitColumns, N - j), right.data() + task)) {
-      __atomic_store_n(&can_split, false, __ATOMIC_RELAXED);
-    }
-  });
-  if (!can_split) return false;
-  auto multiply_block = [&](const ProductBlock& block, float* c, int64_t c_row_stride) {
-    constexpr int64_t run_units = kDepthBlock / kTileDepth;
-    const Scratch<LeftUnit<Planes>> left(round_up(block.rows, kSplitRows) * run_units);
-    Tiles tiles;
-    for (int64_t k = block.k_begin; k < block.k_end; k += kDepthBlock) {
-      const int64_t depth = min_of(kDepthBlock, block.k_end - k);
-      if (!split_left(a.at(block.i, k), block.rows, depth, left.data(), run_units)) {
-        return multiply_unsplit_block(a, b, block, c, c_row_stride);
+// Whether the rows of a left operand are units as they lie: bfloat16, line by line. Rows a multiple of 2 KB apart would
+// share a set of the first-level cache.
+template <int Planes, class Scalar>
+inline bool has_lines(Matrix<Scalar> a) {
+  constexpr int64_t line = kTileDepth * static_cast<int64_t>(sizeof(bfloat16));
+  const int64_t row_bytes = a.row_stride * static_cast<int64_t>(sizeof(Scalar));
+  return Planes == 1 && std::is_same_v<Scalar, bfloat16> && a.column_stride == 1 && row_bytes % line == 0 &&
+         row_bytes % 2048 != 0 && reinterpret_cast<uintptr_t>(a.data) % line == 0;
+}
+
+// One output block's part of the depth on tiles. Both operands are split here, a stretch of the depth at a time, and
+// read again from the second-level cache. Rows of bfloat16 whose lines are those of memory are read in place.
+template <int Planes, class ScalarA, class ScalarB>
+inline void multiply_block_on_tiles(Matrix<ScalarA> a, Matrix<ScalarB> b, const ProductBlock& block, float* c,
+                                    int64_t c_row_stride) {
+  using Left = LeftUnit<Planes>;
+  constexpr int64_t units = kSplitUnits<Planes>, stretch = units * kTileDepth;
+  const int64_t rows_in_place = block.k_end % kTileDepth == 0 && has_lines<Planes>(a) ? block.rows / kSplitRows * kSplitRows : 0;
+  const Scratch<Left> left(round_up(block.rows - rows_in_place, kSplitRows) * units);
+  const Scratch<RightUnit<Planes>> right(ceil_div(block.columns, kSplitColumns) * units);  // [panel][unit]
+  Tiles tiles;
+  for (int64_t k = block.k_begin; k < block.k_end; k += stretch) {
+    const int64_t depth = min_of(stretch, block.k_end - k), depth_units = ceil_div(depth, kTileDepth);
+    bool split = split_left(a.at(block.i + rows_in_place, k), block.rows - rows_in_place, depth, left.data(), units);
+    for (int64_t j = 0; j < block.columns; j += kSplitColumns) {
+      for (int64_t u = 0; u < depth_units; ++u) {
+        split &= split_right(b.at(k + u * kTileDepth, block.j + j), min_of(kTileDepth, depth - u * kTileDepth),
+                             min_of(kSplitColumns, block.columns - j), right.data() + j / kSplitColumns * units + u);
       }
-      const UnitSegment run = {ceil_div(depth, kTileDepth), 0, k / kTileDepth};
-      for (int64_t j = 0; j < block.columns; j += kSplitColumns) {
-        const RightUnit<Planes>* panel = right.data() + (block.j + j) / kSplitColumns * units;
-        for (int64_t i = 0; i < block.rows; i += kSplitRows) {
-          multiply_split(tiles, min_of(kSplitRows, block.rows - i), min_of(kSplitColumns, block.columns - j),
-                         LeftRows<Planes>{left.data() + i * run_units, run_units}, panel, &run, 1,
-                         c + i * c_row_stride + j, c_row_stride, k > block.k_begin);
+    }
+    if (!split) return multiply_unsplit_block(a, b, block, c, c_row_stride);
+    for (int64_t u = 0; u < depth_units; u += kRunUnits<Planes>) {
+      const UnitSegment run = {min_of(kRunUnits<Planes>, depth_units - u), u, u};
+      for (int64_t i = 0; i < block.rows; i += kSplitRows) {
+        const LeftRows<Planes> rows = i < rows_in_place
+                                          ? LeftRows<Planes>{reinterpret_cast<const Left*>(a.at(block.i + i, k).data),
+                                                             a.row_stride / kTileDepth}
+                                          : LeftRows<Planes>{left.data() + (i - rows_in_place) * units, units};
+        for (int64_t j = 0; j < block.columns; j += kSplitColumns) {
+          multiply_split(tiles, min_of(kSplitRows, block.rows - i), min_of(kSplitColumns, block.columns - j), rows,
+                         right.data() + j / kSplitColumns * units, &run, 1, c + i * c_row_stride + j, c_row_stride,
+                         k + u > block.k_begin);
         }
       }
     }
+  }
+}
+
+// What splitting an element costs: more where it lies across the depth and is transposed, nothing in place.
+template <int Planes, class Scalar>
+inline double split_cost(Matrix<Scalar> operand, bool is_along) {
+  if (is_along && has_lines<Planes>(operand)) return 0;
+  return is_along ? 1 : 1.5;
+}
+
+// Blocks on tiles, about equal: of the shapes whose operands and sums fit the second-level cache, that which splits
+// the least.
+inline BlockShape tile_block_shape(int64_t M, int64_t N, double left_cost, double right_cost) {
+  constexpr int64_t most_rows = 416, most_columns = 512, most_sums = 96 << 10, wanted_blocks = 8, candidates = 8;
+  const int64_t least = ceil_div(M, most_rows);
+  BlockShape best = {};
+  double best_cost = 0;
+  for (int64_t row_blocks = least; row_blocks < least + candidates; ++row_blocks) {
+    const int64_t rows = round_up(ceil_div(M, row_blocks), kSplitRows);
+    int64_t columns = min_of(most_columns, most_sums / rows);
+    columns = max_of(kSplitColumns, min_of(columns, N * row_blocks / wanted_blocks)) / kSplitColumns * kSplitColumns;
+    columns = round_up(ceil_div(N, ceil_div(N, columns)), kSplitColumns);
+    const double cost = left_cost * M * ceil_div(N, columns) + right_cost * N * ceil_div(M, rows);
+    if (row_blocks == least || cost < best_cost) best = {rows, columns}, best_cost = cost;
+  }
+  return best;
+}
+
+template <int Planes, class ScalarA, class ScalarB, class Finish>
+inline void gemm_on_tiles(int64_t M, int64_t N, int64_t K, Matrix<ScalarA> a, Matrix<ScalarB> b, Finish&& finish) {
+  auto multiply_block = [&](const ProductBlock& block, float* c, int64_t c_row_stride) {
+    multiply_block_on_tiles<Planes>(a, b, block, c, c_row_stride);
   };
-  run_product<float>(M, N, K, {96, 512}, multiply_block, finish);
-  return true;
+  const double left_cost = split_cost<Planes>(a, a.column_stride == 1);
+  const double right_cost = split_cost<Planes>(b, b.column_stride == 1);
+  run_product<float>(M, N, K, tile_block_shape(M, N, left_cost, right_cost), multiply_block, finish);
 }
 
 // Below these sizes most of a tile would be padding.
@@ -272,12 +318,15 @@ inline bool try_tiles(int64_t M, int64_t N, int64_t K, Matrix<ScalarA> a, Matrix
   if (M < kFewestTileRows || N < kFewestTileColumns || K < kFewestTileDepth) return false;
   switch (max_of(planes_of<ScalarA>(), planes_of<ScalarB>())) {
     case 1:
-      return gemm_on_tiles<1>(M, N, K, a, b, finish);
+      gemm_on_tiles<1>(M, N, K, a, b, finish);
+      break;
     case 2:
-      return gemm_on_tiles<2>(M, N, K, a, b, finish);
+      gemm_on_tiles<2>(M, N, K, a, b, finish);
+      break;
     default:
-      return gemm_on_tiles<3>(M, N, K, a, b, finish);
+      gemm_on_tiles<3>(M, N, K, a, b, finish);
   }
+  return true;
 }
 
 }  // namespace detail

@@ -14,10 +14,12 @@
 #pragma once
 
 #include "pack.h"
+#include "pairs.h"
 #include "tiles.h"
 
 namespace dlkernels::DLKERNELS_ISA {
 
+static_assert(!kHasTiles || VecF::size == kTileHeight);
 inline constexpr int64_t kSplitColumns = 2 * kTileHeight;  // of a right unit
 inline constexpr int64_t kSplitRows = 2 * kTileHeight;     // of a block of sums
 
@@ -38,62 +40,193 @@ struct RightUnit {
   bfloat16 plane[Planes][2][kTileHeight][kTileDepth];  // two tiles side by side
 };
 
-// planes[p * plane_stride + i] for `count` values. Returns whether all could be split.
+// Units of one run of sums: both sides of it fit the first-level cache, or, of one plane, nearly.
 template <int Planes>
-inline bool split_row(const float* source, int64_t count, bfloat16* planes, int64_t plane_stride) {
-  constexpr float kLargest = 3.3895e38f;  // above it bfloat16 rounds to infinity
-  VecF excess = VecF::zero();             // one in a lane that met a value beyond the largest, or NaN
-  for (int64_t i = 0; i < count; i += VecF::size) {
-    const int64_t lanes = min_of(VecF::size, count - i);
-    VecF rest = load_lanes(source + i, lanes);
-    excess = select(abs(rest) <= VecF(kLargest), excess, VecF(1.0f));
-    for (int p = 0; p < Planes; ++p) {
-      bfloat16* out = planes + p * plane_stride + i;
-      store_lanes(out, rest, lanes);
-      rest = rest - load_lanes(out, lanes);
-    }
-  }
-  return !any(VecF::zero() < excess);
+inline constexpr int64_t kRunUnits = Planes == 1 ? 8 : Planes == 2 ? 4 : 3;
+// Units of the depth that are split before they are multiplied.
+template <int Planes>
+inline constexpr int64_t kSplitUnits = Planes == 1 ? 16 : Planes == 2 ? 8 : 6;
+
+// ---- splitting ----------------------------------------------------------------------------------------------------
+
+namespace detail {
+
+// 32 bfloat16 in a register.
+using Line = VecF;
+using LineBits = Lanes<float>::bits;
+
+// Two vectors rounded to bfloat16: one after the other, or, in lane i, element i of the first below that of the second.
+// Subnormal numbers may become zero, as they do in the products.
+DLKERNELS_INLINE Line line_up(HalfBits first, HalfBits second) {
+  const HalfBits halves[2] = {first, second};
+  LineBits bits;
+  __builtin_memcpy(&bits, halves, sizeof bits);
+  return from_bits<float>(bits);
+}
+DLKERNELS_INLINE Line pair_up(HalfBits first, HalfBits second) {
+  return from_bits<float>(__builtin_convertvector(first, LineBits) | __builtin_convertvector(second, LineBits) << 16);
+}
+#if defined(__AVX512BF16__)
+DLKERNELS_INLINE Line line_up(VecF first, VecF second) {
+  return from_bits<float>((LineBits)_mm512_cvtne2ps_pbh(second.raw, first.raw));
+}
+DLKERNELS_INLINE Line pair_up(VecF first, VecF second) {
+  alignas(64) static constexpr uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                     8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i line = (__m512i)_mm512_cvtne2ps_pbh(second.raw, first.raw);
+  return from_bits<float>((LineBits)_mm512_permutexvar_epi16(_mm512_load_si512(order), line));
+}
+#else
+DLKERNELS_INLINE Line line_up(VecF first, VecF second) {
+  return line_up(narrow_bits(first), narrow_bits(second));
+}
+DLKERNELS_INLINE Line pair_up(VecF first, VecF second) {
+  return pair_up(narrow_bits(first), narrow_bits(second));
+}
+#endif
+
+// The reverse of both.
+struct TwoVectors {
+  VecF first, second;
+};
+DLKERNELS_INLINE TwoVectors widen_line(Line line) {
+  HalfBits halves[2];
+  __builtin_memcpy(halves, &line, sizeof halves);
+  return {widen(bfloat16{}, halves[0]), widen(bfloat16{}, halves[1])};
+}
+DLKERNELS_INLINE TwoVectors widen_pairs(Line pairs) {
+  return {from_bits<float>(bits_of(pairs) << 16), from_bits<float>(bits_of(pairs) & 0xffff0000u)};
 }
 
-// Rows of a left operand, a.data[i][k], as units: units[i * unit_stride + k / 32].
+// sink(plane, line) for the planes of two vectors. `spoilt` gathers a NaN where a value rounds to none that is finite.
+template <int Planes, bool kPairs, class Sink>
+DLKERNELS_INLINE void split_two(VecF first, VecF second, VecF& spoilt, Sink&& sink) {
+#pragma GCC unroll 3
+  for (int p = 0; p < Planes; ++p) {
+    const Line line = kPairs ? pair_up(first, second) : line_up(first, second);
+    sink(p, line);
+    if (p > 0 && p == Planes - 1) break;
+    const TwoVectors rounded = kPairs ? widen_pairs(line) : widen_line(line);
+    if (p == 0) spoilt = fma(rounded.second, VecF::zero(), fma(rounded.first, VecF::zero(), spoilt));
+    first = first - rounded.first, second = second - rounded.second;
+  }
+}
+
+// block[i] = elements (i, 0) to (i, 15); zeros for those beyond `rows` and `columns`.
+template <class Scalar>
+DLKERNELS_INLINE void load_square(Matrix<Scalar> m, int64_t rows, int64_t columns, VecF (&block)[kTileHeight]) {
+  rows = max_of(0, min_of(rows, kTileHeight)), columns = max_of(0, min_of(columns, kTileHeight));
+  if (m.column_stride == 1) {
+    for (int64_t i = 0; i < kTileHeight; ++i) {
+      block[i] = i < rows ? load_lanes(m.data + i * m.row_stride, columns) : VecF::zero();
+    }
+  } else if (m.row_stride == 1) {
+    for (int64_t j = 0; j < kTileHeight; ++j) {
+      block[j] = j < columns ? load_lanes(m.data + j * m.column_stride, rows) : VecF::zero();
+    }
+    transpose_square(block);
+  } else {
+    float elements[kTileHeight * kTileHeight] = {};
+    pack_rows(m, rows, columns, elements, kTileHeight);
+    for (int64_t i = 0; i < kTileHeight; ++i) block[i] = load(elements + i * kTileHeight);
+  }
+}
+
+// The same for bfloat16 that stay what they are. lines[i] = elements (2i, j) and (2i + 1, j), for 16 columns j:
+DLKERNELS_INLINE void pair_up_rows(const bfloat16* data, int64_t row_stride, int64_t rows, int64_t columns,
+                                   Line (&lines)[kTileHeight]) {
+  for (int64_t i = 0; i < kTileHeight; ++i) {
+    const bfloat16* even = data + 2 * i * row_stride;
+    lines[i] = pair_up(load_half_bits(even, 2 * i < rows ? columns : 0),
+                       load_half_bits(even + row_stride, 2 * i + 1 < rows ? columns : 0));
+  }
+}
+// lines[i] = elements (i, 0) to (i, 31):
+DLKERNELS_INLINE void load_lines(Matrix<bfloat16> m, int64_t rows, int64_t columns, Line (&lines)[kTileHeight]) {
+  bfloat16 elements[kTileHeight * kTileDepth];
+  if (m.row_stride == 1 && m.column_stride != 1) {
+    pair_up_rows(m.data, m.column_stride, columns, rows, lines);
+    return transpose_square(lines);
+  }
+  if (m.column_stride != 1) {
+    pack_rows(m, rows, columns, elements, kTileDepth);
+    m = {elements, kTileDepth, 1};
+  }
+  const int64_t first = min_of(columns, kTileHeight), second = columns - first;
+  for (int64_t i = 0; i < kTileHeight; ++i) {
+    const bfloat16* row = m.data + i * m.row_stride;
+    lines[i] =
+        line_up(load_half_bits(row, i < rows ? first : 0), load_half_bits(row + kTileHeight, i < rows ? second : 0));
+  }
+}
+DLKERNELS_INLINE void load_pairs(Matrix<bfloat16> m, int64_t rows, int64_t columns, Line (&lines)[kTileHeight]) {
+  if (m.column_stride == 1) return pair_up_rows(m.data, m.row_stride, rows, columns, lines);
+  load_lines(m.transposed(), columns, rows, lines);
+  transpose_square(lines);
+}
+
+template <int Planes, class Scalar>
+constexpr bool kStaysOnePlane = Planes == 1 && std::is_same_v<Scalar, bfloat16>;
+
+}  // namespace detail
+
+// Rows of a left operand, a.data[i][k], as units: units[i * unit_stride + k / 32]. Whole tiles are written, `rows`
+// rounded up. Returns whether all could be split.
 template <int Planes, class Scalar>
 inline bool split_left(Matrix<Scalar> a, int64_t rows, int64_t depth, LeftUnit<Planes>* units, int64_t unit_stride) {
-  alignas(64) float buffer[kTileHeight * kTileDepth];
-  bool finite = true;
+  VecF spoilt = VecF::zero();
   for (int64_t i = 0; i < rows; i += kTileHeight) {
-    const int64_t block_rows = min_of(kTileHeight, rows - i);
     for (int64_t k = 0; k < depth; k += kTileDepth) {
-      const int64_t block_depth = min_of(kTileDepth, depth - k);
-      if (block_depth < kTileDepth) fill(buffer, 0.0f, kTileHeight * kTileDepth);
-      pack_rows(a.at(i, k), block_rows, block_depth, buffer, kTileDepth);
-      for (int64_t r = 0; r < block_rows; ++r) {
-        LeftUnit<Planes>& unit = units[(i + r) * unit_stride + k / kTileDepth];
-        finite &= split_row<Planes>(buffer + r * kTileDepth, kTileDepth, unit.plane[0], kTileDepth);
+      LeftUnit<Planes>* out = units + i * unit_stride + k / kTileDepth;
+      auto put = [&](int p, int64_t row, detail::Line line) {
+        store(reinterpret_cast<float*>(out[row * unit_stride].plane[p]), line);
+      };
+      const int64_t block_rows = min_of(kTileHeight, rows - i), block_depth = min_of(kTileDepth, depth - k);
+      if constexpr (detail::kStaysOnePlane<Planes, Scalar>) {
+        detail::Line lines[kTileHeight];
+        detail::load_lines(a.at(i, k), block_rows, block_depth, lines);
+        for (int64_t r = 0; r < kTileHeight; ++r) put(0, r, lines[r]);
+      } else {
+        VecF first[kTileHeight], second[kTileHeight];
+        detail::load_square(a.at(i, k), block_rows, block_depth, first);
+        detail::load_square(a.at(i, k + kTileHeight), block_rows, block_depth - kTileHeight, second);
+        for (int64_t r = 0; r < kTileHeight; ++r) {
+          detail::split_two<Planes, false>(first[r], second[r], spoilt,
+                                           [&](int p, detail::Line line) { put(p, r, line); });
+        }
       }
     }
   }
-  return finite;
+  return reduce_add(spoilt) == 0.0f;
 }
 
 // One unit of a right operand: b.data[k][j] for up to 32 x 32 elements, the others zero.
 template <int Planes, class Scalar>
 inline bool split_right(Matrix<Scalar> b, int64_t depth, int64_t columns, RightUnit<Planes>* unit) {
-  alignas(64) float buffer[kTileDepth * kSplitColumns];
-  alignas(64) bfloat16 planes[Planes][kTileDepth * kSplitColumns];
-  if (depth < kTileDepth || columns < kSplitColumns) fill(buffer, 0.0f, kTileDepth * kSplitColumns);
-  pack_rows(b, depth, columns, buffer, kSplitColumns);
-  const bool finite = split_row<Planes>(buffer, kTileDepth * kSplitColumns, planes[0], kTileDepth * kSplitColumns);
-  for (int p = 0; p < Planes; ++p) {
-    for (int64_t pair = 0; pair < kTileDepth / 2; ++pair) {
-      const bfloat16 *even = planes[p] + 2 * pair * kSplitColumns, *odd = even + kSplitColumns;
-      for (int64_t tile = 0; tile < 2; ++tile, even += kTileHeight, odd += kTileHeight) {
-        bfloat16* out = unit->plane[p][tile][pair];
-        for (int64_t j = 0; j < kTileHeight; ++j) out[2 * j] = even[j], out[2 * j + 1] = odd[j];
+  VecF spoilt = VecF::zero();
+  for (int64_t tile = 0; tile < 2; ++tile) {
+    const Matrix<Scalar> source = b.at(0, tile * kTileHeight);
+    const int64_t tile_columns = max_of(0, min_of(kTileHeight, columns - tile * kTileHeight));
+    auto put = [&](int p, int64_t pair, detail::Line line) {
+      store(reinterpret_cast<float*>(unit->plane[p][tile][pair]), line);
+    };
+    if constexpr (detail::kStaysOnePlane<Planes, Scalar>) {
+      detail::Line lines[kTileHeight];
+      detail::load_pairs(source, depth, tile_columns, lines);
+      for (int64_t pair = 0; pair < kTileHeight; ++pair) put(0, pair, lines[pair]);
+    } else {
+      for (int64_t half = 0; half < 2; ++half) {  // of the depth
+        VecF rows[kTileHeight];
+        detail::load_square(source.at(half * kTileHeight, 0), depth - half * kTileHeight, tile_columns, rows);
+        for (int64_t pair = 0; pair < kTileHeight / 2; ++pair) {
+          detail::split_two<Planes, true>(
+              rows[2 * pair], rows[2 * pair + 1], spoilt,
+              [&](int p, detail::Line line) { put(p, half * kTileHeight / 2 + pair, line); });
+        }
       }
     }
   }
-  return finite;
+  return reduce_add(spoilt) == 0.0f;
 }
 
 // ---- the micro-kernel ---------------------------------------------------------------------------------------------
