@@ -140,32 +140,35 @@ inline void multiply_block(Matrix<ScalarA> a, Matrix<ScalarB> b, const ProductBl
   }
 }
 
-// Rows and columns of a block of C.
+// Rows and columns of a block of C, and the depth of the parts that its sums are taken in.
 struct BlockShape {
-  int64_t rows, columns;
+  int64_t rows, columns, part_depth;
+  int64_t blocks(int64_t M, int64_t N) const { return ceil_div(M, rows) * ceil_div(N, columns); }
 };
+inline int64_t part_depth_of(int64_t K, int64_t parts) {
+  return round_up(ceil_div(max_of(K, 1), max_of(parts, 1)), kDepthBlock);
+}
 
-// Of fused multiply-adds: rows of about equal number in every block, and no fewer blocks than keep some threads busy.
+// Of fused multiply-adds: rows of about equal number in every block, and no fewer blocks than keep some threads busy;
+// few output blocks of great depth are split along the depth.
 template <class T>
-inline BlockShape block_shape(int64_t M, int64_t N) {
+inline BlockShape block_shape(int64_t M, int64_t N, int64_t K) {
   constexpr int64_t most_rows = 32 * kTileRows, most_columns = 256, wanted_blocks = 16;
   const int64_t rows = round_up(ceil_div(M, ceil_div(M, most_rows)), kTileRows);
   int64_t columns = max_of(most_columns, kTileColumns<T>);
   while (columns > kTileColumns<T> && ceil_div(M, rows) * ceil_div(N, columns) < wanted_blocks) columns /= 2;
-  return {rows, columns};
+  const BlockShape shape = {rows, columns, 0};
+  const int64_t parts = min_of(ceil_div(wanted_blocks, shape.blocks(M, N)), K / (4 * kDepthBlock));
+  return {rows, columns, part_depth_of(K, parts)};
 }
 
 // Calls multiply_block(block, c, c_row_stride) for every block of C and every part of the depth, and finish for the
-// sums of the parts. The partition follows from the shape alone. Products with few output blocks and great depth are
-// split along the depth, the parts added in order.
+// sums of the parts, which are added in order. The partition follows from the shape alone.
 template <class T, class MultiplyBlock, class Finish>
 inline void run_product(int64_t M, int64_t N, int64_t K, BlockShape shape, MultiplyBlock&& multiply_block,
                         Finish&& finish) {
-  const int64_t row_blocks = ceil_div(M, shape.rows), column_blocks = ceil_div(N, shape.columns);
-  const int64_t blocks = row_blocks * column_blocks;
-  const int64_t wanted_parts = min_of(ceil_div(16, blocks), K / (4 * kDepthBlock));
-  const int64_t part_depth = round_up(ceil_div(max_of(K, 1), max_of(wanted_parts, 1)), kDepthBlock);
-  const int64_t parts = max_of(ceil_div(K, part_depth), 1);
+  const int64_t column_blocks = ceil_div(N, shape.columns), blocks = shape.blocks(M, N);
+  const int64_t part_depth = shape.part_depth, parts = max_of(ceil_div(K, part_depth), 1);
 
   const int64_t block_rows = min_of(M, shape.rows);
   const int64_t block_columns = min_of(round_up(N, kTileColumns<T>), shape.columns);
@@ -282,20 +285,28 @@ inline double split_cost(Matrix<Scalar> operand, bool is_along) {
   return is_along ? 1 : 1.5;
 }
 
-// Blocks on tiles, about equal: of the shapes whose operands and sums fit the second-level cache, that which splits
-// the least.
-inline BlockShape tile_block_shape(int64_t M, int64_t N, double left_cost, double right_cost) {
-  constexpr int64_t most_rows = 416, most_columns = 512, most_sums = 96 << 10, wanted_blocks = 8, candidates = 8;
-  const int64_t least = ceil_div(M, most_rows);
+// Blocks on tiles, about equal: of the shapes whose operands and sums fit the second-level cache, the one that costs
+// least. Costs are in those of splitting an element.
+inline BlockShape tile_block_shape(int64_t M, int64_t N, int64_t K, double left_cost, double right_cost) {
+  constexpr int64_t most_rows = 416, most_columns = 512, most_sums = 128 << 10, wanted_tasks = 8, candidates = 6;
+  constexpr double multiply_cost = 1.0 / 64, sum_cost = 2;
   BlockShape best = {};
   double best_cost = 0;
-  for (int64_t row_blocks = least; row_blocks < least + candidates; ++row_blocks) {
-    const int64_t rows = round_up(ceil_div(M, row_blocks), kSplitRows);
-    int64_t columns = min_of(most_columns, most_sums / rows);
-    columns = max_of(kSplitColumns, min_of(columns, N * row_blocks / wanted_blocks)) / kSplitColumns * kSplitColumns;
-    columns = round_up(ceil_div(N, ceil_div(N, columns)), kSplitColumns);
-    const double cost = left_cost * M * ceil_div(N, columns) + right_cost * N * ceil_div(M, rows);
-    if (row_blocks == least || cost < best_cost) best = {rows, columns}, best_cost = cost;
+  for (int64_t index = 0; index < candidates * candidates; ++index) {
+    const int64_t row_blocks = ceil_div(M, most_rows) + index / candidates;
+    const int64_t column_blocks = ceil_div(N, most_columns) + index % candidates;
+    BlockShape shape = {round_up(ceil_div(M, row_blocks), kSplitRows),
+                        round_up(ceil_div(N, column_blocks), kSplitColumns), 0};
+    if (shape.rows * shape.columns > most_sums) continue;
+    const int64_t blocks = shape.blocks(M, N);
+    shape.part_depth = part_depth_of(K, min_of(ceil_div(wanted_tasks, blocks), K / kDepthBlock));
+    const int64_t parts = max_of(1, ceil_div(K, shape.part_depth)), tasks = blocks * parts;
+    const double splits = 1.0 * K * (left_cost * M * ceil_div(N, shape.columns) + right_cost * N * ceil_div(M, shape.rows));
+    const double sums = parts > 1 ? sum_cost * parts * M * N : 0;
+    // Threads that come in pairs or fours wait for the last of them.
+    const double rounds = 1.0 * max_of(wanted_tasks, round_up(tasks, 4)) / tasks;
+    const double cost = (multiply_cost * M * N * K + splits) * rounds + sums;
+    if (best.rows == 0 || cost < best_cost) best = shape, best_cost = cost;
   }
   return best;
 }
@@ -307,7 +318,7 @@ inline void gemm_on_tiles(int64_t M, int64_t N, int64_t K, Matrix<ScalarA> a, Ma
   };
   const double left_cost = split_cost<Planes>(a, a.column_stride == 1);
   const double right_cost = split_cost<Planes>(b, b.column_stride == 1);
-  run_product<float>(M, N, K, tile_block_shape(M, N, left_cost, right_cost), multiply_block, finish);
+  run_product<float>(M, N, K, tile_block_shape(M, N, K, left_cost, right_cost), multiply_block, finish);
 }
 
 // Below these sizes most of a tile would be padding.
@@ -344,7 +355,7 @@ inline void gemm(int64_t M, int64_t N, int64_t K, Matrix<ScalarA> a, Matrix<Scal
   auto multiply_block = [&](const detail::ProductBlock& block, T* c, int64_t c_row_stride) {
     detail::multiply_block<Factor>(a, b, block, c, c_row_stride);
   };
-  detail::run_product<T>(M, N, K, detail::block_shape<T>(M, N), multiply_block, finish);
+  detail::run_product<T>(M, N, K, detail::block_shape<T>(M, N, K), multiply_block, finish);
 }
 
 }  // namespace dlkernels::DLKERNELS_ISA

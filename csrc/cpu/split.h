@@ -112,17 +112,21 @@ DLKERNELS_INLINE void split_two(VecF first, VecF second, VecF& spoilt, Sink&& si
   }
 }
 
-// block[i] = elements (i, 0) to (i, 15); zeros for those beyond `rows` and `columns`.
+// block[i] = elements (i, 0) to (i, 15); zeros for those beyond `rows` and `columns`. What lies `ahead` elements on is
+// called from memory: few elements are read from a row before the next, which no prefetcher follows.
 template <class Scalar>
-DLKERNELS_INLINE void load_square(Matrix<Scalar> m, int64_t rows, int64_t columns, VecF (&block)[kTileHeight]) {
+DLKERNELS_INLINE void load_square(Matrix<Scalar> m, int64_t rows, int64_t columns, int64_t ahead,
+                                  VecF (&block)[kTileHeight]) {
   rows = max_of(0, min_of(rows, kTileHeight)), columns = max_of(0, min_of(columns, kTileHeight));
   if (m.column_stride == 1) {
     for (int64_t i = 0; i < kTileHeight; ++i) {
       block[i] = i < rows ? load_lanes(m.data + i * m.row_stride, columns) : VecF::zero();
+      __builtin_prefetch(m.data + i * m.row_stride + ahead);
     }
   } else if (m.row_stride == 1) {
     for (int64_t j = 0; j < kTileHeight; ++j) {
       block[j] = j < columns ? load_lanes(m.data + j * m.column_stride, rows) : VecF::zero();
+      __builtin_prefetch(m.data + j * m.column_stride + ahead);
     }
     transpose_square(block);
   } else {
@@ -134,18 +138,21 @@ DLKERNELS_INLINE void load_square(Matrix<Scalar> m, int64_t rows, int64_t column
 
 // The same for bfloat16 that stay what they are. lines[i] = elements (2i, j) and (2i + 1, j), for 16 columns j:
 DLKERNELS_INLINE void pair_up_rows(const bfloat16* data, int64_t row_stride, int64_t rows, int64_t columns,
-                                   Line (&lines)[kTileHeight]) {
+                                   int64_t ahead, Line (&lines)[kTileHeight]) {
   for (int64_t i = 0; i < kTileHeight; ++i) {
     const bfloat16* even = data + 2 * i * row_stride;
+    __builtin_prefetch(even + ahead);
+    __builtin_prefetch(even + row_stride + ahead);
     lines[i] = pair_up(load_half_bits(even, 2 * i < rows ? columns : 0),
                        load_half_bits(even + row_stride, 2 * i + 1 < rows ? columns : 0));
   }
 }
 // lines[i] = elements (i, 0) to (i, 31):
-DLKERNELS_INLINE void load_lines(Matrix<bfloat16> m, int64_t rows, int64_t columns, Line (&lines)[kTileHeight]) {
+DLKERNELS_INLINE void load_lines(Matrix<bfloat16> m, int64_t rows, int64_t columns, int64_t ahead,
+                                 Line (&lines)[kTileHeight]) {
   bfloat16 elements[kTileHeight * kTileDepth];
   if (m.row_stride == 1 && m.column_stride != 1) {
-    pair_up_rows(m.data, m.column_stride, columns, rows, lines);
+    pair_up_rows(m.data, m.column_stride, columns, rows, ahead, lines);
     return transpose_square(lines);
   }
   if (m.column_stride != 1) {
@@ -155,13 +162,15 @@ DLKERNELS_INLINE void load_lines(Matrix<bfloat16> m, int64_t rows, int64_t colum
   const int64_t first = min_of(columns, kTileHeight), second = columns - first;
   for (int64_t i = 0; i < kTileHeight; ++i) {
     const bfloat16* row = m.data + i * m.row_stride;
+    __builtin_prefetch(row + ahead);
     lines[i] =
         line_up(load_half_bits(row, i < rows ? first : 0), load_half_bits(row + kTileHeight, i < rows ? second : 0));
   }
 }
-DLKERNELS_INLINE void load_pairs(Matrix<bfloat16> m, int64_t rows, int64_t columns, Line (&lines)[kTileHeight]) {
-  if (m.column_stride == 1) return pair_up_rows(m.data, m.row_stride, rows, columns, lines);
-  load_lines(m.transposed(), columns, rows, lines);
+DLKERNELS_INLINE void load_pairs(Matrix<bfloat16> m, int64_t rows, int64_t columns, int64_t ahead,
+                                 Line (&lines)[kTileHeight]) {
+  if (m.column_stride == 1) return pair_up_rows(m.data, m.row_stride, rows, columns, ahead, lines);
+  load_lines(m.transposed(), columns, rows, ahead, lines);
   transpose_square(lines);
 }
 
@@ -175,6 +184,7 @@ constexpr bool kStaysOnePlane = Planes == 1 && std::is_same_v<Scalar, bfloat16>;
 template <int Planes, class Scalar>
 inline bool split_left(Matrix<Scalar> a, int64_t rows, int64_t depth, LeftUnit<Planes>* units, int64_t unit_stride) {
   VecF spoilt = VecF::zero();
+  const int64_t ahead = kTileHeight * a.row_stride;
   for (int64_t i = 0; i < rows; i += kTileHeight) {
     for (int64_t k = 0; k < depth; k += kTileDepth) {
       LeftUnit<Planes>* out = units + i * unit_stride + k / kTileDepth;
@@ -184,12 +194,12 @@ inline bool split_left(Matrix<Scalar> a, int64_t rows, int64_t depth, LeftUnit<P
       const int64_t block_rows = min_of(kTileHeight, rows - i), block_depth = min_of(kTileDepth, depth - k);
       if constexpr (detail::kStaysOnePlane<Planes, Scalar>) {
         detail::Line lines[kTileHeight];
-        detail::load_lines(a.at(i, k), block_rows, block_depth, lines);
+        detail::load_lines(a.at(i, k), block_rows, block_depth, ahead, lines);
         for (int64_t r = 0; r < kTileHeight; ++r) put(0, r, lines[r]);
       } else {
         VecF first[kTileHeight], second[kTileHeight];
-        detail::load_square(a.at(i, k), block_rows, block_depth, first);
-        detail::load_square(a.at(i, k + kTileHeight), block_rows, block_depth - kTileHeight, second);
+        detail::load_square(a.at(i, k), block_rows, block_depth, ahead, first);
+        detail::load_square(a.at(i, k + kTileHeight), block_rows, block_depth - kTileHeight, ahead, second);
         for (int64_t r = 0; r < kTileHeight; ++r) {
           detail::split_two<Planes, false>(first[r], second[r], spoilt,
                                            [&](int p, detail::Line line) { put(p, r, line); });
@@ -204,6 +214,7 @@ inline bool split_left(Matrix<Scalar> a, int64_t rows, int64_t depth, LeftUnit<P
 template <int Planes, class Scalar>
 inline bool split_right(Matrix<Scalar> b, int64_t depth, int64_t columns, RightUnit<Planes>* unit) {
   VecF spoilt = VecF::zero();
+  const int64_t ahead = kSplitColumns * b.column_stride;
   for (int64_t tile = 0; tile < 2; ++tile) {
     const Matrix<Scalar> source = b.at(0, tile * kTileHeight);
     const int64_t tile_columns = max_of(0, min_of(kTileHeight, columns - tile * kTileHeight));
@@ -212,12 +223,13 @@ inline bool split_right(Matrix<Scalar> b, int64_t depth, int64_t columns, RightU
     };
     if constexpr (detail::kStaysOnePlane<Planes, Scalar>) {
       detail::Line lines[kTileHeight];
-      detail::load_pairs(source, depth, tile_columns, lines);
+      detail::load_pairs(source, depth, tile_columns, ahead, lines);
       for (int64_t pair = 0; pair < kTileHeight; ++pair) put(0, pair, lines[pair]);
     } else {
       for (int64_t half = 0; half < 2; ++half) {  // of the depth
         VecF rows[kTileHeight];
-        detail::load_square(source.at(half * kTileHeight, 0), depth - half * kTileHeight, tile_columns, rows);
+        detail::load_square(source.at(half * kTileHeight, 0), depth - half * kTileHeight, tile_columns, ahead,
+                            rows);
         for (int64_t pair = 0; pair < kTileHeight / 2; ++pair) {
           detail::split_two<Planes, true>(
               rows[2 * pair], rows[2 * pair + 1], spoilt,
