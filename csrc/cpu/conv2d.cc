@@ -20,6 +20,7 @@
 //
 // 2 N K output_H output_W C/groups kernel_H kernel_W operations each way. Both layouts share every sum.
 #include "conv2d_parts.h"
+#include "split.h"
 
 namespace dlkernels::DLKERNELS_ISA {
 namespace {
@@ -33,10 +34,14 @@ template <class Scalar>
 void convolve(const Convolution<Scalar>& convolution) {
   if (is_depthwise(convolution.input.C, convolution.output.C, convolution.groups)) {
     convolve_depthwise(convolution);
-  } else if (!convolve_on_tiles(convolution) && !convolve_winograd(convolution) && !convolve_in_pairs(convolution) &&
-             !(is_planar_better(convolution) && convolve_planar(convolution))) {
-    convolve_dense(convolution);
+    return;
   }
+  // A third of the multiplications is less than six products on matrix units in place of one, but not than one or three.
+  const bool tiles_first = planes_of<Scalar>() < 3;
+  if (tiles_first && convolve_on_tiles(convolution)) return;
+  if (convolve_winograd(convolution) || (!tiles_first && convolve_on_tiles(convolution))) return;
+  if (convolve_in_pairs(convolution) || (is_planar_better(convolution) && convolve_planar(convolution))) return;
+  convolve_dense(convolution);
 }
 
 // The weight as matrices of taps from input to output channels.

@@ -114,7 +114,7 @@ class DenseConvolution {
     const int64_t first_out = g * out_channels_ + out_channel;
     const Factor* pixels = pixels_in_place(block, g, window);
     Scratch<Factor> staged(pixels != nullptr ? 0 : block.images * window.rows * window.columns * channel_block_);
-    Scratch<T> results(is_one_matrix(block) ? 0 : block.pixels() * out_channels);
+    Scratch<T> results(is_one_matrix(conv_, block) ? 0 : block.pixels() * out_channels);
     Scratch<Factor> own_panel(packed_ == nullptr ? channel_block_ * grid_.tap_count * kPanel : 0);
     Scratch<int64_t> places(block.pixels());
     bool is_staged = pixels != nullptr;
@@ -123,15 +123,8 @@ class DenseConvolution {
       const Phase& phase = grid_.phases[index];
       const Block part = grid_.phase_block(block, phase);
       if (part.pixels() == 0) continue;
-      const bool direct = is_one_matrix(part);
-      T* sums = results.data();
-      int64_t stride = out_channels;
-      if constexpr (sizeof(T) == sizeof(Scalar)) {
-        if (direct) {
-          sums = conv_.output.at(block.image, first_out, phase.output_y + block.row, phase.output_x + block.column);
-          stride = conv_.output.C;
-        }
-      }
+      const bool direct = is_one_matrix(conv_, part);
+      const auto [sums, stride] = place_sums(conv_, part, phase, first_out, out_channels, results.data());
       grid_.place_pixels(part, window, places.data());
       // Without a bias, nothing where products write first.
       if (conv_.bias != nullptr || in_channels_ * phase.tap_count == 0) {
@@ -170,12 +163,6 @@ class DenseConvolution {
       }
     }
     return nullptr;
-  }
-
-  // Whether the block's outputs are a matrix [pixel][channel] in place, with a constant distance between pixels.
-  bool is_one_matrix(const Block& block) const {
-    return sizeof(T) == sizeof(Scalar) && conv_.output.channels_last && grid_.output_step_y == 1 &&
-           grid_.output_step_x == 1 && (block.columns == conv_.output.W || (block.rows == 1 && block.images == 1));
   }
 
   // sums[pixel][0 .. columns) (+)= all taps of the phase, of `channels` channels.

@@ -85,6 +85,31 @@ int64_t images_that_fit(int64_t channels, int64_t window_pixels) {
   return kWindowBytes / (channels * window_pixels * static_cast<int64_t>(sizeof(T)));
 }
 
+// Whether the outputs of a block are a matrix [pixel][channel] of sums in place, with a constant distance between
+// pixels.
+template <class Scalar>
+bool is_one_matrix(const Convolution<Scalar>& c, const Block& block) {
+  return sizeof(accumulate_t<Scalar>) == sizeof(Scalar) && c.output.channels_last && c.grid.output_step_y == 1 &&
+         c.grid.output_step_x == 1 && (block.columns == c.output.W || (block.rows == 1 && block.images == 1));
+}
+
+// Where the sums of a block are taken: in the output where they can be, else in `results`.
+template <class Scalar>
+struct SumsPlace {
+  accumulate_t<Scalar>* data;
+  int64_t row_stride;
+};
+template <class Scalar>
+SumsPlace<Scalar> place_sums(const Convolution<Scalar>& c, const Block& block, const Phase& phase, int64_t channel,
+                             int64_t channels, accumulate_t<Scalar>* results) {
+  if constexpr (sizeof(accumulate_t<Scalar>) == sizeof(Scalar)) {
+    if (is_one_matrix(c, block)) {
+      return {c.output.at(block.image, channel, phase.output_y + block.row, phase.output_x + block.column), c.output.C};
+    }
+  }
+  return {results, channels};
+}
+
 // The bias, or zeros, where sums of products will be added.
 template <class Scalar, class T = accumulate_t<Scalar>>
 void start_sums(const Convolution<Scalar>& convolution, int64_t pixels, int64_t first_out, int64_t out_channels,

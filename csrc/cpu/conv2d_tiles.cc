@@ -86,9 +86,11 @@ class TileConvolution {
     const int64_t g = task / out_blocks() % conv_.groups;
     const int64_t out_channel = task % out_blocks() * out_block_;
     const int64_t out_channels = min_of(out_block_, out_channels_ - out_channel);
+    const int64_t first_out = g * out_channels_ + out_channel;
     const Window window = grid_.input_window(block);
     const int64_t window_pixels = block.images * window.rows * window.columns, block_units = units(channel_block_);
-    const Scratch<float> staged(window_pixels * channel_block_), sums(block.pixels() * out_channels);
+    const Scratch<float> staged(window_pixels * channel_block_);
+    const Scratch<float> results(is_one_matrix(conv_, block) ? 0 : block.pixels() * out_channels);
     const Scratch<Left> split(round_up(window_pixels, kTileHeight) * block_units);
     const Scratch<int64_t> places(block.pixels());
     Tiles tiles;
@@ -97,7 +99,9 @@ class TileConvolution {
       const Block part = grid_.phase_block(block, *phase);
       if (part.pixels() == 0) continue;
       grid_.place_pixels(part, window, places.data());
-      start_sums(conv_, part.pixels(), g * out_channels_ + out_channel, out_channels, sums.data(), out_channels);
+      const auto [sums, stride] = place_sums(conv_, part, *phase, first_out, out_channels, results.data());
+      const bool starts = conv_.bias != nullptr || phase->tap_count == 0;  // else products write first
+      if (starts) start_sums(conv_, part.pixels(), first_out, out_channels, sums, stride);
       for (int64_t c = 0; c < in_channels_ && phase->tap_count > 0; c += channel_block_) {
         const int64_t channels = min_of(channel_block_, in_channels_ - c);
         if (!is_staged) {
@@ -108,36 +112,42 @@ class TileConvolution {
         is_staged = channel_block_ >= in_channels_;
         multiply_taps(tiles, *phase, places.data(), part.pixels(), window, units(channels), split.data(),
                       panel_at(g, out_channel / kSplitColumns, c), units(in_channels_) * grid_.tap_count, out_channels,
-                      sums.data());
+                      sums, stride, starts || c > 0);
       }
-      unstage_block(conv_.output, part, g * out_channels_ + out_channel, out_channels,
-                    grid_.output_window(part, *phase), sums.data());
+      if (!is_one_matrix(conv_, part)) {
+        unstage_block(conv_.output, part, first_out, out_channels, grid_.output_window(part, *phase), sums);
+      }
     }
   }
 
-  // sums[pixel][0 .. out_channels) += all taps of the phase, of `channel_units` units of channels.
+  // sums[pixel][0 .. out_channels) (+)= all taps of the phase, of `channel_units` units of channels.
   void multiply_taps(Tiles& tiles, const Phase& phase, const int64_t* places, int64_t pixels, const Window& window,
                      int64_t channel_units, const Left* split, const Right* panels, int64_t panel_stride,
-                     int64_t out_channels, float* sums) const {
-    const int64_t taps_per_run = max_of(1, kRunUnits<Planes> / channel_units), end = phase.first_tap + phase.tap_count;
-    Scratch<Left> gathered(kSplitRows * taps_per_run * channel_units);
+                     int64_t out_channels, float* sums, int64_t stride, bool accumulate) const {
+    // A run of sums takes some taps whole, or a part of the channels of one.
+    const int64_t parts = ceil_div(channel_units, kRunUnits<Planes>), end = phase.first_tap + phase.tap_count;
+    const int64_t taps_per_run = max_of(1, kRunUnits<Planes> / channel_units);
+    Scratch<Left> gathered(kSplitRows * taps_per_run * ceil_div(channel_units, parts));
     UnitSegment segments[kRunUnits<Planes>];
-    for (int64_t t = phase.first_tap; t < end; t += taps_per_run) {
-      const int64_t taps = min_of(taps_per_run, end - t);
+    for (int64_t run = phase.first_tap * parts; run < end * parts; run += taps_per_run) {
+      const int64_t t = run / parts, first = channel_units * (run % parts) / parts;
+      const int64_t units = channel_units * (run % parts + 1) / parts - first, taps = min_of(taps_per_run, end - t);
       for (int64_t p = 0; p < pixels; p += kSplitRows) {
         const int64_t rows = min_of(kSplitRows, pixels - p);
         LeftRows<Planes> left = {split + places[p] * channel_units, channel_units * pixel_step(places + p, rows)};
         const bool in_place = left.unit_stride > 0;
-        if (!in_place) left = {gathered.data(), taps * channel_units};
+        if (!in_place) left = {gathered.data(), taps * units};
         for (int64_t tap = 0; tap < taps; ++tap) {
-          const int64_t offset = grid_.tap_pixel(grid_.taps[t + tap], window) * channel_units;
-          if (!in_place) gather(places + p, rows, channel_units, split + offset, tap, taps, gathered.data());
-          segments[tap] = {channel_units, in_place ? offset : tap * channel_units, (t + tap) * channel_units};
+          const int64_t offset = grid_.tap_pixel(grid_.taps[t + tap], window) * channel_units + first;
+          if (!in_place) {
+            gather(places + p, rows, channel_units, split + offset, units, tap * units, taps * units, gathered.data());
+          }
+          segments[tap] = {units, in_place ? offset : tap * units, (t + tap) * channel_units + first};
         }
         for (int64_t j = 0; j < out_channels; j += kSplitColumns) {
           multiply_split(tiles, rows, min_of(kSplitColumns, out_channels - j), left,
-                         panels + j / kSplitColumns * panel_stride, segments, taps, sums + p * out_channels + j,
-                         out_channels, true);
+                         panels + j / kSplitColumns * panel_stride, segments, taps, sums + p * stride + j, stride,
+                         accumulate || run > phase.first_tap * parts);
         }
       }
     }
@@ -153,11 +163,12 @@ class TileConvolution {
     return step;
   }
 
-  static void gather(const int64_t* places, int64_t rows, int64_t channel_units, const Left* split, int64_t tap,
-                     int64_t taps, Left* gathered) {
+  // `units` units of every pixel's channels, to `offset` in its row.
+  static void gather(const int64_t* places, int64_t rows, int64_t channel_units, const Left* split, int64_t units,
+                     int64_t offset, int64_t row_units, Left* gathered) {
     for (int64_t r = 0; r < rows; ++r) {
-      __builtin_memcpy(gathered + (r * taps + tap) * channel_units, split + places[r] * channel_units,
-                       static_cast<size_t>(channel_units) * sizeof(Left));
+      __builtin_memcpy(gathered + r * row_units + offset, split + places[r] * channel_units,
+                       static_cast<size_t>(units) * sizeof(Left));
     }
   }
 
