@@ -12,7 +12,7 @@
 // the taps that reach it, so nothing is multiplied by zeros that the stride put there.
 //
 // Dense convolutions are products over (tap, channel). Their columns, which the lanes lie along, are output channels
-// (conv2d_dense.cc; conv2d_tiles.cc on matrix units) or pixels (conv2d_planar.cc), whichever fill the lanes and lie
+// (conv2d_dense.cc; conv2d_tiles.cc and conv2d_pointwise.cc on matrix units) or pixels (conv2d_planar.cc), whichever fill the lanes and lie
 // there in memory. 3x3 kernels at stride one take a third of the multiplications, forward and for both
 // gradients (conv2d_winograd.cc). With one channel per group there is no product: lanes are channels, and each tap is a
 // multiply-add (conv2d_depthwise.cc). The gradient of the weight is a product whose depth is the pixels
@@ -36,6 +36,7 @@ void convolve(const Convolution<Scalar>& convolution) {
     convolve_depthwise(convolution);
     return;
   }
+  if (convolve_pointwise(convolution)) return;
   // A third of the multiplications is less than six products on matrix units in place of one, but not than one or three.
   const bool tiles_first = planes_of<Scalar>() < 3;
   if (tiles_first && convolve_on_tiles(convolution)) return;
@@ -124,7 +125,7 @@ void weight_gradient(const Conv2dBackwardArgs& args) {
   const Conv2dGeometry& g = args.geometry;
   if (is_depthwise(g.C, g.K, g.groups)) {
     depthwise_weight_gradient<Scalar>(args);
-  } else if (!winograd_weight_gradient<Scalar>(args)) {
+  } else if (!pointwise_weight_gradient<Scalar>(args) && !winograd_weight_gradient<Scalar>(args)) {
     dense_weight_gradient<Scalar>(args);
   }
 }

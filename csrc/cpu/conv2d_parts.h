@@ -29,6 +29,13 @@ bool convolve_planar(const Convolution<Scalar>& convolution);
 template <class Scalar>
 bool convolve_on_tiles(const Convolution<Scalar>& convolution);
 
+// conv2d_pointwise.cc: 1x1 kernels at stride one on matrix units. False for any other convolution, or where there are
+// none.
+template <class Scalar>
+bool convolve_pointwise(const Convolution<Scalar>& convolution);
+template <class Scalar>
+bool pointwise_weight_gradient(const Conv2dBackwardArgs& args);
+
 // conv2d_winograd.cc: float32 3x3 kernels at stride one with fewer multiplications. False for any other convolution,
 // where the shape does not gain, or where a result is not finite; the result is then unfinished.
 template <class Scalar>

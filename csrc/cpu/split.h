@@ -19,7 +19,7 @@
 
 namespace dlkernels::DLKERNELS_ISA {
 
-static_assert(!kHasTiles || VecF::size == kTileHeight);
+static_assert(!kHasTiles || VecF::size == kTileHeight);  // a row of a tile is a register
 inline constexpr int64_t kSplitColumns = 2 * kTileHeight;  // of a right unit
 inline constexpr int64_t kSplitRows = 2 * kTileHeight;     // of a block of sums
 
@@ -116,30 +116,30 @@ DLKERNELS_INLINE void split_two(VecF first, VecF second, VecF& spoilt, Sink&& si
 // called from memory: few elements are read from a row before the next, which no prefetcher follows.
 template <class Scalar>
 DLKERNELS_INLINE void load_square(Matrix<Scalar> m, int64_t rows, int64_t columns, int64_t ahead,
-                                  VecF (&block)[kTileHeight]) {
-  rows = max_of(0, min_of(rows, kTileHeight)), columns = max_of(0, min_of(columns, kTileHeight));
+                                  VecF (&block)[VecF::size]) {
+  rows = max_of(0, min_of(rows, VecF::size)), columns = max_of(0, min_of(columns, VecF::size));
   if (m.column_stride == 1) {
-    for (int64_t i = 0; i < kTileHeight; ++i) {
+    for (int64_t i = 0; i < VecF::size; ++i) {
       block[i] = i < rows ? load_lanes(m.data + i * m.row_stride, columns) : VecF::zero();
       __builtin_prefetch(m.data + i * m.row_stride + ahead);
     }
   } else if (m.row_stride == 1) {
-    for (int64_t j = 0; j < kTileHeight; ++j) {
+    for (int64_t j = 0; j < VecF::size; ++j) {
       block[j] = j < columns ? load_lanes(m.data + j * m.column_stride, rows) : VecF::zero();
       __builtin_prefetch(m.data + j * m.column_stride + ahead);
     }
     transpose_square(block);
   } else {
-    float elements[kTileHeight * kTileHeight] = {};
-    pack_rows(m, rows, columns, elements, kTileHeight);
-    for (int64_t i = 0; i < kTileHeight; ++i) block[i] = load(elements + i * kTileHeight);
+    float elements[VecF::size * VecF::size] = {};
+    pack_rows(m, rows, columns, elements, VecF::size);
+    for (int64_t i = 0; i < VecF::size; ++i) block[i] = load(elements + i * VecF::size);
   }
 }
 
 // The same for bfloat16 that stay what they are. lines[i] = elements (2i, j) and (2i + 1, j), for 16 columns j:
 DLKERNELS_INLINE void pair_up_rows(const bfloat16* data, int64_t row_stride, int64_t rows, int64_t columns,
-                                   int64_t ahead, Line (&lines)[kTileHeight]) {
-  for (int64_t i = 0; i < kTileHeight; ++i) {
+                                   int64_t ahead, Line (&lines)[VecF::size]) {
+  for (int64_t i = 0; i < VecF::size; ++i) {
     const bfloat16* even = data + 2 * i * row_stride;
     __builtin_prefetch(even + ahead);
     __builtin_prefetch(even + row_stride + ahead);
@@ -149,26 +149,26 @@ DLKERNELS_INLINE void pair_up_rows(const bfloat16* data, int64_t row_stride, int
 }
 // lines[i] = elements (i, 0) to (i, 31):
 DLKERNELS_INLINE void load_lines(Matrix<bfloat16> m, int64_t rows, int64_t columns, int64_t ahead,
-                                 Line (&lines)[kTileHeight]) {
-  bfloat16 elements[kTileHeight * kTileDepth];
+                                 Line (&lines)[VecF::size]) {
+  bfloat16 elements[VecF::size * 2 * VecF::size];
   if (m.row_stride == 1 && m.column_stride != 1) {
     pair_up_rows(m.data, m.column_stride, columns, rows, ahead, lines);
     return transpose_square(lines);
   }
   if (m.column_stride != 1) {
-    pack_rows(m, rows, columns, elements, kTileDepth);
-    m = {elements, kTileDepth, 1};
+    pack_rows(m, rows, columns, elements, 2 * VecF::size);
+    m = {elements, 2 * VecF::size, 1};
   }
-  const int64_t first = min_of(columns, kTileHeight), second = columns - first;
-  for (int64_t i = 0; i < kTileHeight; ++i) {
+  const int64_t first = min_of(columns, VecF::size), second = columns - first;
+  for (int64_t i = 0; i < VecF::size; ++i) {
     const bfloat16* row = m.data + i * m.row_stride;
     __builtin_prefetch(row + ahead);
     lines[i] =
-        line_up(load_half_bits(row, i < rows ? first : 0), load_half_bits(row + kTileHeight, i < rows ? second : 0));
+        line_up(load_half_bits(row, i < rows ? first : 0), load_half_bits(row + VecF::size, i < rows ? second : 0));
   }
 }
 DLKERNELS_INLINE void load_pairs(Matrix<bfloat16> m, int64_t rows, int64_t columns, int64_t ahead,
-                                 Line (&lines)[kTileHeight]) {
+                                 Line (&lines)[VecF::size]) {
   if (m.column_stride == 1) return pair_up_rows(m.data, m.row_stride, rows, columns, ahead, lines);
   load_lines(m.transposed(), columns, rows, ahead, lines);
   transpose_square(lines);
@@ -193,11 +193,11 @@ inline bool split_left(Matrix<Scalar> a, int64_t rows, int64_t depth, LeftUnit<P
       };
       const int64_t block_rows = min_of(kTileHeight, rows - i), block_depth = min_of(kTileDepth, depth - k);
       if constexpr (detail::kStaysOnePlane<Planes, Scalar>) {
-        detail::Line lines[kTileHeight];
+        detail::Line lines[VecF::size];
         detail::load_lines(a.at(i, k), block_rows, block_depth, ahead, lines);
         for (int64_t r = 0; r < kTileHeight; ++r) put(0, r, lines[r]);
       } else {
-        VecF first[kTileHeight], second[kTileHeight];
+        VecF first[VecF::size], second[VecF::size];
         detail::load_square(a.at(i, k), block_rows, block_depth, ahead, first);
         detail::load_square(a.at(i, k + kTileHeight), block_rows, block_depth - kTileHeight, ahead, second);
         for (int64_t r = 0; r < kTileHeight; ++r) {
@@ -222,12 +222,12 @@ inline bool split_right(Matrix<Scalar> b, int64_t depth, int64_t columns, RightU
       store(reinterpret_cast<float*>(unit->plane[p][tile][pair]), line);
     };
     if constexpr (detail::kStaysOnePlane<Planes, Scalar>) {
-      detail::Line lines[kTileHeight];
+      detail::Line lines[VecF::size];
       detail::load_pairs(source, depth, tile_columns, ahead, lines);
       for (int64_t pair = 0; pair < kTileHeight; ++pair) put(0, pair, lines[pair]);
     } else {
       for (int64_t half = 0; half < 2; ++half) {  // of the depth
-        VecF rows[kTileHeight];
+        VecF rows[VecF::size];
         detail::load_square(source.at(half * kTileHeight, 0), depth - half * kTileHeight, tile_columns, ahead,
                             rows);
         for (int64_t pair = 0; pair < kTileHeight / 2; ++pair) {

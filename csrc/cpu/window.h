@@ -130,6 +130,22 @@ inline void unstage(const Images<Scalar>& images, int64_t n, int64_t channel, in
   }
 }
 
+// The same images in the other layout.
+template <class Scalar>
+inline void turn_images(const Images<const Scalar>& source, const Images<Scalar>& destination) {
+  const int64_t pixels = source.H * source.W, strip = 64, strips = ceil_div(pixels, strip);
+  parallel_for(source.N * strips, ceil_div(1 << 15, strip * source.C), [&](int64_t task) {
+    const int64_t n = task / strips, first = task % strips * strip, count = min_of(strip, pixels - first);
+    const Scalar* from = source.at(n, 0, 0, 0);
+    Scalar* to = destination.at(n, 0, 0, 0);
+    if (destination.channels_last) {
+      transpose(from + first, pixels, source.C, count, to + first * source.C, source.C);
+    } else {
+      transpose(from + first * source.C, source.C, count, source.C, to + first, pixels);
+    }
+  });
+}
+
 // Images in the layout that is wanted: a copy of those in the other one if they are cut into windows again and again,
 // for a transposition of every window costs more.
 template <class Scalar>
@@ -138,17 +154,8 @@ class ImagesInLayout {
   ImagesInLayout(const Images<const Scalar>& source, bool channels_last, bool used_often)
       : images(source), copy_(used_often && differs(channels_last) ? source.N * source.C * source.H * source.W : 0) {
     if (copy_.data() == nullptr) return;
-    const int64_t pixels = source.H * source.W, strip = 64, strips = ceil_div(pixels, strip);
-    parallel_for(source.N * strips, ceil_div(1 << 15, strip * source.C), [&](int64_t task) {
-      const int64_t n = task / strips, first = task % strips * strip, count = min_of(strip, pixels - first);
-      Scalar* copy = copy_.data() + n * source.C * pixels;
-      if (channels_last) {
-        transpose(source.at(n, 0, 0, 0) + first, pixels, source.C, count, copy + first * source.C, source.C);
-      } else {
-        transpose(source.at(n, 0, 0, 0) + first * source.C, source.C, count, source.C, copy + first, pixels);
-      }
-    });
-    images = {copy_.data(), source.C * pixels, source.N, source.C, source.H, source.W, channels_last};
+    images = {copy_.data(), source.C * source.H * source.W, source.N, source.C, source.H, source.W, channels_last};
+    turn_images<Scalar>(source, {copy_.data(), images.image_stride, source.N, source.C, source.H, source.W, channels_last});
   }
 
   Images<const Scalar> images;
