@@ -17,6 +17,8 @@ constexpr int64_t kFewestChannels = 16;  // in or out: with fewer, most of a til
 
 template <int Planes, class Scalar>
 class TileConvolution {
+  // What is split: bfloat16 that stay one plane move as they are.
+  using Staged = std::conditional_t<Planes == 1 && std::is_same_v<Scalar, bfloat16>, bfloat16, float>;
   using Left = LeftUnit<Planes>;
   using Right = RightUnit<Planes>;
 
@@ -69,12 +71,12 @@ class TileConvolution {
       const Matrix<Scalar> source = {
           w.data + g * w.group_stride + block * w.in_stride + panel * kSplitColumns * w.out_stride, w.in_stride,
           w.out_stride};
-      Scratch<float> taps(grid_.tap_count * channels * columns);
+      Scratch<Staged> taps(grid_.tap_count * channels * columns);
       pack_taps(grid_, w.innermost_taps, source, channels, columns, taps.data(), columns, channels * columns);
       Right* destination = panel_at(g, panel, block);
       for (int64_t t = 0; t < grid_.tap_count; ++t) {
         for (int64_t c = 0; c < channels; c += kTileDepth) {
-          const Matrix<float> tap = {taps.data() + (t * channels + c) * columns, columns, 1};
+          const Matrix<Staged> tap = {taps.data() + (t * channels + c) * columns, columns, 1};
           note(split_right(tap, min_of(kTileDepth, channels - c), columns, destination++));
         }
       }
@@ -89,7 +91,7 @@ class TileConvolution {
     const int64_t first_out = g * out_channels_ + out_channel;
     const Window window = grid_.input_window(block);
     const int64_t window_pixels = block.images * window.rows * window.columns, block_units = units(channel_block_);
-    const Scratch<float> staged(window_pixels * channel_block_);
+    const Scratch<Staged> staged(window_pixels * channel_block_);
     const Scratch<float> results(is_one_matrix(conv_, block) ? 0 : block.pixels() * out_channels);
     const Scratch<Left> split(round_up(window_pixels, kTileHeight) * block_units);
     const Scratch<int64_t> places(block.pixels());
@@ -105,9 +107,7 @@ class TileConvolution {
       for (int64_t c = 0; c < in_channels_ && phase->tap_count > 0; c += channel_block_) {
         const int64_t channels = min_of(channel_block_, in_channels_ - c);
         if (!is_staged) {
-          stage_block(conv_.input, block, g * in_channels_ + c, channels, window, staged.data());
-          const Matrix<float> pixels = {staged.data(), channels, 1};
-          note(split_left(pixels, window_pixels, channels, split.data(), units(channels)));
+          stage_window(block, g * in_channels_ + c, channels, window, staged.data(), split.data());
         }
         is_staged = channel_block_ >= in_channels_;
         multiply_taps(tiles, *phase, places.data(), part.pixels(), window, units(channels), split.data(),
@@ -118,6 +118,19 @@ class TileConvolution {
         unstage_block(conv_.output, part, first_out, out_channels, grid_.output_window(part, *phase), sums);
       }
     }
+  }
+
+  // The window's pixels as units.
+  void stage_window(const Block& block, int64_t channel, int64_t channels, const Window& window, Staged* staged,
+                    Left* split) {
+    if constexpr (std::is_same_v<Staged, bfloat16>) {
+      if (channels % kTileDepth == 0) {  // as they lie
+        return stage_block(conv_.input, block, channel, channels, window, reinterpret_cast<Staged*>(split));
+      }
+    }
+    stage_block(conv_.input, block, channel, channels, window, staged);
+    const Matrix<Staged> pixels = {staged, channels, 1};
+    note(split_left(pixels, block.images * window.rows * window.columns, channels, split, units(channels)));
   }
 
   // sums[pixel][0 .. out_channels) (+)= all taps of the phase, of `channel_units` units of channels.
