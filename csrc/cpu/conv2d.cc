@@ -12,10 +12,10 @@
 // the taps that reach it, so nothing is multiplied by zeros that the stride put there.
 //
 // Dense convolutions are products over (tap, channel). Their columns, which the lanes lie along, are output channels
-// (conv2d_dense.cc; conv2d_tiles.cc and conv2d_pointwise.cc on matrix units) or pixels (conv2d_planar.cc), whichever fill the lanes and lie
-// there in memory. 3x3 kernels at stride one take a third of the multiplications, forward and for both
-// gradients (conv2d_winograd.cc). With one channel per group there is no product: lanes are channels, and each tap is a
-// multiply-add (conv2d_depthwise.cc). The gradient of the weight is a product whose depth is the pixels
+// (conv2d_dense.cc; conv2d_tiles.cc and conv2d_pointwise.cc on matrix units) or pixels (conv2d_planar.cc), whichever
+// fill the lanes and lie there in memory. 3x3 kernels at stride one take a third of the multiplications, forward and
+// for both gradients (conv2d_winograd.cc). With one channel per group there is no product: lanes are channels, and each
+// tap is a multiply-add (conv2d_depthwise.cc). The gradient of the weight is a product whose depth is the pixels
 // (conv2d_weight_gradient.cc).
 //
 // 2 N K output_H output_W C/groups kernel_H kernel_W operations each way. Both layouts share every sum.
@@ -30,6 +30,12 @@ bool is_depthwise(int64_t C, int64_t K, int64_t groups) {
   return C == groups && K == groups && groups > 1;
 }
 
+// A third of the multiplications is less than six products on matrix units in place of one, but not than one or three.
+template <class Scalar>
+bool prefers_tiles() {
+  return planes_of<Scalar>() < 3;
+}
+
 template <class Scalar>
 void convolve(const Convolution<Scalar>& convolution) {
   if (is_depthwise(convolution.input.C, convolution.output.C, convolution.groups)) {
@@ -37,8 +43,7 @@ void convolve(const Convolution<Scalar>& convolution) {
     return;
   }
   if (convolve_pointwise(convolution)) return;
-  // A third of the multiplications is less than six products on matrix units in place of one, but not than one or three.
-  const bool tiles_first = planes_of<Scalar>() < 3;
+  const bool tiles_first = prefers_tiles<Scalar>();
   if (tiles_first && convolve_on_tiles(convolution)) return;
   if (convolve_winograd(convolution) || (!tiles_first && convolve_on_tiles(convolution))) return;
   if (convolve_in_pairs(convolution) || (is_planar_better(convolution) && convolve_planar(convolution))) return;
@@ -120,14 +125,24 @@ void input_gradient(const Conv2dBackwardArgs& args) {
                     input_gradient_grid(g, g.weight_strides, taps.data(), phases.data())});
 }
 
+// Both operands are split for every tap, which many channels make up for.
+template <class Scalar>
+bool tiles_pay(const Conv2dGeometry& g) {
+  constexpr int64_t kManyChannels = 128;  // the harmonic mean of both, halved
+  const bool is_3x3 = g.kernel_H == 3 && g.kernel_W == 3 && g.stride_H == 1 && g.stride_W == 1;
+  if (g.kernel_H * g.kernel_W == 1) return true;
+  return prefers_tiles<Scalar>() && (!is_3x3 || g.C * g.K >= kManyChannels * (g.C + g.K));
+}
+
 template <class Scalar>
 void weight_gradient(const Conv2dBackwardArgs& args) {
   const Conv2dGeometry& g = args.geometry;
   if (is_depthwise(g.C, g.K, g.groups)) {
     depthwise_weight_gradient<Scalar>(args);
-  } else if (!pointwise_weight_gradient<Scalar>(args) && !winograd_weight_gradient<Scalar>(args)) {
-    dense_weight_gradient<Scalar>(args);
+    return;
   }
+  if (tiles_pay<Scalar>(g) && weight_gradient_on_tiles<Scalar>(args)) return;
+  if (!winograd_weight_gradient<Scalar>(args)) dense_weight_gradient<Scalar>(args);
 }
 
 // ---- table ----------------------------------------------------------------------------------------------------------

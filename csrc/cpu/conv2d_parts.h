@@ -33,8 +33,10 @@ bool convolve_on_tiles(const Convolution<Scalar>& convolution);
 // none.
 template <class Scalar>
 bool convolve_pointwise(const Convolution<Scalar>& convolution);
+
+// conv2d_weight_gradient_tiles.cc: on matrix units. False where there are none or the shape wastes them.
 template <class Scalar>
-bool pointwise_weight_gradient(const Conv2dBackwardArgs& args);
+bool weight_gradient_on_tiles(const Conv2dBackwardArgs& args);
 
 // conv2d_winograd.cc: float32 3x3 kernels at stride one with fewer multiplications. False for any other convolution,
 // where the shape does not gain, or where a result is not finite; the result is then unfinished.
@@ -90,6 +92,26 @@ int64_t channels_of_runs(const Convolution<Scalar>& c) {
 template <class T>
 int64_t images_that_fit(int64_t channels, int64_t window_pixels) {
   return kWindowBytes / (channels * window_pixels * static_cast<int64_t>(sizeof(T)));
+}
+
+inline constexpr int64_t kFewestTileChannels = 16;  // in or out: with fewer, most of a tile would be padding
+
+// Whether images follow one another without a gap.
+template <class Scalar>
+bool are_dense(const Images<Scalar>& images) {
+  return images.image_stride == images.C * images.H * images.W || images.N == 1;
+}
+
+// Whether a gradient of the output holds no infinity and no NaN.
+template <class Scalar>
+bool is_finite_output(const Conv2dGeometry& g, const Scalar* grad_output) {
+  bool finite = true;
+  const int64_t size = g.K * g.output_H * g.output_W;
+  parallel_for(g.N, ceil_div(1 << 16, size), [&](int64_t n) {
+    if (all_finite(grad_output + n * g.output_image_stride, size)) return;
+    __atomic_store_n(&finite, false, __ATOMIC_RELAXED);
+  });
+  return finite;
 }
 
 // Whether the outputs of a block are a matrix [pixel][channel] of sums in place, with a constant distance between

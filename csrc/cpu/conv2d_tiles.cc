@@ -13,7 +13,6 @@ namespace {
 
 constexpr int64_t kPixelBlock = 192;          // output pixels of a task
 constexpr int64_t kOutputChannelBlock = 256;  // output channels of a task
-constexpr int64_t kFewestChannels = 16;  // in or out: with fewer, most of a tile would be padding
 
 template <int Planes, class Scalar>
 class TileConvolution {
@@ -200,7 +199,8 @@ template <class Scalar>
 bool convolve_on_tiles(const Convolution<Scalar>& convolution) {
   if constexpr (kHasTiles && !std::is_same_v<Scalar, double>) {
     const int64_t groups = convolution.groups;
-    if (convolution.input.C / groups < kFewestChannels || convolution.output.C / groups < kFewestChannels) return false;
+    if (convolution.input.C / groups < kFewestTileChannels || convolution.output.C / groups < kFewestTileChannels)
+      return false;
     switch (planes_of<Scalar>()) {
       case 1:
         return TileConvolution<1, Scalar>(convolution).run();

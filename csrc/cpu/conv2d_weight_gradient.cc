@@ -342,13 +342,7 @@ template <class Scalar>
 bool can_take_pairs(const Conv2dGeometry& g, const Grid& grid, const Scalar* grad_output) {
   if (g.K / g.groups < Vec<accumulate_t<Scalar>>::size) return false;
   if (!grid.reads_padding({0, 0, 0, g.N, g.output_H, g.output_W}, g.H, g.W)) return true;
-  bool finite = true;
-  const int64_t size = g.K * g.output_H * g.output_W;
-  parallel_for(g.N, ceil_div(1 << 16, size), [&](int64_t n) {
-    if (all_finite(grad_output + n * g.output_image_stride, size)) return;
-    __atomic_store_n(&finite, false, __ATOMIC_RELAXED);
-  });
-  return finite;
+  return is_finite_output(g, grad_output);
 }
 
 }  // namespace

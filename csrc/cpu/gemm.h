@@ -247,7 +247,8 @@ inline void multiply_block_on_tiles(Matrix<ScalarA> a, Matrix<ScalarB> b, const 
                                     int64_t c_row_stride) {
   using Left = LeftUnit<Planes>;
   constexpr int64_t units = kSplitUnits<Planes>, stretch = units * kTileDepth;
-  const int64_t rows_in_place = block.k_end % kTileDepth == 0 && has_lines<Planes>(a) ? block.rows / kSplitRows * kSplitRows : 0;
+  const int64_t rows_in_place =
+      block.k_end % kTileDepth == 0 && has_lines<Planes>(a) ? block.rows / kSplitRows * kSplitRows : 0;
   const Scratch<Left> left(round_up(block.rows - rows_in_place, kSplitRows) * units);
   const Scratch<RightUnit<Planes>> right(ceil_div(block.columns, kSplitColumns) * units);  // [panel][unit]
   Tiles tiles;
@@ -264,10 +265,10 @@ inline void multiply_block_on_tiles(Matrix<ScalarA> a, Matrix<ScalarB> b, const 
     for (int64_t u = 0; u < depth_units; u += kRunUnits<Planes>) {
       const UnitSegment run = {min_of(kRunUnits<Planes>, depth_units - u), u, u};
       for (int64_t i = 0; i < block.rows; i += kSplitRows) {
-        const LeftRows<Planes> rows = i < rows_in_place
-                                          ? LeftRows<Planes>{reinterpret_cast<const Left*>(a.at(block.i + i, k).data),
-                                                             a.row_stride / kTileDepth}
-                                          : LeftRows<Planes>{left.data() + (i - rows_in_place) * units, units};
+        const LeftRows<Planes> rows =
+            i < rows_in_place
+                ? LeftRows<Planes>{reinterpret_cast<const Left*>(a.at(block.i + i, k).data), a.row_stride / kTileDepth}
+                : LeftRows<Planes>{left.data() + (i - rows_in_place) * units, units};
         for (int64_t j = 0; j < block.columns; j += kSplitColumns) {
           multiply_split(tiles, min_of(kSplitRows, block.rows - i), min_of(kSplitColumns, block.columns - j), rows,
                          right.data() + j / kSplitColumns * units, &run, 1, c + i * c_row_stride + j, c_row_stride,
@@ -301,7 +302,8 @@ inline BlockShape tile_block_shape(int64_t M, int64_t N, int64_t K, double left_
     const int64_t blocks = shape.blocks(M, N);
     shape.part_depth = part_depth_of(K, min_of(ceil_div(wanted_tasks, blocks), K / kDepthBlock));
     const int64_t parts = max_of(1, ceil_div(K, shape.part_depth)), tasks = blocks * parts;
-    const double splits = 1.0 * K * (left_cost * M * ceil_div(N, shape.columns) + right_cost * N * ceil_div(M, shape.rows));
+    const double splits =
+        1.0 * K * (left_cost * M * ceil_div(N, shape.columns) + right_cost * N * ceil_div(M, shape.rows));
     const double sums = parts > 1 ? sum_cost * parts * M * N : 0;
     // Threads that come in pairs or fours wait for the last of them.
     const double rounds = 1.0 * max_of(wanted_tasks, round_up(tasks, 4)) / tasks;

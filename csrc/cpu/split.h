@@ -19,7 +19,7 @@
 
 namespace dlkernels::DLKERNELS_ISA {
 
-static_assert(!kHasTiles || VecF::size == kTileHeight);  // a row of a tile is a register
+static_assert(!kHasTiles || VecF::size == kTileHeight);    // a row of a tile is a register
 inline constexpr int64_t kSplitColumns = 2 * kTileHeight;  // of a right unit
 inline constexpr int64_t kSplitRows = 2 * kTileHeight;     // of a block of sums
 
@@ -42,10 +42,14 @@ struct RightUnit {
 
 // Units of one run of sums: both sides of it fit the first-level cache, or, of one plane, nearly.
 template <int Planes>
-inline constexpr int64_t kRunUnits = Planes == 1 ? 8 : Planes == 2 ? 4 : 3;
+inline constexpr int64_t kRunUnits = Planes == 1   ? 8
+                                     : Planes == 2 ? 4
+                                                   : 3;
 // Units of the depth that are split before they are multiplied.
 template <int Planes>
-inline constexpr int64_t kSplitUnits = Planes == 1 ? 16 : Planes == 2 ? 8 : 6;
+inline constexpr int64_t kSplitUnits = Planes == 1   ? 16
+                                       : Planes == 2 ? 8
+                                                     : 6;
 
 // ---- splitting ----------------------------------------------------------------------------------------------------
 
@@ -228,12 +232,11 @@ inline bool split_right(Matrix<Scalar> b, int64_t depth, int64_t columns, RightU
     } else {
       for (int64_t half = 0; half < 2; ++half) {  // of the depth
         VecF rows[VecF::size];
-        detail::load_square(source.at(half * kTileHeight, 0), depth - half * kTileHeight, tile_columns, ahead,
-                            rows);
+        detail::load_square(source.at(half * kTileHeight, 0), depth - half * kTileHeight, tile_columns, ahead, rows);
         for (int64_t pair = 0; pair < kTileHeight / 2; ++pair) {
-          detail::split_two<Planes, true>(
-              rows[2 * pair], rows[2 * pair + 1], spoilt,
-              [&](int p, detail::Line line) { put(p, half * kTileHeight / 2 + pair, line); });
+          detail::split_two<Planes, true>(rows[2 * pair], rows[2 * pair + 1], spoilt, [&](int p, detail::Line line) {
+            put(p, half * kTileHeight / 2 + pair, line);
+          });
         }
       }
     }

@@ -155,7 +155,8 @@ class ImagesInLayout {
       : images(source), copy_(used_often && differs(channels_last) ? source.N * source.C * source.H * source.W : 0) {
     if (copy_.data() == nullptr) return;
     images = {copy_.data(), source.C * source.H * source.W, source.N, source.C, source.H, source.W, channels_last};
-    turn_images<Scalar>(source, {copy_.data(), images.image_stride, source.N, source.C, source.H, source.W, channels_last});
+    turn_images<Scalar>(source,
+                        {copy_.data(), images.image_stride, source.N, source.C, source.H, source.W, channels_last});
   }
 
   Images<const Scalar> images;
