@@ -50,7 +50,7 @@ class DenseConvolution {
     const bool packs_ahead = blocks_.count() > kFewBlocks || grid_.phase_count > 1;
     Scratch<Factor> packed(packs_ahead ? conv_.groups * panels_ * depth_ * kPanel : 0);
     packed_ = packed.data();
-    const ImagesInLayout<Scalar> input(conv_.input, true, out_blocks() > 1);
+    const auto input = ImagesInLayout<Scalar>::of(conv_.input, true, out_blocks() > 1);
     input_ = input.images;
     if (packs_ahead) pack_weights();
     const double work = 1.0 * conv_.input.N * grid_.rows * grid_.columns * conv_.output.C * depth_;

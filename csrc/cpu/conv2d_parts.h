@@ -96,12 +96,6 @@ int64_t images_that_fit(int64_t channels, int64_t window_pixels) {
 
 inline constexpr int64_t kFewestTileChannels = 16;  // in or out: with fewer, most of a tile would be padding
 
-// Whether images follow one another without a gap.
-template <class Scalar>
-bool are_dense(const Images<Scalar>& images) {
-  return images.image_stride == images.C * images.H * images.W || images.N == 1;
-}
-
 // Whether a gradient of the output holds no infinity and no NaN.
 template <class Scalar>
 bool is_finite_output(const Conv2dGeometry& g, const Scalar* grad_output) {

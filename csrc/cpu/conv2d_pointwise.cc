@@ -25,13 +25,13 @@ bool is_pointwise(const Convolution<Scalar>& c) {
 template <class Scalar>
 bool convolve_pointwise(const Convolution<Scalar>& c) {
   if (!is_pointwise(c) || c.input.C < kFewestTileChannels || c.output.C < kFewestTileChannels ||
-      c.input.N * c.input.H * c.input.W < kFewestPixels || !are_dense(c.input)) {
+      c.input.N * c.input.H * c.input.W < kFewestPixels) {
     return false;
   }
   if constexpr (kHasTiles && !std::is_same_v<Scalar, double>) {
     const int64_t pixels = c.input.N * c.input.H * c.input.W, K = c.output.C;
-    const ImagesInLayout<Scalar> input(c.input, true, true);
-    const bool turns = !c.output.channels_last;
+    const auto input = ImagesInLayout<Scalar>::as_rows(c.input);
+    const bool turns = !c.output.channels_last || !are_dense(c.output);
     const Scratch<Scalar> turned(turns ? pixels * K : 0);
     const Images<Scalar> output = {turns ? turned.data() : c.output.data,
                                    K * c.output.H * c.output.W,
@@ -52,7 +52,7 @@ bool convolve_pointwise(const Convolution<Scalar>& c) {
                     store_lanes(out + k, sums, lanes);
                   }
                 });
-    if (turns) turn_images<Scalar>({output.data, output.image_stride, output.N, K, output.H, output.W, true}, c.output);
+    if (turns) copy_images<Scalar>({output.data, output.image_stride, output.N, K, output.H, output.W, true}, c.output);
     return true;
   }
   return false;

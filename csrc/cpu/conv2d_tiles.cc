@@ -72,6 +72,10 @@ class TileConvolution {
           w.out_stride};
       Scratch<Staged> taps(grid_.tap_count * channels * columns);
       pack_taps(grid_, w.innermost_taps, source, channels, columns, taps.data(), columns, channels * columns);
+      // Splitting finds what is not finite, which must not meet the padding; what is not split is looked at.
+      if constexpr (std::is_same_v<Staged, bfloat16>) {
+        note(all_finite(taps.data(), grid_.tap_count * channels * columns));
+      }
       Right* destination = panel_at(g, panel, block);
       for (int64_t t = 0; t < grid_.tap_count; ++t) {
         for (int64_t c = 0; c < channels; c += kTileDepth) {

@@ -56,8 +56,8 @@ class DenseWeightGradient {
 
   void run(Scalar* grad_weight) {
     const int64_t regions_in_all = regions();
-    const ImagesInLayout<Scalar> input(input_, !outputs_are_lanes_, out_blocks_ > 1);
-    const ImagesInLayout<Scalar> gradient(grad_output_, outputs_are_lanes_, in_blocks_ > 1);
+    const auto input = ImagesInLayout<Scalar>::of(input_, !outputs_are_lanes_, out_blocks_ > 1);
+    const auto gradient = ImagesInLayout<Scalar>::of(grad_output_, outputs_are_lanes_, in_blocks_ > 1);
     input_ = input.images, grad_output_ = gradient.images;
     const double work = 1.0 * g_.N * g_.output_H * g_.output_W * g_.K * in_channels_ * grid_.tap_count;
     const int64_t tasks = parts_ * regions_in_all;

@@ -31,11 +31,11 @@ bool weight_gradient_on_tiles(const Conv2dBackwardArgs& args) {
     const Grid grid = forward_grid(g, g.grad_weight_strides, taps.data(), &phase);
     const auto* grad_output = static_cast<const Scalar*>(args.grad_output);
     const Images<const Scalar> outputs = output_images(g, grad_output);
-    if (!are_dense(outputs) || meets_padding(g, grid, grad_output)) return false;
+    if (meets_padding(g, grid, grad_output)) return false;
     const Images<const Scalar> inputs = input_images(g, static_cast<const Scalar*>(args.input));
-    const ImagesInLayout<Scalar> input(inputs, true, true), gradient(outputs, true, true);
-    const bool in_place = grid.tap_count == 1 && g.stride_H == 1 && g.stride_W == 1 && g.output_H == g.H &&
-                          g.output_W == g.W && are_dense(input.images);
+    const auto input = ImagesInLayout<Scalar>::as_rows(inputs), gradient = ImagesInLayout<Scalar>::as_rows(outputs);
+    const bool in_place =
+        grid.tap_count == 1 && g.stride_H == 1 && g.stride_W == 1 && g.output_H == g.H && g.output_W == g.W;
     using Staged = std::conditional_t<std::is_same_v<Scalar, bfloat16>, bfloat16, float>;
     const Scratch<Staged> staged(in_place ? 0 : pixels * g.C);
     const Matrix<Scalar> left = {gradient.images.data, 1, g.K};

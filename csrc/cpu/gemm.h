@@ -279,36 +279,29 @@ inline void multiply_block_on_tiles(Matrix<ScalarA> a, Matrix<ScalarB> b, const 
   }
 }
 
-// What splitting an element costs: more where it lies across the depth and is transposed, nothing in place.
-template <int Planes, class Scalar>
-inline double split_cost(Matrix<Scalar> operand, bool is_along) {
-  if (is_along && has_lines<Planes>(operand)) return 0;
-  return is_along ? 1 : 1.5;
-}
-
 // Blocks on tiles, about equal: of the shapes whose operands and sums fit the second-level cache, the one that costs
-// least. Costs are in those of splitting an element.
-inline BlockShape tile_block_shape(int64_t M, int64_t N, int64_t K, double left_cost, double right_cost) {
-  constexpr int64_t most_rows = 416, most_columns = 512, most_sums = 128 << 10, wanted_tasks = 8, candidates = 6;
-  constexpr double multiply_cost = 1.0 / 64, sum_cost = 2;
+// least. Costs are in those of splitting an element of the left operand; the right one, mostly a weight, is transposed.
+inline BlockShape tile_block_shape(int64_t M, int64_t N, int64_t K) {
+  constexpr int64_t most_rows = 416, most_columns = 512, most_sums = 128 << 10, wanted_tasks = 8, step = 64;
+  constexpr double right_cost = 1.5, multiply_cost = 1.0 / 64, sum_cost = 2;
   BlockShape best = {};
   double best_cost = 0;
-  for (int64_t index = 0; index < candidates * candidates; ++index) {
-    const int64_t row_blocks = ceil_div(M, most_rows) + index / candidates;
-    const int64_t column_blocks = ceil_div(N, most_columns) + index % candidates;
-    BlockShape shape = {round_up(ceil_div(M, row_blocks), kSplitRows),
-                        round_up(ceil_div(N, column_blocks), kSplitColumns), 0};
-    if (shape.rows * shape.columns > most_sums) continue;
-    const int64_t blocks = shape.blocks(M, N);
-    shape.part_depth = part_depth_of(K, min_of(ceil_div(wanted_tasks, blocks), K / kDepthBlock));
-    const int64_t parts = max_of(1, ceil_div(K, shape.part_depth)), tasks = blocks * parts;
-    const double splits =
-        1.0 * K * (left_cost * M * ceil_div(N, shape.columns) + right_cost * N * ceil_div(M, shape.rows));
-    const double sums = parts > 1 ? sum_cost * parts * M * N : 0;
-    // Threads that come in pairs or fours wait for the last of them.
-    const double rounds = 1.0 * max_of(wanted_tasks, round_up(tasks, 4)) / tasks;
-    const double cost = (multiply_cost * M * N * K + splits) * rounds + sums;
-    if (best.rows == 0 || cost < best_cost) best = shape, best_cost = cost;
+  for (int64_t most = most_rows; most > step; most -= step) {
+    const int64_t rows = round_up(ceil_div(M, ceil_div(M, most)), kSplitRows);
+    for (int64_t width = most_columns; width > step; width -= step) {
+      const int64_t columns = round_up(ceil_div(N, ceil_div(N, width)), kSplitColumns);
+      if (rows * columns > most_sums) continue;
+      BlockShape shape = {rows, columns, 0};
+      const int64_t blocks = shape.blocks(M, N);
+      shape.part_depth = part_depth_of(K, min_of(ceil_div(wanted_tasks, blocks), K / kDepthBlock));
+      const int64_t parts = max_of(1, ceil_div(K, shape.part_depth)), tasks = blocks * parts;
+      const double splits = 1.0 * K * (1.0 * M * ceil_div(N, columns) + right_cost * N * ceil_div(M, rows));
+      const double sums = parts > 1 ? sum_cost * parts * M * N : 0;
+      // Threads that come in pairs or fours wait for the last of them.
+      const double rounds = 1.0 * max_of(wanted_tasks, round_up(tasks, 4)) / tasks;
+      const double cost = (multiply_cost * M * N * K + splits) * rounds + sums;
+      if (best.rows == 0 || cost < best_cost) best = shape, best_cost = cost;
+    }
   }
   return best;
 }
@@ -318,9 +311,7 @@ inline void gemm_on_tiles(int64_t M, int64_t N, int64_t K, Matrix<ScalarA> a, Ma
   auto multiply_block = [&](const ProductBlock& block, float* c, int64_t c_row_stride) {
     multiply_block_on_tiles<Planes>(a, b, block, c, c_row_stride);
   };
-  const double left_cost = split_cost<Planes>(a, a.column_stride == 1);
-  const double right_cost = split_cost<Planes>(b, b.column_stride == 1);
-  run_product<float>(M, N, K, tile_block_shape(M, N, K, left_cost, right_cost), multiply_block, finish);
+  run_product<float>(M, N, K, tile_block_shape(M, N, K), multiply_block, finish);
 }
 
 // Below these sizes most of a tile would be padding.

@@ -130,15 +130,18 @@ inline void unstage(const Images<Scalar>& images, int64_t n, int64_t channel, in
   }
 }
 
-// The same images in the other layout.
+// destination = source, in the layout of each.
 template <class Scalar>
-inline void turn_images(const Images<const Scalar>& source, const Images<Scalar>& destination) {
+inline void copy_images(const Images<const Scalar>& source, const Images<Scalar>& destination) {
   const int64_t pixels = source.H * source.W, strip = 64, strips = ceil_div(pixels, strip);
   parallel_for(source.N * strips, ceil_div(1 << 15, strip * source.C), [&](int64_t task) {
     const int64_t n = task / strips, first = task % strips * strip, count = min_of(strip, pixels - first);
     const Scalar* from = source.at(n, 0, 0, 0);
     Scalar* to = destination.at(n, 0, 0, 0);
-    if (destination.channels_last) {
+    if (source.channels_last && destination.channels_last) {
+      __builtin_memcpy(to + first * source.C, from + first * source.C,
+                       static_cast<size_t>(count * source.C) * sizeof(Scalar));
+    } else if (destination.channels_last) {
       transpose(from + first, pixels, source.C, count, to + first * source.C, source.C);
     } else {
       transpose(from + first * source.C, source.C, count, source.C, to + first, pixels);
@@ -146,23 +149,36 @@ inline void turn_images(const Images<const Scalar>& source, const Images<Scalar>
   });
 }
 
+// Whether images follow one another without a gap.
+template <class Scalar>
+inline bool are_dense(const Images<Scalar>& images) {
+  return images.image_stride == images.C * images.H * images.W || images.N == 1;
+}
+
 // Images in the layout that is wanted: a copy of those in the other one if they are cut into windows again and again,
 // for a transposition of every window costs more.
 template <class Scalar>
 class ImagesInLayout {
  public:
-  ImagesInLayout(const Images<const Scalar>& source, bool channels_last, bool used_often)
-      : images(source), copy_(used_often && differs(channels_last) ? source.N * source.C * source.H * source.W : 0) {
-    if (copy_.data() == nullptr) return;
-    images = {copy_.data(), source.C * source.H * source.W, source.N, source.C, source.H, source.W, channels_last};
-    turn_images<Scalar>(source,
-                        {copy_.data(), images.image_stride, source.N, source.C, source.H, source.W, channels_last});
+  static ImagesInLayout of(const Images<const Scalar>& source, bool channels_last, bool used_often) {
+    return ImagesInLayout(source, channels_last, used_often && source.channels_last != channels_last && source.C > 1);
+  }
+  // Pixels as the rows of one matrix.
+  static ImagesInLayout as_rows(const Images<const Scalar>& source) {
+    return ImagesInLayout(source, true, !source.channels_last || !are_dense(source));
   }
 
   Images<const Scalar> images;
 
  private:
-  bool differs(bool channels_last) const { return images.channels_last != channels_last && images.C > 1; }
+  ImagesInLayout(const Images<const Scalar>& source, bool channels_last, bool copies)
+      : images(source), copy_(copies ? source.N * source.C * source.H * source.W : 0) {
+    if (!copies) return;
+    const Images<Scalar> copy = {copy_.data(), source.C * source.H * source.W, source.N, source.C, source.H, source.W,
+                                 channels_last};
+    copy_images(source, copy);
+    images = {copy.data, copy.image_stride, copy.N, copy.C, copy.H, copy.W, channels_last};
+  }
   Scratch<Scalar> copy_;
 };
 
