@@ -247,11 +247,12 @@ def write_plot(run: Run, path: Path) -> None:
     axes.tick_params(left=False)
     axes.set_xlabel("PyTorch's time over ours (right of the line: dlkernels is faster)")
     facts = run.environment
-    axes.set_title(
+    figure.suptitle(
         f"dlkernels {facts['dlkernels']} ({facts['isa']}) and PyTorch {facts['torch']}\n"
         f"{facts['processor']}, {facts['threads']} threads; geometric mean over each class's shapes",
         fontsize=10,
-        loc="left",
+        x=0.01,
+        horizontalalignment="left",
     )
     figure.legend(loc="outside lower right", ncols=2, frameon=False, fontsize=9)
     figure.savefig(path, dpi=160)
