@@ -16,7 +16,7 @@
 // fill the lanes and lie there in memory. 3x3 kernels at stride one take a third of the multiplications, forward and
 // for both gradients (conv2d_winograd.cc). With one channel per group there is no product: lanes are channels, and each
 // tap is a multiply-add (conv2d_depthwise.cc). The gradient of the weight is a product whose depth is the pixels
-// (conv2d_weight_gradient.cc).
+// (conv2d_weight_gradient.cc; conv2d_weight_gradient_tiles.cc on matrix units).
 //
 // 2 N K output_H output_W C/groups kernel_H kernel_W operations each way. Both layouts share every sum.
 #include "conv2d_parts.h"

@@ -94,18 +94,20 @@ int64_t images_that_fit(int64_t channels, int64_t window_pixels) {
   return kWindowBytes / (channels * window_pixels * static_cast<int64_t>(sizeof(T)));
 }
 
-inline constexpr int64_t kFewestTileChannels = 16;  // in or out: with fewer, most of a tile would be padding
+// Below these sizes most of a tile would be padding: channels in or out, and pixels of the batch.
+inline constexpr int64_t kFewestTileChannels = 16, kFewestTilePixels = 64;
 
-// Whether a gradient of the output holds no infinity and no NaN.
+// Whether an infinity or a NaN of a gradient of the output would be multiplied by padding, which would be NaN.
 template <class Scalar>
-bool is_finite_output(const Conv2dGeometry& g, const Scalar* grad_output) {
+bool spoils_padding(const Conv2dGeometry& g, const Grid& grid, const Scalar* grad_output) {
+  if (!grid.reads_padding({0, 0, 0, g.N, g.output_H, g.output_W}, g.H, g.W)) return false;
   bool finite = true;
   const int64_t size = g.K * g.output_H * g.output_W;
   parallel_for(g.N, ceil_div(1 << 16, size), [&](int64_t n) {
     if (all_finite(grad_output + n * g.output_image_stride, size)) return;
     __atomic_store_n(&finite, false, __ATOMIC_RELAXED);
   });
-  return finite;
+  return !finite;
 }
 
 // Whether the outputs of a block are a matrix [pixel][channel] of sums in place, with a constant distance between

@@ -10,8 +10,6 @@
 namespace dlkernels::DLKERNELS_ISA {
 namespace {
 
-constexpr int64_t kFewestPixels = 64;
-
 template <class Scalar>
 bool is_pointwise(const Convolution<Scalar>& c) {
   const Grid& grid = c.grid;
@@ -25,7 +23,7 @@ bool is_pointwise(const Convolution<Scalar>& c) {
 template <class Scalar>
 bool convolve_pointwise(const Convolution<Scalar>& c) {
   if (!is_pointwise(c) || c.input.C < kFewestTileChannels || c.output.C < kFewestTileChannels ||
-      c.input.N * c.input.H * c.input.W < kFewestPixels) {
+      c.input.N * c.input.H * c.input.W < kFewestTilePixels) {
     return false;
   }
   if constexpr (kHasTiles && !std::is_same_v<Scalar, double>) {

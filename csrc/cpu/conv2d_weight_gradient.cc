@@ -340,9 +340,7 @@ class DenseWeightGradient {
 // Pairs need output channels for their lanes, and cannot leave out the padding where a gradient is not finite.
 template <class Scalar>
 bool can_take_pairs(const Conv2dGeometry& g, const Grid& grid, const Scalar* grad_output) {
-  if (g.K / g.groups < Vec<accumulate_t<Scalar>>::size) return false;
-  if (!grid.reads_padding({0, 0, 0, g.N, g.output_H, g.output_W}, g.H, g.W)) return true;
-  return is_finite_output(g, grad_output);
+  return g.K / g.groups >= Vec<accumulate_t<Scalar>>::size && !spoils_padding(g, grid, grad_output);
 }
 
 }  // namespace

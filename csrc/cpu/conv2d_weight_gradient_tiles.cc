@@ -8,30 +8,21 @@
 #include "gemm.h"
 
 namespace dlkernels::DLKERNELS_ISA {
-namespace {
-
-constexpr int64_t kFewestPixels = 64;
-
-// Padding times what is not finite would be NaN.
-template <class Scalar>
-bool meets_padding(const Conv2dGeometry& g, const Grid& grid, const Scalar* grad_output) {
-  return grid.reads_padding({0, 0, 0, g.N, g.output_H, g.output_W}, g.H, g.W) && !is_finite_output(g, grad_output);
-}
-
-}  // namespace
 
 template <class Scalar>
 bool weight_gradient_on_tiles(const Conv2dBackwardArgs& args) {
   const Conv2dGeometry& g = args.geometry;
   const int64_t pixels = g.N * g.output_H * g.output_W;
-  if (g.groups > 1 || g.C < kFewestTileChannels || g.K < kFewestTileChannels || pixels < kFewestPixels) return false;
+  if (g.groups > 1 || g.C < kFewestTileChannels || g.K < kFewestTileChannels || pixels < kFewestTilePixels) {
+    return false;
+  }
   if constexpr (kHasTiles && !std::is_same_v<Scalar, double>) {
     Scratch<Tap> taps(g.kernel_H * g.kernel_W);
     Phase phase;
     const Grid grid = forward_grid(g, g.grad_weight_strides, taps.data(), &phase);
     const auto* grad_output = static_cast<const Scalar*>(args.grad_output);
     const Images<const Scalar> outputs = output_images(g, grad_output);
-    if (meets_padding(g, grid, grad_output)) return false;
+    if (spoils_padding(g, grid, grad_output)) return false;
     const Images<const Scalar> inputs = input_images(g, static_cast<const Scalar*>(args.input));
     const auto input = ImagesInLayout<Scalar>::as_rows(inputs), gradient = ImagesInLayout<Scalar>::as_rows(outputs);
     const bool in_place =

@@ -211,25 +211,6 @@ inline void run_product(int64_t M, int64_t N, int64_t K, BlockShape shape, Multi
 
 // ---- on matrix units (split.h) -----------------------------------------------------------------------------------
 
-// A block whose rows cannot be split: B is packed again as float32. Infinities, NaN and the largest numbers are rare.
-template <class ScalarA, class ScalarB>
-inline void multiply_unsplit_block(Matrix<ScalarA> a, Matrix<ScalarB> b, const ProductBlock& block, float* c,
-                                   int64_t c_row_stride) {
-  const Scratch<float> left(block.rows * kDepthBlock),
-      right(round_up(block.columns, kTileColumns<float>) * kDepthBlock);
-  for (int64_t k = block.k_begin; k < block.k_end; k += kDepthBlock) {
-    const int64_t depth = min_of(kDepthBlock, block.k_end - k);
-    int64_t a_row_stride;
-    const float* a_rows = rows_of<float>(a.at(block.i, k), block.rows, depth, left.data(), &a_row_stride);
-    for (int64_t j = 0; j < block.columns; j += kTileColumns<float>) {
-      pack_rows(b.at(k, block.j + j), depth, min_of(kTileColumns<float>, block.columns - j), right.data() + j * depth,
-                kTileColumns<float>);
-    }
-    multiply<float>(block.rows, block.columns, depth, a_rows, a_row_stride, packed_panels<float>(right.data(), depth),
-                    c, c_row_stride, k > block.k_begin);
-  }
-}
-
 // Whether the rows of a left operand are units as they lie: bfloat16, line by line. Rows a multiple of 2 KB apart would
 // share a set of the first-level cache.
 template <int Planes, class Scalar>
@@ -261,7 +242,8 @@ inline void multiply_block_on_tiles(Matrix<ScalarA> a, Matrix<ScalarB> b, const 
                              min_of(kSplitColumns, block.columns - j), right.data() + j / kSplitColumns * units + u);
       }
     }
-    if (!split) return multiply_unsplit_block(a, b, block, c, c_row_stride);
+    // Infinities, NaN and the largest numbers are rare: the block begins anew.
+    if (!split) return multiply_block<float>(a, b, block, c, c_row_stride);
     for (int64_t u = 0; u < depth_units; u += kRunUnits<Planes>) {
       const UnitSegment run = {min_of(kRunUnits<Planes>, depth_units - u), u, u};
       for (int64_t i = 0; i < block.rows; i += kSplitRows) {
