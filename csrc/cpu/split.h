@@ -163,6 +163,14 @@ DLKERNELS_INLINE void load_lines(Matrix<bfloat16> m, int64_t rows, int64_t colum
     pack_rows(m, rows, columns, elements, 2 * VecF::size);
     m = {elements, 2 * VecF::size, 1};
   }
+  if (rows >= VecF::size && columns >= 2 * VecF::size) {
+    for (int64_t i = 0; i < VecF::size; ++i) {
+      const bfloat16* row = m.data + i * m.row_stride;
+      __builtin_prefetch(row + ahead);
+      lines[i] = load(reinterpret_cast<const float*>(row));
+    }
+    return;
+  }
   const int64_t first = min_of(columns, VecF::size), second = columns - first;
   for (int64_t i = 0; i < VecF::size; ++i) {
     const bfloat16* row = m.data + i * m.row_stride;
@@ -178,6 +186,24 @@ DLKERNELS_INLINE void load_pairs(Matrix<bfloat16> m, int64_t rows, int64_t colum
   transpose_square(lines);
 }
 
+// Rows of bfloat16 as units of one plane: a copy, row by row.
+inline void copy_left(Matrix<bfloat16> a, int64_t rows, int64_t depth, LeftUnit<1>* units, int64_t unit_stride) {
+  constexpr int64_t rows_ahead = 4;
+  for (int64_t i = 0; i < round_up(rows, kTileHeight); ++i) {
+    const bfloat16* row = a.data + i * a.row_stride;
+    LeftUnit<1>* out = units + i * unit_stride;
+    for (int64_t k = 0; k < depth; k += kTileDepth) {
+      __builtin_prefetch(row + rows_ahead * a.row_stride + k);
+      const int64_t count = i < rows ? min_of(kTileDepth, depth - k) : 0;
+      const int64_t first = min_of(count, VecF::size);
+      const Line line = count == kTileDepth ? load(reinterpret_cast<const float*>(row + k))
+                                            : line_up(load_half_bits(row + k, first),
+                                                      load_half_bits(row + k + VecF::size, count - first));
+      store(reinterpret_cast<float*>(out[k / kTileDepth].plane[0]), line);
+    }
+  }
+}
+
 template <int Planes, class Scalar>
 constexpr bool kStaysOnePlane = Planes == 1 && std::is_same_v<Scalar, bfloat16>;
 
@@ -189,6 +215,12 @@ template <int Planes, class Scalar>
 inline bool split_left(Matrix<Scalar> a, int64_t rows, int64_t depth, LeftUnit<Planes>* units, int64_t unit_stride) {
   VecF spoilt = VecF::zero();
   const int64_t ahead = kTileHeight * a.row_stride;
+  if constexpr (detail::kStaysOnePlane<Planes, Scalar>) {
+    if (a.column_stride == 1) {
+      detail::copy_left(a, rows, depth, units, unit_stride);
+      return true;
+    }
+  }
   for (int64_t i = 0; i < rows; i += kTileHeight) {
     for (int64_t k = 0; k < depth; k += kTileDepth) {
       LeftUnit<Planes>* out = units + i * unit_stride + k / kTileDepth;
@@ -312,25 +344,32 @@ DLKERNELS_INLINE void add_segments(Tiles& tiles, LeftRows<Planes> left, const Ri
   }
 }
 
+// sum = (its old value +) the product, in one run.
 template <int Planes, int RowTiles, int ColumnTiles>
 void multiply_tiles(Tiles& tiles, LeftRows<Planes> left, const RightUnit<Planes>* right, const UnitSegment* segments,
-                    int64_t segment_count, float* sums) {
-  tiles.clear<0>();
-  if constexpr (ColumnTiles > 1) tiles.clear<1>();
-  if constexpr (RowTiles > 1) tiles.clear<2>();
-  if constexpr (RowTiles > 1 && ColumnTiles > 1) tiles.clear<3>();
+                    int64_t segment_count, float* sum, int64_t row_stride, bool accumulate) {
+  const int64_t row_bytes = row_stride * static_cast<int64_t>(sizeof(float));
+  auto at = [=](int64_t row, int64_t column) { return sum + row * kTileHeight * row_stride + column * kTileHeight; };
+  if (accumulate) {
+    tiles.load<0>(at(0, 0), row_bytes);
+    if constexpr (ColumnTiles > 1) tiles.load<1>(at(0, 1), row_bytes);
+    if constexpr (RowTiles > 1) tiles.load<2>(at(1, 0), row_bytes);
+    if constexpr (RowTiles > 1 && ColumnTiles > 1) tiles.load<3>(at(1, 1), row_bytes);
+  } else {
+    tiles.clear<0>();
+    if constexpr (ColumnTiles > 1) tiles.clear<1>();
+    if constexpr (RowTiles > 1) tiles.clear<2>();
+    if constexpr (RowTiles > 1 && ColumnTiles > 1) tiles.clear<3>();
+  }
   // The small terms of the whole run first: they hardly round, and the large ones then round as often as in float32.
   constexpr int last = Terms<Planes>::count - 1;
   if constexpr (last > 0)
     add_segments<Planes, RowTiles, ColumnTiles, 0, last>(tiles, left, right, segments, segment_count);
   add_segments<Planes, RowTiles, ColumnTiles, last, last + 1>(tiles, left, right, segments, segment_count);
-  constexpr int64_t row_bytes = kSplitColumns * 4;
-  tiles.store<0>(sums, row_bytes);
-  if constexpr (ColumnTiles > 1) tiles.store<1>(sums + kTileHeight, row_bytes);
-  if constexpr (RowTiles > 1) tiles.store<2>(sums + kTileHeight * kSplitColumns, row_bytes);
-  if constexpr (RowTiles > 1 && ColumnTiles > 1) {
-    tiles.store<3>(sums + kTileHeight * kSplitColumns + kTileHeight, row_bytes);
-  }
+  tiles.store<0>(at(0, 0), row_bytes);
+  if constexpr (ColumnTiles > 1) tiles.store<1>(at(0, 1), row_bytes);
+  if constexpr (RowTiles > 1) tiles.store<2>(at(1, 0), row_bytes);
+  if constexpr (RowTiles > 1 && ColumnTiles > 1) tiles.store<3>(at(1, 1), row_bytes);
 }
 
 }  // namespace detail
@@ -341,14 +380,23 @@ template <int Planes>
 inline void multiply_split(Tiles& tiles, int64_t rows, int64_t columns, LeftRows<Planes> left,
                            const RightUnit<Planes>* right, const UnitSegment* segments, int64_t segment_count, float* c,
                            int64_t c_row_stride, bool accumulate) {
+  const bool is_whole = rows % kTileHeight == 0 && columns % kTileHeight == 0;
+  // Of three planes a run is summed apart: its small terms are not to meet a large sum.
+  const bool in_place = is_whole && (Planes < 3 || !accumulate);
   alignas(64) float sums[kSplitRows * kSplitColumns];
+  float* to = in_place ? c : sums;
+  const int64_t stride = in_place ? c_row_stride : kSplitColumns;
+  const bool adds = in_place && accumulate;
   if (rows > kTileHeight) {
-    columns > kTileHeight ? detail::multiply_tiles<Planes, 2, 2>(tiles, left, right, segments, segment_count, sums)
-                          : detail::multiply_tiles<Planes, 2, 1>(tiles, left, right, segments, segment_count, sums);
+    columns > kTileHeight
+        ? detail::multiply_tiles<Planes, 2, 2>(tiles, left, right, segments, segment_count, to, stride, adds)
+        : detail::multiply_tiles<Planes, 2, 1>(tiles, left, right, segments, segment_count, to, stride, adds);
   } else {
-    columns > kTileHeight ? detail::multiply_tiles<Planes, 1, 2>(tiles, left, right, segments, segment_count, sums)
-                          : detail::multiply_tiles<Planes, 1, 1>(tiles, left, right, segments, segment_count, sums);
+    columns > kTileHeight
+        ? detail::multiply_tiles<Planes, 1, 2>(tiles, left, right, segments, segment_count, to, stride, adds)
+        : detail::multiply_tiles<Planes, 1, 1>(tiles, left, right, segments, segment_count, to, stride, adds);
   }
+  if (in_place) return;
   for (int64_t i = 0; i < rows; ++i) {
     float* out = c + i * c_row_stride;
     const float* sum = sums + i * kSplitColumns;
