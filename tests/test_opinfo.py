@@ -15,8 +15,8 @@ from .cases import OpInfoEntry, opinfo_entries, outputs_of
 OPERATORS = {f"{op.name}{'.' + op.variant_test_name if op.variant_test_name else ''}": op for op in op_db}
 
 
-def is_half(value: object) -> bool:
-    return isinstance(value, torch.Tensor) and value.dtype in (torch.bfloat16, torch.float16)
+def is_inexact(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and value.dtype in (torch.bfloat16, torch.float16, torch.float32)
 
 
 entries = pytest.mark.parametrize("entry", opinfo_entries(), ids=str)
@@ -48,9 +48,9 @@ def test_every_sample_gives_what_torch_gives(entry: OpInfoEntry, dtype: torch.dt
     samples = list(op.sample_inputs("cpu", dtype, requires_grad=True))
     assert samples
     for number, sample in enumerate(samples):
-        # Half types are held to the float64 result: torch's own may be further off than its tolerance.
-        exact = sample.transform(lambda t: t.detach().double().requires_grad_(t.requires_grad) if is_half(t) else t)
-        if "options" in exact.kwargs and is_half(sample.input):
+        # Held to the float64 result: torch's own, in fewer bits, may be further off than its tolerance.
+        exact = sample.transform(lambda t: t.detach().double().requires_grad_(t.requires_grad) if is_inexact(t) else t)
+        if "options" in exact.kwargs and is_inexact(sample.input):
             exact.kwargs["options"] = None  # torch cuts logits into chunks in half types only
         results = []
         for function, s in ((entry.function, sample), (op, exact)):

@@ -34,8 +34,10 @@ DLKERNELS_INLINE VecF round_to_integer(VecF a) {
 }
 
 // e^x = 2^n e^r, n = round(x / ln 2), |r| <= ln 2 / 2, e^r by a polynomial of degree 6.
-DLKERNELS_INLINE VecF exp(VecF x) {
-  x = min(VecF(89.0f), max(VecF(-104.0f), x));  // beyond these the result is infinite or zero; NaN stays
+struct PowerOfE {
+  VecF p, n;  // e^r, n
+};
+DLKERNELS_INLINE PowerOfE split_exp(VecF x) {
   const VecF n = round_to_integer(x * VecF(1.44269504088896341f));
   VecF r = fma(n, VecF(-0.693359375f), x);
   r = fma(n, VecF(2.12194440e-4f), r);
@@ -45,11 +47,24 @@ DLKERNELS_INLINE VecF exp(VecF x) {
   p = fma(p, r, VecF(4.1665795894e-2f));
   p = fma(p, r, VecF(1.6666665459e-1f));
   p = fma(p, r, VecF(5.0000001201e-1f));
-  p = fma(p, r * r, r) + VecF(1.0f);
-  return scale_by_power_of_two(p, n);
+  return {fma(p, r * r, r) + VecF(1.0f), n};
+}
+DLKERNELS_INLINE VecF exp(VecF x) {
+  const PowerOfE power = split_exp(min(VecF(89.0f), max(VecF(-104.0f), x)));  // infinite or zero beyond; NaN stays
+  return scale_by_power_of_two(power.p, power.n);
+}
+// The same for x <= 0, zero where it is no normal number: a processor takes some 150 cycles to make a subnormal one,
+// and what a softmax masks is e^-inf.
+DLKERNELS_INLINE VecF exp_of_negative(VecF x) {
+  const VecF smallest = -87.33654f;
+  const PowerOfE power = split_exp(max(smallest, x));
+  return select(x < smallest, VecF::zero(), scale_by_power_of_two(power.p, power.n));
 }
 DLKERNELS_INLINE VecD exp(VecD x) {
   return map_lanes(x, [](double v) { return __builtin_exp(v); });
+}
+DLKERNELS_INLINE VecD exp_of_negative(VecD x) {
+  return exp(x);
 }
 
 // log x = n ln 2 + log m, sqrt(1/2) <= m < sqrt(2).

@@ -80,7 +80,7 @@ CASES = [
     _case("padding_mask", _build((2, 2, 6, 8), (2, 2, 5, 8), (2, 2, 5, 8), bool_mask=(2, 1, 1, 5))),
     _case("float_mask", _build((2, 3, 4, 8), (2, 3, 5, 8), (2, 3, 5, 8), float_mask=(3, 4, 5)), primary=True),
     _case("long_float_mask", _build((2, 2, 150, 8), (2, 2, 260, 8), (2, 2, 260, 8), float_mask=(2, 1, 1, 260))),
-    _case("broadcast_batch", _build((3, 1, 4, 8), (2, 5, 8), (3, 2, 5, 8))),
+    _case("broadcast_batch", _build((3, 1, 12, 8), (2, 9, 8), (3, 2, 9, 8))),
 ]
 
 
