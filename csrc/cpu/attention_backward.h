@@ -255,11 +255,10 @@ class BackwardBlocks {
   template <bool kBias, bool kKeep>
   DLKERNELS_INLINE void weigh(const Queries& queries, int64_t k, int64_t q, T factor, Vec<T>& weight, Vec<T>& slope) {
     const int64_t at = k * kStride + q;
-    // As forward has it: a mask is added before the maximum is taken off.
-    const Vec<T> scale = static_cast<T>(args_.scale), score = load(scores_.data() + at),
-                 top = load(queries.row_max + q);
-    const Vec<T> shifted = kBias ? fma(score, scale, load(bias_.data() + at)) - top : fma(score, scale, -top);
-    const Vec<T> p = exp_of_negative(shifted) * load(queries.row_factor + q);
+    Vec<T> score = load(scores_.data() + at);
+    T scale = static_cast<T>(args_.scale);
+    if constexpr (kBias) score = fma(score, Vec<T>(scale), load(bias_.data() + at)), scale = 1;  // as forward does
+    const Vec<T> p = Weights<Products>(scale)(score, load(queries.row_max + q)) * load(queries.row_factor + q);
     Vec<T> dp = load(weight_gradient_.data() + at);
     weight = p;
     if constexpr (kKeep) {

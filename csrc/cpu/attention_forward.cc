@@ -127,10 +127,11 @@ class ForwardTask {
   template <bool kKeep>
   T exponentiate_row(const T* scores, int64_t count, int64_t keys, T scale, T shift, Left* weights) {
     constexpr int64_t lanes = Vec<T>::size;
-    const Vec<T> factors = scale, shifts = shift, zero = Vec<T>::zero();
+    const Weights<Products> weight_of(scale);
+    const Vec<T> shifts = shift, zero = Vec<T>::zero();
     Vec<T> first_sum = zero, second_sum = zero, check = zero;  // weights can always be split
     auto weigh = [&](int64_t i, Vec<T>& sum) {
-      const Vec<T> p = exp_of_negative(fma(load(scores + i), factors, -shifts));
+      const Vec<T> p = weight_of(load(scores + i), shifts);
       sum += p;
       if constexpr (kKeep) return p * load(keep_.data() + i);
       return p;

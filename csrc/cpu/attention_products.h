@@ -21,9 +21,10 @@ class MultiplyAdds {
   using Sum = accumulate_t<Factor>;
   using Left = Factor;
   using Right = Factor;
-  static constexpr int64_t kRowStep = 1, kColumnRoom = 1;       // of sums
-  static constexpr int64_t kColumnStep = kTileColumns<Factor>;  // where a part of a right operand may begin
-  static constexpr int64_t kDepthStep = Step<Factor>::depth;    // and of either, along the depth
+  static constexpr int64_t kRowStep = 1, kColumnRoom = 1;               // of sums
+  static constexpr int64_t kColumnStep = kTileColumns<Factor>;          // where a part of a right operand may begin
+  static constexpr int64_t kDepthStep = Step<Factor>::depth;            // and of either, along the depth
+  static constexpr bool kRoundsWeights = sizeof(Factor) < sizeof(Sum);  // to bfloat16
 
   struct LeftRows {
     Left* data;
@@ -109,6 +110,7 @@ class TileProducts {
   using Right = RightUnit<Planes>;
   static constexpr int64_t kRowStep = kTileHeight, kColumnRoom = kTileHeight;
   static constexpr int64_t kColumnStep = kSplitColumns, kDepthStep = kTileDepth;
+  static constexpr bool kRoundsWeights = Planes == 1;
   static_assert(kTileDepth == kOperandStep);
 
   struct LeftRows {
@@ -198,12 +200,18 @@ class TileProducts {
   static void turn_unit(LeftRows left, int64_t depth, Right* unit) {
     for (int64_t plane = 0; plane < Planes; ++plane) {
       for (int64_t tile = 0; tile < 2; ++tile) {
+        auto half_line = [&](int64_t row) {
+          return load_half_bits(left.data[row * left.row_stride].plane[plane] + tile * kTileHeight);
+        };
         for (int64_t pair = 0; pair < kTileHeight; ++pair) {
-          HalfBits halves[2] = {};
-          for (int64_t row = 2 * pair; row < min_of(2 * pair + 2, depth); ++row) {
-            halves[row % 2] = load_half_bits(left.data[row * left.row_stride].plane[plane] + tile * kTileHeight);
+          const int64_t even = 2 * pair, odd = 2 * pair + 1;
+          detail::Line line = detail::Line::zero();
+          if (odd < depth) {
+            line = detail::pair_up(half_line(even), half_line(odd));
+          } else if (even < depth) {
+            line = detail::pair_up(half_line(even), HalfBits{});
           }
-          store(reinterpret_cast<float*>(unit->plane[plane][tile][pair]), detail::pair_up(halves[0], halves[1]));
+          store(reinterpret_cast<float*>(unit->plane[plane][tile][pair]), line);
         }
       }
     }
@@ -213,6 +221,28 @@ class TileProducts {
   bool is_exact_ = true;
 };
 
+// The weights of a softmax as products take them: exp(scale * score - shift). Where they are rounded to bfloat16 next,
+// a coarse power of two does.
+template <class Products>
+class Weights {
+ public:
+  using T = typename Products::Sum;
+  explicit DLKERNELS_INLINE Weights(T scale) : scale_(kIsCoarse ? scale * kLog2E : scale) {}
+
+  DLKERNELS_INLINE Vec<T> operator()(Vec<T> score, Vec<T> shift) const {
+    if constexpr (kIsCoarse) {
+      return coarse_exp2_of_negative(fma(score, scale_, -(shift * Vec<T>(kLog2E))));
+    } else {
+      return exp_of_negative(fma(score, scale_, -shift));
+    }
+  }
+
+ private:
+  static constexpr bool kIsCoarse = Products::kRoundsWeights;
+  static constexpr T kLog2E = static_cast<T>(1.44269504088896341);
+  Vec<T> scale_;
+};
+
 // Calls run(products) with a null pointer to the type of the fastest products for a block of this shape, and, where run
 // returns that they were not exact, again with multiply-adds.
 template <class Scalar, class Run>
@@ -220,10 +250,8 @@ inline void choose_products(int64_t queries, int64_t keys, int64_t head_size, in
   if constexpr (kHasTiles && std::is_same_v<accumulate_t<Scalar>, float>) {
     // Below these most of a tile would be padding.
     if (queries >= kTileHeight / 2 && min_of(keys, min_of(head_size, value_size)) >= kTileHeight) {
-      const int planes = planes_of<Scalar>();
-      const bool is_exact = planes == 1   ? run(static_cast<TileProducts<1>*>(nullptr))
-                            : planes == 2 ? run(static_cast<TileProducts<2>*>(nullptr))
-                                          : run(static_cast<TileProducts<3>*>(nullptr));
+      const bool is_exact =
+          with_planes<Scalar>([&](auto planes) { return run(static_cast<TileProducts<planes()>*>(nullptr)); });
       if (is_exact) return;
     }
   }

@@ -15,12 +15,14 @@
 namespace dlkernels::DLKERNELS_ISA {
 namespace {
 
-template <class Scalar>
+template <class Scalar, int Planes>
 class BackwardPass {
+  static constexpr bool kOnTiles = Planes > 0;
   using T = accumulate_t<Scalar>;
   using Factor = factor_t<Scalar>;
   static constexpr int64_t kWidth = kTileColumns<T>;
   static constexpr bool kRounds = sizeof(T) != sizeof(Scalar);
+  static constexpr int64_t kRowStep = kOnTiles ? kTileHeight : kTileRows;
 
  public:
   explicit BackwardPass(const LstmBackwardArgs& args)
@@ -30,8 +32,8 @@ class BackwardPass {
         H_(layer_.hidden_size),
         outputs_(layer_.projection_size > 0 ? layer_.projection_size : layer_.hidden_size),
         few_rows_(!kRounds && layer_.rows <= kFewRows),
-        w_hh_({static_cast<const Scalar*>(layer_.w_hh), outputs_, 1}, kGates * H_, outputs_,
-              few_rows_ && layer_.steps <= kFewSteps),
+        w_hh_({static_cast<const Scalar*>(layer_.w_hh), outputs_, 1}, kOnTiles ? 0 : kGates * H_,
+              kOnTiles ? 0 : outputs_, few_rows_ && layer_.steps <= kFewSteps),
         w_hr_({static_cast<const Scalar*>(layer_.w_hr), H_, 1}, layer_.projection_size,
               layer_.projection_size > 0 ? H_ : 0, few_rows_ && layer_.steps <= kFewSteps),
         c0_(layer_.c0, layer_.batch * H_),
@@ -44,28 +46,39 @@ class BackwardPass {
         grad_unprojected_(layer_.projection_size > 0 ? layer_.batch * H_ : 0),
         grad_hidden_(layer_.projection_size > 0 ? layer_.rows * outputs_ : 0),
         gates_(static_cast<const T*>(args.gates)),
-        cells_(static_cast<const T*>(args.cells)) {}
+        cells_(static_cast<const T*>(args.cells)),
+        gate_depth_(round_up(H_, kTileDepth)),
+        later_gates_(layer_.batch, kGates * gate_depth_),
+        units_(kOnTiles ? ceil_div(outputs_, kSplitColumns) * later_gates_.units() : 0) {}
 
-  void run() {
+  // Returns false where a number cannot be split for tiles: the gradients are to be computed again.
+  bool run() {
+    if constexpr (kOnTiles) {
+      if (!split_weights()) return false;
+    }
     start_from(args_.grad_h_n, layer_.batch * outputs_, grad_h_.data());
     start_from(args_.grad_c_n, layer_.batch * H_, grad_c_.data());
     const int64_t members = members_for(layer_, ceil_div(outputs_, kWidth), kGates * H_, outputs_);
     run_members(members, [&](const Member& member) {
       if (joined_rows_.data() != nullptr) join_rows(member);
+      std::conditional_t<kOnTiles, Tiles, NoTiles> tiles;
+      Vec<T> spoilt = Vec<T>::zero();
       for (int64_t turn = layer_.steps - 1; turn >= 0; --turn) {
-        step(member, turn);
+        step(member, turn, tiles, spoilt);
         member.meet();
         if (layer_.projection_size > 0) {
-          unproject(member, turn);
+          unproject(member, turn, spoilt);
           member.meet();
         }
       }
-      if (args_.grad_h0 != nullptr) step(member, -1);
+      if (args_.grad_h0 != nullptr) step(member, -1, tiles, spoilt);
+      if (reduce_add(spoilt) != T(0)) __atomic_store_n(&is_exact_, false, __ATOMIC_RELAXED);
       if (args_.grad_bias != nullptr) sum_bias(member);
       if constexpr (!kRounds) {
         if (few_rows_) finish_few_rows(member);
       }
     });
+    if (!is_exact_) return false;
     if (args_.grad_h0 != nullptr) {
       narrow_row(grad_h_.data(), layer_.batch * outputs_, static_cast<Scalar*>(args_.grad_h0));
     }
@@ -74,6 +87,7 @@ class BackwardPass {
     }
     if (!few_rows_) finish_many_rows();
     if (args_.grad_w_hr != nullptr) finish_projection();
+    return true;
   }
 
  private:
@@ -84,24 +98,28 @@ class BackwardPass {
 
   // dh before this turn's output gradient, from the turn taken after it, and without a projection the cells' part too.
   // Turn -1 leaves the gradient of h0.
-  void step(const Member& member, int64_t turn) {
+  template <class TilesOrNone>
+  void step(const Member& member, int64_t turn, TilesOrNone& tiles, Vec<T>& spoilt) {
     const int64_t later_rows = turn + 1 < layer_.steps ? sequence_.size(turn + 1) : 0;
     const int64_t rows = turn >= 0 ? sequence_.size(turn) : 0;
     const Factor* later = later_rows > 0 ? grad_gates_.data() + sequence_.offset(turn + 1) * kGates * H_ : nullptr;
-    visit_share(member, {outputs_, kWidth, max_of(rows, later_rows)}, turn % 2 == 0,
+    visit_share(member, {outputs_, kWidth, max_of(rows, later_rows), kRowStep}, turn % 2 == 0,
                 [&](int64_t panel, int64_t row, int64_t count) {
                   const int64_t j = panel * kWidth, columns = min_of(kWidth, outputs_ - j);
-                  if (row < later_rows) {
+                  T* grad_h = grad_h_.data() + row * outputs_ + j;
+                  if (row < later_rows && kOnTiles) {
+                    multiply_weights(tiles, turn + 1, row, min_of(count, later_rows - row), j, columns, grad_h);
+                  } else if (row < later_rows) {
                     multiply_deep(
                         min_of(count, later_rows - row), columns, kGates * H_,
-                        [&](int64_t i) { return later + (row + i) * kGates * H_; }, w_hh_.panel(panel),
-                        grad_h_.data() + row * outputs_ + j, outputs_);
+                        [&](int64_t i) { return later + (row + i) * kGates * H_; }, w_hh_.panel(panel), grad_h,
+                        outputs_);
                   }
                   for (int64_t i = row; i < min_of(row + count, rows); ++i) {
                     if (layer_.projection_size > 0) {
                       add_grad_output(turn, i, j, columns);
                     } else {
-                      differentiate_cells(turn, i, j, columns);
+                      differentiate_cells(turn, i, j, columns, spoilt);
                     }
                   }
                 });
@@ -122,20 +140,55 @@ class BackwardPass {
   }
 
   // With a projection: the gradient of r_t = dh_t W_hr, then the cells' part.
-  void unproject(const Member& member, int64_t turn) {
+  void unproject(const Member& member, int64_t turn, Vec<T>& spoilt) {
     const Factor* grad_hidden = grad_hidden_.data() + sequence_.offset(turn) * outputs_;
-    visit_share(member, {H_, kWidth, sequence_.size(turn)}, turn % 2 == 0,
+    visit_share(member, {H_, kWidth, sequence_.size(turn), kTileRows}, turn % 2 == 0,
                 [&](int64_t panel, int64_t row, int64_t count) {
                   const int64_t j = panel * kWidth, columns = min_of(kWidth, H_ - j);
                   multiply_deep(
                       count, columns, outputs_, [&](int64_t i) { return grad_hidden + (row + i) * outputs_; },
                       w_hr_.panel(panel), grad_unprojected_.data() + row * H_ + j, H_);
-                  for (int64_t i = row; i < row + count; ++i) differentiate_cells(turn, i, j, columns);
+                  for (int64_t i = row; i < row + count; ++i) differentiate_cells(turn, i, j, columns, spoilt);
                 });
   }
 
+  // On tiles: units_[32 outputs][unit of the depth], where every gate begins a unit.
+  bool split_weights() {
+    const int64_t panels = ceil_div(outputs_, kSplitColumns), units = later_gates_.units();
+    const Scratch<uint8_t> is_split(panels);
+    parallel_for(panels, 1, [&](int64_t panel) {
+      bool split = true;
+      for (int64_t unit = 0; unit < units; ++unit) {
+        const int64_t gate = unit * kTileDepth / gate_depth_, k = unit * kTileDepth % gate_depth_;
+        const Matrix<Scalar> weight = {static_cast<const Scalar*>(layer_.w_hh), outputs_, 1};
+        split &=
+            split_right(weight.at(gate * H_ + k, panel * kSplitColumns), min_of(kTileDepth, H_ - k),
+                        min_of(kSplitColumns, outputs_ - panel * kSplitColumns), units_.data() + panel * units + unit);
+      }
+      is_split[panel] = split;
+    });
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      if (!is_split[panel]) return false;
+    }
+    return true;
+  }
+
+  // dh[i][j ...] = da_(row + i) W_hh of a turn.
+  template <class TilesOrNone>
+  void multiply_weights(TilesOrNone& tiles, int64_t turn, int64_t row, int64_t rows, int64_t j, int64_t columns,
+                        T* grad_h) {
+    if constexpr (kOnTiles) {
+      for (int64_t part = 0; part < columns; part += kSplitColumns) {
+        const int64_t panel = (j + part) / kSplitColumns;
+        multiply_turn<Planes>(tiles, rows, min_of(kSplitColumns, columns - part), later_gates_.units(),
+                              later_gates_.rows(turn, row), units_.data() + panel * later_gates_.units(), grad_h + part,
+                              outputs_);
+      }
+    }
+  }
+
   // da_t and the gradient of c_(t-1) for units [j, j + columns) of sequence i.
-  void differentiate_cells(int64_t turn, int64_t i, int64_t j, int64_t columns) {
+  void differentiate_cells(int64_t turn, int64_t i, int64_t j, int64_t columns, Vec<T>& spoilt) {
     const int64_t place = sequence_.offset(turn) + i;
     const T* c_before = state_before<T>(sequence_, turn, cells_, c0_.data(), H_)(i);
     const T* gates = gates_ + place * kGates * H_;
@@ -155,10 +208,15 @@ class BackwardPass {
       Vec<T> grad_hidden = load(grad_r + u, lanes);
       if (!projected) grad_hidden += grad_output(place * H_ + u, lanes);
       const Vec<T> grad_cell = fma(grad_hidden * out, one - squashed * squashed, load(grad_c + u, lanes));
-      store(grad_gates + u, grad_cell * candidate * in * (one - in), lanes);
-      store(grad_gates + H_ + u, grad_cell * before * forget * (one - forget), lanes);
-      store(grad_gates + 2 * H_ + u, grad_cell * in * (one - candidate * candidate), lanes);
-      store(grad_gates + 3 * H_ + u, grad_hidden * squashed * out * (one - out), lanes);
+      const Vec<T> gradients[kGates] = {
+          grad_cell * candidate * in * (one - in), grad_cell * before * forget * (one - forget),
+          grad_cell * in * (one - candidate * candidate), grad_hidden * squashed * out * (one - out)};
+      for (int64_t g = 0; g < kGates; ++g) {
+        store(grad_gates + g * H_ + u, gradients[g], lanes);
+        if constexpr (kOnTiles) {
+          split_vector<Planes>(gradients[g], later_gates_.row(turn, i), g * gate_depth_ + u, spoilt);
+        }
+      }
       store(grad_c + u, grad_cell * forget, lanes);
     }
   }
@@ -206,14 +264,15 @@ class BackwardPass {
     const int64_t inputs = layer_.input_size;
     if (T* grad_input = static_cast<T*>(args_.grad_input)) {
       const Panels<T> weight = plain_panels<T>(w_ih().data, inputs);
-      visit_share(member, {inputs, kWidth, layer_.rows}, false, [&](int64_t panel, int64_t row, int64_t count) {
-        const int64_t j = panel * kWidth;
-        const Panels<T> part = {weight.data + j, weight.row_stride, weight.panel_stride};
-        multiply_deep(
-            count, min_of(kWidth, inputs - j), kGates * H_,
-            [&](int64_t i) { return grad_gates_.data() + (row + i) * kGates * H_; }, part,
-            grad_input + row * inputs + j, inputs);
-      });
+      visit_share(member, {inputs, kWidth, layer_.rows, kTileRows}, false,
+                  [&](int64_t panel, int64_t row, int64_t count) {
+                    const int64_t j = panel * kWidth;
+                    const Panels<T> part = {weight.data + j, weight.row_stride, weight.panel_stride};
+                    multiply_deep(
+                        count, min_of(kWidth, inputs - j), kGates * H_,
+                        [&](int64_t i) { return grad_gates_.data() + (row + i) * kGates * H_; }, part,
+                        grad_input + row * inputs + j, inputs);
+                  });
     }
     Matrix<Scalar> input = {static_cast<const Scalar*>(layer_.input), layer_.input_row_stride, 1};
     Matrix<Scalar> hidden = {static_cast<const Scalar*>(layer_.h0), outputs_, 1};
@@ -295,6 +354,10 @@ class BackwardPass {
   Scratch<Factor> grad_hidden_;     // with a projection: of h_t, [rows][outputs]
   const T* gates_;
   const T* cells_;
+  int64_t gate_depth_;                // on tiles: H in whole units
+  TurnRows<Planes> later_gates_;      // on tiles: da of the turn taken before
+  Scratch<RightUnit<Planes>> units_;  // on tiles: W_hh
+  bool is_exact_ = true;
 };
 
 }  // namespace
@@ -302,7 +365,7 @@ class BackwardPass {
 void lstm_backward(const LstmBackwardArgs& args) {
   dispatch(args.layer.dtype, [&](auto* type) {
     using Scalar = std::remove_pointer_t<decltype(type)>;
-    BackwardPass<Scalar>(args).run();
+    choose_planes<Scalar>(args.layer, [&](auto planes) { return BackwardPass<Scalar, planes()>(args).run(); });
   });
 }
 

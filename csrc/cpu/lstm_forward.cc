@@ -14,8 +14,11 @@
 // written where the gates will be. Where even packing costs more than it saves, weights are read as they lie: few rows
 // in all take dot products with the rows of W_ih, few steps also with those of W_hh.
 //
+// On tiles (split.h) the weights are right units, two gates side by side, and the states of the turn before left rows:
+// every member splits the hidden states that it computes, once, for all.
+//
 // Half types: rows, weights and outputs are rounded; a_t and c_t stay float32, and so does the h_t that the next step
-// reads, unless products take pairs of bfloat16.
+// reads, unless bfloat16 is multiplied as it is.
 // Cost: 2 * 4H * (input + output) operations a row.
 #include "dots.h"
 #include "lstm_sequence.h"
@@ -26,13 +29,16 @@ namespace {
 
 // ---- the pass -------------------------------------------------------------------------------------------------------
 
-template <class Scalar>
+template <class Scalar, int Planes>
 class ForwardPass {
+  static constexpr bool kOnTiles = Planes > 0;
   using T = accumulate_t<Scalar>;
   using Factor = factor_t<Scalar>;
   static constexpr int64_t kUnits = Vec<T>::size;  // hidden units of a panel
   static constexpr int64_t kPanel = kGates * kUnits;
+  static constexpr int64_t kPairs = kGates / 2;  // of gates, whose units are the columns of a right unit of tiles
   static constexpr bool kWidens = !std::is_same_v<Scalar, Factor>;
+  static constexpr int64_t kRowStep = kOnTiles ? kTileHeight : kTileRows;
 
  public:
   explicit ForwardPass(const LstmForwardArgs& args)
@@ -43,14 +49,17 @@ class ForwardPass {
         outputs_(layer_.projection_size > 0 ? layer_.projection_size : layer_.hidden_size),
         few_rows_(layer_.rows <= kFewRows),
         few_steps_(few_rows_ && layer_.steps <= kFewSteps),
-        many_sequences_(!few_rows_ && !kHasTiles && layer_.batch >= kManySequences),
+        many_sequences_(!few_rows_ && layer_.batch >= kManySequences && (kOnTiles ? units_fit() : !kHasTiles)),
         padded_inputs_(many_sequences_ ? round_up(layer_.input_size, Step<Factor>::depth) : 0),
         bias_(kGates * H_),
         h0_(layer_.h0, layer_.batch * outputs_),
         c0_(layer_.c0, layer_.batch * H_),
-        rounded_from_(kWidens ? layer_.rows * outputs_ : 0),
+        rounded_from_(kWidens && !kOnTiles ? layer_.rows * outputs_ : 0),
         wide_input_(kWidens && many_sequences_ ? layer_.rows * layer_.input_size : 0),
-        weights_(few_steps_ ? 0 : round_up(H_, kUnits) * kGates * panel_depth()),
+        weights_(few_steps_ || kOnTiles ? 0 : round_up(H_, kUnits) * kGates * panel_depth()),
+        states_(layer_.batch, outputs_),
+        input_units_(kOnTiles && many_sequences_ ? ceil_div(layer_.input_size, kTileDepth) : 0),
+        units_(kOnTiles ? ceil_div(H_, kUnits) * kPairs * (input_units_ + states_.units()) : 0),
         unprojected_(layer_.projection_size > 0 ? layer_.batch * H_ : 0),
         gates_(static_cast<T*>(args.gates)),
         cells_(static_cast<T*>(args.cells)),
@@ -62,10 +71,15 @@ class ForwardPass {
     }
   }
 
-  void run() {
+  // Returns false where a number cannot be split for tiles: the results are to be computed again.
+  bool run() {
+    if constexpr (kOnTiles) {
+      if (!split_weights() || !split_initial_states()) return false;
+    } else if (!few_steps_) {
+      pack_weights();
+    }
     add_biases();
     if (!few_rows_ && !many_sequences_) multiply_input();
-    if (!few_steps_) pack_weights();
     const RightOperand<Scalar> projection({static_cast<const Scalar*>(layer_.w_hr), 1, H_}, H_, layer_.projection_size,
                                           false);
     const int64_t depth = outputs_ + (few_rows_ || many_sequences_ ? layer_.input_size : 0);
@@ -75,8 +89,9 @@ class ForwardPass {
         if (many_sequences_) widen_input(member);
       }
       member.meet();
+      std::conditional_t<kOnTiles, MemberTiles, NoTiles> tiles(*this);
       for (int64_t turn = 0; turn < layer_.steps; ++turn) {
-        step(member, turn);
+        step(member, turn, tiles);
         member.meet();
         if (layer_.projection_size > 0) {
           project(member, turn, projection);
@@ -85,6 +100,7 @@ class ForwardPass {
       }
     });
     copy_last_states();
+    return is_exact_;
   }
 
  private:
@@ -163,22 +179,99 @@ class ForwardPass {
     });
   }
 
+  // Whether the units of all weights stay in the second-level caches of two members.
+  bool units_fit() const {
+    constexpr int64_t bytes = 2560 << 10;
+    return kGates * H_ * (layer_.input_size + outputs_) * Planes * 2 <= bytes;
+  }
+
+  // On tiles: units_[block][pair of gates][unit of the depth], those of W_ih before those of W_hh.
+  const RightUnit<Planes>* units_of(int64_t block, int64_t pair) const {
+    return units_.data() + (block * kPairs + pair) * (input_units_ + states_.units());
+  }
+  bool split_weights() {
+    const Scratch<uint8_t> is_split(ceil_div(H_, kUnits));
+    parallel_for(ceil_div(H_, kUnits), 2, [&](int64_t block) {
+      const int64_t unit = block * kUnits, lanes = min_of(kUnits, H_ - unit);
+      bool split = true;
+      auto split_gate = [&](const void* weights, int64_t depth, int64_t gate, int64_t first_unit) {
+        const Matrix<Scalar> weight = {static_cast<const Scalar*>(weights) + (gate * H_ + unit) * depth, 1, depth};
+        auto* out = const_cast<RightUnit<Planes>*>(units_of(block, gate / 2)) + first_unit;
+        for (int64_t k = 0; k < depth; k += kTileDepth, ++out) {
+          split &= split_right_tile(weight.at(k, 0), min_of(kTileDepth, depth - k), lanes, 0, out, gate % 2);
+        }
+      };
+      for (int64_t gate = 0; gate < kGates; ++gate) {
+        if (many_sequences_) split_gate(layer_.w_ih, layer_.input_size, gate, 0);
+        split_gate(layer_.w_hh, outputs_, gate, input_units_);
+      }
+      is_split[block] = split;
+    });
+    for (int64_t block = 0; block < ceil_div(H_, kUnits); ++block) {
+      if (!is_split[block]) return false;
+    }
+    return true;
+  }
+
+  // Both turns hold h0, so that a sequence finds it whenever it begins.
+  bool split_initial_states() {
+    const Matrix<Scalar> h0 = {static_cast<const Scalar*>(layer_.h0), outputs_, 1};
+    return split_left(h0, layer_.batch, outputs_, states_.row(0, 0), states_.units()) &&
+           split_left(h0, layer_.batch, outputs_, states_.row(1, 0), states_.units());
+  }
+
+  // A member's tiles, and the input of a turn as left rows, where steps multiply it.
+  struct MemberTiles {
+    explicit MemberTiles(const ForwardPass& pass)
+        : input(round_up(pass.layer_.batch, kTileHeight) * pass.input_units_) {}
+    Tiles tiles;
+    Scratch<LeftUnit<Planes>> input;
+  };
+  void split_input(MemberTiles& member, int64_t turn) {
+    if (!many_sequences_) return;
+    const Scalar* input = static_cast<const Scalar*>(layer_.input) + sequence_.offset(turn) * layer_.input_row_stride;
+    const Matrix<Scalar> rows = {input, layer_.input_row_stride, 1};
+    if (!split_left(rows, sequence_.size(turn), layer_.input_size, member.input.data(), input_units_)) {
+      __atomic_store_n(&is_exact_, false, __ATOMIC_RELAXED);
+    }
+  }
+
+  void multiply_on_tiles(MemberTiles& member, int64_t turn, int64_t block, int64_t row, int64_t rows, T* sums) {
+    const int64_t whole_rows = round_up(rows, kTileHeight);
+    for (int64_t pair = 0; pair < kPairs; ++pair) {
+      const RightUnit<Planes>* weights = units_of(block, pair);
+      T* pair_sums = sums + pair * kSplitColumns;
+      if (many_sequences_) {
+        multiply_turn<Planes>(member.tiles, whole_rows, kSplitColumns, input_units_,
+                              {member.input.data() + row * input_units_, input_units_}, weights, pair_sums, kPanel);
+      }
+      multiply_turn<Planes>(member.tiles, whole_rows, kSplitColumns, states_.units(), states_.rows(turn - 1, row),
+                            weights + input_units_, pair_sums, kPanel, many_sequences_);
+    }
+  }
+
   // One turn of this member's units and rows.
-  void step(const Member& member, int64_t turn) {
+  template <class TilesOrNone>
+  void step(const Member& member, int64_t turn, TilesOrNone& tiles) {
     const auto h_before = state_before<Factor>(sequence_, turn, hidden_, h0_.data(), outputs_);
     const auto c_before = state_before<T>(sequence_, turn, cells_, c0_.data(), H_);
     const int64_t first = sequence_.offset(turn);
-    visit_share(member, {round_up(H_, kUnits), kUnits, sequence_.size(turn)}, turn % 2 == 1,
+    if constexpr (kOnTiles) split_input(tiles, turn);
+    visit_share(member, {round_up(H_, kUnits), kUnits, sequence_.size(turn), kRowStep}, turn % 2 == 1,
                 [&](int64_t block, int64_t row, int64_t rows) {
                   alignas(64) T sums[kStepRows * kPanel];
                   const int64_t unit = block * kUnits, lanes = min_of(kUnits, H_ - unit);
-                  multiply_weights(unit, lanes, first, row, rows, h_before, sums);
+                  if constexpr (kOnTiles) {
+                    multiply_on_tiles(tiles, turn, block, row, rows, sums);
+                  } else {
+                    multiply_weights(unit, lanes, first, row, rows, h_before, sums);
+                  }
                   for (int64_t i = 0; i < rows; ++i) {
                     const T* c_row = c_before(row + i) + unit;
                     if (lanes == kUnits) {
-                      update_cell<true>(sums + i * kPanel, first + row + i, row + i, unit, lanes, c_row);
+                      update_cell<true>(sums + i * kPanel, turn, row + i, unit, lanes, c_row);
                     } else {
-                      update_cell<false>(sums + i * kPanel, first + row + i, row + i, unit, lanes, c_row);
+                      update_cell<false>(sums + i * kPanel, turn, row + i, unit, lanes, c_row);
                     }
                   }
                 });
@@ -209,8 +302,9 @@ class ForwardPass {
 
   // Gates, cell and hidden state of one row from its pre-activations.
   template <bool Whole>
-  DLKERNELS_INLINE void update_cell(const T* sums, int64_t place, int64_t i, int64_t unit, int64_t lanes,
+  DLKERNELS_INLINE void update_cell(const T* sums, int64_t turn, int64_t i, int64_t unit, int64_t lanes,
                                     const T* c_before) {
+    const int64_t place = sequence_.offset(turn) + i;
     auto get = [lanes](const T* p) { return Whole ? load(p) : load(p, lanes); };
     auto put = [lanes](auto* p, Vec<T> value) { Whole ? store(p, value) : store(p, value, lanes); };
     T* gates = gates_ + place * kGates * H_ + unit;
@@ -225,7 +319,11 @@ class ForwardPass {
     put(gates + 2 * H_, candidate);
     put(gates + 3 * H_, out);
     put(cells_ + place * H_ + unit, cell);
-    if (layer_.projection_size > 0) {
+    if constexpr (kOnTiles) {
+      VecF check = VecF::zero();  // a hidden state can always be split
+      split_vector<Planes>(hidden, states_.row(turn, i), unit, check);
+      put(output_ + place * H_ + unit, hidden);
+    } else if (layer_.projection_size > 0) {
       put(unprojected_.data() + i * H_ + unit, hidden);
     } else {
       put(hidden_ + place * H_ + unit, hidden);
@@ -237,7 +335,7 @@ class ForwardPass {
   void project(const Member& member, int64_t turn, const RightOperand<Scalar>& weight) {
     constexpr int64_t width = kTileColumns<Factor>;
     const int64_t first = sequence_.offset(turn);
-    visit_share(member, {outputs_, width, sequence_.size(turn)}, turn % 2 == 1,
+    visit_share(member, {outputs_, width, sequence_.size(turn), kTileRows}, turn % 2 == 1,
                 [&](int64_t panel, int64_t row, int64_t rows) {
                   alignas(64) T sums[kStepRows * width];
                   const int64_t j = panel * width, columns = min_of(width, outputs_ - j);
@@ -269,15 +367,19 @@ class ForwardPass {
   Sequence sequence_;
   int64_t H_, outputs_;
   bool few_rows_, few_steps_;  // W_ih, W_hh are read as they lie
-  bool many_sequences_;        // steps multiply the input too; with matrix units, one product for all is faster
+  bool many_sequences_;        // steps multiply the input too; with matrix units, where its weights fit the cache
   int64_t padded_inputs_;      // rows of a panel that are for W_ih
   Scratch<T> bias_;            // b_ih + b_hh
   Widened<Scalar, Factor> h0_;
   Widened<Scalar, T> c0_;
-  Scratch<Factor> rounded_from_;  // the hidden states before they were rounded to the output
-  Scratch<Factor> wide_input_;    // the input in the type of the products, where steps read it
-  Scratch<Factor> weights_;       // [W_ih, W_hh] or W_hh as panels
-  Scratch<Factor> unprojected_;   // [batch][H]
+  Scratch<Factor> rounded_from_;      // the hidden states before they were rounded to the output
+  Scratch<Factor> wide_input_;        // the input in the type of the products, where steps read it
+  Scratch<Factor> weights_;           // [W_ih, W_hh] or W_hh as panels
+  TurnRows<Planes> states_;           // on tiles: hidden states
+  int64_t input_units_;               // on tiles: units of the depth that are for W_ih
+  Scratch<RightUnit<Planes>> units_;  // on tiles: W_ih and W_hh
+  bool is_exact_ = true;
+  Scratch<Factor> unprojected_;  // [batch][H]
   Factor* hidden_;
   T* gates_;
   T* cells_;
@@ -289,7 +391,7 @@ class ForwardPass {
 void lstm_forward(const LstmForwardArgs& args) {
   dispatch(args.layer.dtype, [&](auto* type) {
     using Scalar = std::remove_pointer_t<decltype(type)>;
-    ForwardPass<Scalar>(args).run();
+    choose_planes<Scalar>(args.layer, [&](auto planes) { return ForwardPass<Scalar, planes()>(args).run(); });
   });
 }
 

@@ -10,8 +10,10 @@ namespace dlkernels::DLKERNELS_ISA {
 void lstm_forward(const LstmForwardArgs& args);
 void lstm_backward(const LstmBackwardArgs& args);
 
-// Rows of a step that a member takes at once: whole product tiles, and their gates fit in the first-level cache.
+// Rows of a step that a member takes at once: whole product tiles of either kind, and their gates fit in the
+// first-level cache.
 inline constexpr int64_t kStepRows = 48;
+static_assert(kStepRows % kTileRows == 0 && kStepRows % kTileHeight == 0);
 
 // A call with at most so many rows reads w_ih as it lies, one with at most so many steps besides also w_hh: packing a
 // matrix costs about as much as two steps.
@@ -140,6 +142,67 @@ inline StateBefore<T> state_before(const Sequence& sequence, int64_t turn, const
   return {count > 0 ? states + sequence.offset(turn - 1) * width : initial, initial, count, width};
 }
 
+// ---- on tiles (split.h) ---------------------------------------------------------------------------------------------
+
+// run(std::integral_constant<int, planes>()) for the recurrent product of a call: with no planes where it does not suit
+// tiles, of which few rows or sequences would fill little, or where run returns that a number could not be split. Three
+// planes make weights of six bytes an element out of four, which a step would mostly wait for.
+template <class Scalar, class Run>
+inline void choose_planes(const LstmLayer& layer, Run&& run) {
+  const bool suits = layer.rows > kFewRows && layer.batch >= kManySequences && layer.projection_size == 0 &&
+                     layer.hidden_size >= kTileDepth;
+  if constexpr (kHasTiles && std::is_same_v<accumulate_t<Scalar>, float>) {
+    const bool is_exact = suits && with_planes<Scalar>([&](auto planes) {
+                            if constexpr (planes() < 3) return run(planes);
+                            return false;
+                          });
+    if (is_exact) return;
+  }
+  run(std::integral_constant<int, 0>());
+}
+
+// In the place of Tiles where there is nothing to configure.
+struct NoTiles {
+  NoTiles() = default;
+  template <class Pass>
+  explicit NoTiles(const Pass&) {}
+};
+
+// What one turn leaves to the next, sequence by sequence, as left rows: two turns of them, one read while the other is
+// written. Whole tiles of rows, zeros at first.
+template <int Planes>
+class TurnRows {
+ public:
+  TurnRows(int64_t rows, int64_t depth)
+      : units_(ceil_div(depth, kTileDepth)),
+        turn_size_(round_up(rows, kTileHeight) * units_),
+        data_(Planes > 0 ? 2 * turn_size_ : 0) {
+    if (Planes > 0) __builtin_memset(data_.data(), 0, static_cast<size_t>(2 * turn_size_) * sizeof(LeftUnit<Planes>));
+  }
+  LeftUnit<Planes>* row(int64_t turn, int64_t i) const { return data_.data() + (turn & 1) * turn_size_ + i * units_; }
+  LeftRows<Planes> rows(int64_t turn, int64_t first) const { return {row(turn, first), units_}; }
+  int64_t units() const { return units_; }
+
+ private:
+  int64_t units_, turn_size_;
+  Scratch<LeftUnit<Planes>> data_;
+};
+
+// c[i][j] (+)= sum over the units of left row i times right column j, for rows <= kStepRows and columns <=
+// kSplitColumns.
+template <int Planes>
+inline void multiply_turn(Tiles& tiles, int64_t rows, int64_t columns, int64_t units, LeftRows<Planes> left,
+                          const RightUnit<Planes>* right, float* c, int64_t c_row_stride, bool accumulate = false) {
+  for (int64_t unit = 0; unit < units; unit += kRunUnits<Planes>) {
+    const UnitSegment run = {min_of(kRunUnits<Planes>, units - unit), unit, unit};
+    for (int64_t i = 0; i < rows; i += kSplitRows) {
+      multiply_split<Planes>(tiles, min_of(kSplitRows, rows - i), columns,
+                             {left.first + i * left.unit_stride, left.unit_stride}, right, &run, 1,
+                             c + i * c_row_stride, c_row_stride, accumulate || unit > 0);
+    }
+  }
+}
+
 // ---- sharing -------------------------------------------------------------------------------------------------------
 
 // How many members are worth having: for a step of `blocks` blocks of columns, each a product with `depth` rows of
@@ -151,8 +214,8 @@ inline int64_t members_for(const LstmLayer& layer, int64_t blocks, int64_t depth
 
 // A matrix of `columns` x `rows` cut into panels `width` wide and tiles of rows.
 struct Grid {
-  int64_t columns, width, rows;
-  int64_t tiles() const { return ceil_div(rows, kTileRows); }
+  int64_t columns, width, rows, tile_rows;
+  int64_t tiles() const { return ceil_div(rows, tile_rows); }
 
   // Where a share ends that begins at the first tile of the first panel: panel by panel, all tiles of each.
   struct Place {
@@ -176,8 +239,8 @@ inline void visit_share(const Member& member, const Grid& grid, bool backwards, 
   const int64_t last = end.tile > 0 ? end.panel : end.panel - 1;
   for (int64_t n = begin.panel; n <= last; ++n) {
     const int64_t panel = backwards ? begin.panel + last - n : n;
-    const int64_t first_row = panel == begin.panel ? begin.tile * kTileRows : 0;
-    const int64_t end_row = panel == end.panel ? min_of(end.tile * kTileRows, grid.rows) : grid.rows;
+    const int64_t first_row = panel == begin.panel ? begin.tile * grid.tile_rows : 0;
+    const int64_t end_row = panel == end.panel ? min_of(end.tile * grid.tile_rows, grid.rows) : grid.rows;
     for (int64_t row = first_row; row < end_row; row += kStepRows) {
       visit(panel, row, min_of(kStepRows, end_row - row));
     }

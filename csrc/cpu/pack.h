@@ -57,7 +57,7 @@ template <class Source, class Destination>
 DLKERNELS_INLINE Vec<accumulate_t<Source>> load_moved(const Source* p, int64_t count) {
   if constexpr (kMovesBits<Source, Destination>) {
     const HalfBits bits = count == VecF::size ? load_half_bits(p) : load_half_bits(p, count);
-    return from_bits<float>(__builtin_convertvector(bits, Lanes<float>::bits));
+    return from_bits<float>(zero_extend(bits));
   } else {
     return load_lanes(p, count);
   }

@@ -71,10 +71,10 @@ inline void interleave_rows(const bfloat16* even, const bfloat16* odd, int64_t c
   for (int64_t j = 0; j < columns; j += VecF::size) {
     const int64_t lanes = min_of(VecF::size, columns - j);
     const bool whole = lanes == VecF::size;
-    const Bits low = __builtin_convertvector(whole ? load_half_bits(even + j) : load_half_bits(even + j, lanes), Bits);
+    const Bits low = zero_extend(whole ? load_half_bits(even + j) : load_half_bits(even + j, lanes));
     Bits high = {};
     if (odd != nullptr) {
-      high = __builtin_convertvector(whole ? load_half_bits(odd + j) : load_half_bits(odd + j, lanes), Bits);
+      high = zero_extend(whole ? load_half_bits(odd + j) : load_half_bits(odd + j, lanes));
     }
     store_lanes(reinterpret_cast<float*>(destination + 2 * j), from_bits<float>(low | high << 16), lanes);
   }

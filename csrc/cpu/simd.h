@@ -409,8 +409,18 @@ DLKERNELS_INLINE void store_half_bits(void* p, HalfBits bits) {
   *static_cast<Lanes<float>::half_bits_unaligned*>(p) = bits;
 }
 
+// gcc 12 extends a vector in two halves and joins them.
+DLKERNELS_INLINE Lanes<float>::bits zero_extend(HalfBits half) {
+#if defined(__AVX512F__)
+  return (Lanes<float>::bits)_mm512_cvtepu16_epi32((__m256i)half);
+#elif defined(__AVX2__)
+  return (Lanes<float>::bits)_mm256_cvtepu16_epi32((__m128i)half);
+#else
+  return __builtin_convertvector(half, Lanes<float>::bits);
+#endif
+}
 DLKERNELS_INLINE VecF widen(bfloat16, HalfBits half) {
-  return from_bits<float>(__builtin_convertvector(half, Lanes<float>::bits) << 16);
+  return from_bits<float>(zero_extend(half) << 16);
 }
 DLKERNELS_INLINE HalfBits narrow_bits(VecF a) {
   using Bits = Lanes<float>::bits;
@@ -444,7 +454,7 @@ DLKERNELS_INLINE HalfBits narrow(float16, VecF a) {
 #else
 DLKERNELS_INLINE VecF widen(float16, HalfBits half) {
   using Bits = Lanes<float>::bits;
-  const Bits wide = __builtin_convertvector(half, Bits);
+  const Bits wide = zero_extend(half);
   const Bits magnitude = wide & 0x7fffu;
   const Bits finite = bits_of(from_bits<float>(magnitude << 13) * VecF(0x1p112f));  // also scales subnormals
   const Bits special = (Bits)(magnitude >= 0x7c00u);

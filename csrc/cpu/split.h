@@ -31,6 +31,25 @@ inline int planes_of() {
   return float32_planes();
 }
 
+// run(std::integral_constant<int, planes>()) with the planes of a type; returns what it returns.
+template <class Scalar, class Run>
+inline auto with_planes(Run&& run) {
+  if constexpr (std::is_same_v<Scalar, bfloat16>) {
+    return run(std::integral_constant<int, 1>());
+  } else if constexpr (std::is_same_v<Scalar, float16>) {
+    return run(std::integral_constant<int, 2>());
+  } else {
+    switch (float32_planes()) {
+      case 1:
+        return run(std::integral_constant<int, 1>());
+      case 2:
+        return run(std::integral_constant<int, 2>());
+      default:
+        return run(std::integral_constant<int, 3>());
+    }
+  }
+}
+
 template <int Planes>
 struct LeftUnit {
   bfloat16 plane[Planes][kTileDepth];
@@ -68,7 +87,7 @@ DLKERNELS_INLINE Line line_up(HalfBits first, HalfBits second) {
   return from_bits<float>(bits);
 }
 DLKERNELS_INLINE Line pair_up(HalfBits first, HalfBits second) {
-  return from_bits<float>(__builtin_convertvector(first, LineBits) | __builtin_convertvector(second, LineBits) << 16);
+  return from_bits<float>(zero_extend(first) | zero_extend(second) << 16);
 }
 #if defined(__AVX512BF16__)
 DLKERNELS_INLINE Line line_up(VecF first, VecF second) {
@@ -89,14 +108,34 @@ DLKERNELS_INLINE Line pair_up(VecF first, VecF second) {
 }
 #endif
 
+DLKERNELS_INLINE HalfBits round_half(VecF a) {
+#if defined(__AVX512BF16__)
+  return (HalfBits)_mm512_cvtneps_pbh(a.raw);
+#else
+  return narrow_bits(a);
+#endif
+}
+
 // The reverse of both.
 struct TwoVectors {
   VecF first, second;
 };
 DLKERNELS_INLINE TwoVectors widen_line(Line line) {
+#if defined(__AVX512BW__)
+  // Each number to the upper half of its lane.
+  alignas(64) static constexpr uint16_t order[2][32] = {
+      {0, 0, 0, 1, 0, 2, 0, 3, 0, 4, 0, 5, 0, 6, 0, 7, 0, 8, 0, 9, 0, 10, 0, 11, 0, 12, 0, 13, 0, 14, 0, 15},
+      {0, 16, 0, 17, 0, 18, 0, 19, 0, 20, 0, 21, 0, 22, 0, 23, 0, 24, 0, 25, 0, 26, 0, 27, 0, 28, 0, 29, 0, 30, 0, 31}};
+  auto half = [&](int i) {
+    const __m512i moved = _mm512_maskz_permutexvar_epi16(0xaaaaaaaa, _mm512_load_si512(order[i]), (__m512i)line.raw);
+    return from_bits<float>((LineBits)moved);
+  };
+  return {half(0), half(1)};
+#else
   HalfBits halves[2];
   __builtin_memcpy(halves, &line, sizeof halves);
   return {widen(bfloat16{}, halves[0]), widen(bfloat16{}, halves[1])};
+#endif
 }
 DLKERNELS_INLINE TwoVectors widen_pairs(Line pairs) {
   return {from_bits<float>(bits_of(pairs) << 16), from_bits<float>(bits_of(pairs) & 0xffff0000u)};
@@ -246,34 +285,55 @@ inline bool split_left(Matrix<Scalar> a, int64_t rows, int64_t depth, LeftUnit<P
   return reduce_add(spoilt) == 0.0f;
 }
 
-// One unit of a right operand: b.data[k][j] for up to 32 x 32 elements, the others zero.
+// One tile of a unit of a right operand: b.data[k][j] for up to 32 x 16 elements, the others zero. What lies `ahead`
+// elements on is called from memory.
 template <int Planes, class Scalar>
-inline bool split_right(Matrix<Scalar> b, int64_t depth, int64_t columns, RightUnit<Planes>* unit) {
+inline bool split_right_tile(Matrix<Scalar> b, int64_t depth, int64_t columns, int64_t ahead, RightUnit<Planes>* unit,
+                             int64_t tile) {
   VecF spoilt = VecF::zero();
-  const int64_t ahead = kSplitColumns * b.column_stride;
-  for (int64_t tile = 0; tile < 2; ++tile) {
-    const Matrix<Scalar> source = b.at(0, tile * kTileHeight);
-    const int64_t tile_columns = max_of(0, min_of(kTileHeight, columns - tile * kTileHeight));
-    auto put = [&](int p, int64_t pair, detail::Line line) {
-      store(reinterpret_cast<float*>(unit->plane[p][tile][pair]), line);
-    };
-    if constexpr (detail::kStaysOnePlane<Planes, Scalar>) {
-      detail::Line lines[VecF::size];
-      detail::load_pairs(source, depth, tile_columns, ahead, lines);
-      for (int64_t pair = 0; pair < kTileHeight; ++pair) put(0, pair, lines[pair]);
-    } else {
-      for (int64_t half = 0; half < 2; ++half) {  // of the depth
-        VecF rows[VecF::size];
-        detail::load_square(source.at(half * kTileHeight, 0), depth - half * kTileHeight, tile_columns, ahead, rows);
-        for (int64_t pair = 0; pair < kTileHeight / 2; ++pair) {
-          detail::split_two<Planes, true>(rows[2 * pair], rows[2 * pair + 1], spoilt, [&](int p, detail::Line line) {
-            put(p, half * kTileHeight / 2 + pair, line);
-          });
-        }
+  auto put = [&](int p, int64_t pair, detail::Line line) {
+    store(reinterpret_cast<float*>(unit->plane[p][tile][pair]), line);
+  };
+  if constexpr (detail::kStaysOnePlane<Planes, Scalar>) {
+    detail::Line lines[VecF::size];
+    detail::load_pairs(b, depth, columns, ahead, lines);
+    for (int64_t pair = 0; pair < kTileHeight; ++pair) put(0, pair, lines[pair]);
+  } else {
+    for (int64_t half = 0; half < 2; ++half) {  // of the depth
+      VecF rows[VecF::size];
+      detail::load_square(b.at(half * kTileHeight, 0), depth - half * kTileHeight, columns, ahead, rows);
+      for (int64_t pair = 0; pair < kTileHeight / 2; ++pair) {
+        detail::split_two<Planes, true>(rows[2 * pair], rows[2 * pair + 1], spoilt,
+                                        [&](int p, detail::Line line) { put(p, half * kTileHeight / 2 + pair, line); });
       }
     }
   }
   return reduce_add(spoilt) == 0.0f;
+}
+
+// A whole unit: b.data[k][j] for up to 32 x 32 elements, the others zero.
+template <int Planes, class Scalar>
+inline bool split_right(Matrix<Scalar> b, int64_t depth, int64_t columns, RightUnit<Planes>* unit) {
+  bool split = true;
+  for (int64_t tile = 0; tile < 2; ++tile) {
+    const int64_t tile_columns = max_of(0, min_of(kTileHeight, columns - tile * kTileHeight));
+    split &=
+        split_right_tile(b.at(0, tile * kTileHeight), depth, tile_columns, kSplitColumns * b.column_stride, unit, tile);
+  }
+  return split;
+}
+
+// Elements [k, k + 16) of a left row, k a multiple of 16. `spoilt` gathers a NaN where one cannot be split.
+template <int Planes>
+DLKERNELS_INLINE void split_vector(VecF values, LeftUnit<Planes>* row, int64_t k, VecF& spoilt) {
+#pragma GCC unroll 3
+  for (int p = 0; p < Planes; ++p) {
+    const HalfBits half = detail::round_half(values);
+    store_half_bits(row[k / kTileDepth].plane[p] + k % kTileDepth, half);
+    const VecF rounded = widen(bfloat16{}, half);
+    if (p == 0) spoilt = fma(rounded, VecF::zero(), spoilt);
+    values = values - rounded;
+  }
 }
 
 // ---- the micro-kernel ---------------------------------------------------------------------------------------------

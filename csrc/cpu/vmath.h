@@ -63,6 +63,23 @@ DLKERNELS_INLINE VecF exp_of_negative(VecF x) {
 DLKERNELS_INLINE VecD exp(VecD x) {
   return map_lanes(x, [](double v) { return __builtin_exp(v); });
 }
+// 2^x for x <= 0, within 4e-6, where it is a normal number, zero below: for what is rounded to bfloat16 next.
+DLKERNELS_INLINE VecF coarse_exp2_of_negative(VecF x) {
+  const VecF n = round_to_integer(x);
+  const VecF r = x - n;
+  VecF p = 9.5701022e-3f;
+  p = fma(p, r, VecF(5.5917859e-2f));
+  p = fma(p, r, VecF(2.4024744e-1f));
+  p = fma(p, r, VecF(6.9312179e-1f));
+  p = fma(p, r, VecF(9.9999928e-1f));
+  const VecF smallest = -126.0f;
+#if defined(__AVX512F__)
+  const __mmask16 is_normal = _mm512_cmp_ps_mask(x.raw, smallest.raw, _CMP_NLT_UQ);  // or NaN
+  return VecF(_mm512_maskz_scalef_ps(is_normal, p.raw, n.raw));
+#else
+  return select(x < smallest, VecF::zero(), scale_by_power_of_two(p, max(smallest, n)));
+#endif
+}
 DLKERNELS_INLINE VecD exp_of_negative(VecD x) {
   return exp(x);
 }
