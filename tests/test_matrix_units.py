@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dlkernels import _C
+from dlkernels import _C, nn
 from dlkernels import functional as F
 
 WITH_TILES = [name for name in _C.available_isas() if name.startswith("amx")]
@@ -132,3 +132,102 @@ def test_a_convolution_with_infinity_is_that_of_float32(where: str, dtype: torch
     expected = torch.nn.functional.conv2d(x.float(), w.float(), padding=1, stride=stride).to(dtype)
     close = 1e-4 if dtype == torch.float32 else 1e-2
     torch.testing.assert_close(actual, expected, rtol=close, atol=close, equal_nan=True)
+
+
+ATTENTIONS = {  # queries, keys, head size, value size, query heads, kv heads, is_causal
+    "edges": (70, 45, 40, 24, 2, 2, False),
+    "causal": (150, 150, 64, 64, 2, 2, True),
+    "causal_edges": (203, 199, 33, 65, 1, 1, True),
+    "many_keys": (33, 700, 32, 32, 2, 2, False),
+    "shared_keys": (37, 64, 64, 64, 6, 2, True),
+}
+
+
+def attention_operands(name: str, dtype: torch.dtype) -> tuple[list[Tensor], dict[str, bool]]:
+    queries, keys, head_size, value_size, heads, kv_heads, is_causal = ATTENTIONS[name]
+    shapes = (2, heads, queries, head_size), (2, kv_heads, keys, head_size), (2, kv_heads, keys, value_size)
+    operands = [normal(*shape, seed=seed).to(dtype) for seed, shape in enumerate(shapes)]
+    return operands, {"is_causal": is_causal, "enable_gqa": heads != kv_heads}
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_attention(name: str, masked: bool, dtype: torch.dtype) -> None:
+    operands, options = attention_operands(name, dtype)
+    if masked and options["is_causal"]:
+        pytest.skip("torch takes no mask beside is_causal")
+    mask = normal(operands[0].shape[-2], operands[1].shape[-2], seed=5).to(dtype) if masked else None
+    results = []
+    for function, wide in (
+        (F.scaled_dot_product_attention, dtype),
+        (torch.nn.functional.scaled_dot_product_attention, torch.float64),
+    ):
+        leaves = [t.to(wide).requires_grad_() for t in operands]
+        output = function(*leaves, attn_mask=None if mask is None else mask.to(wide), **options)
+        grad = normal(*output.shape, seed=9).to(dtype).to(wide)
+        results.append([output, *torch.autograd.grad(output, leaves, grad)])
+    bound = {torch.float32: 3e-7, torch.bfloat16: 5e-3, torch.float16: 6e-4}[dtype]
+    for actual, exact in zip(*results, strict=True):
+        assert error(actual, exact) <= bound
+
+
+@pytest.mark.parametrize(("precision", "least", "most"), PRECISIONS)
+def test_attention_has_the_error_of_the_precision_setting(precision: str, least: float, most: float) -> None:
+    operands, options = attention_operands("causal", torch.float32)
+    exact = torch.nn.functional.scaled_dot_product_attention(*(t.double() for t in operands), **options)
+    torch.set_float32_matmul_precision(precision)
+    assert least <= error(F.scaled_dot_product_attention(*operands, **options), exact) <= most
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 3.4e38])
+@pytest.mark.parametrize("which", ["query", "key", "value"])
+def test_attention_to_what_cannot_be_split_is_that_of_float32(which: str, value: float) -> None:
+    operands, options = attention_operands("edges", torch.float32)
+    if which != "value":  # the score that the largest number gives is an ordinary one
+        operands[which == "query"][..., 3] *= 1e-37
+    operands[("query", "key", "value").index(which)][0, 1, 20, 3] = value
+    leaves = [t.requires_grad_() for t in operands]
+    actual, expected = (
+        function(*leaves, **options)
+        for function in (F.scaled_dot_product_attention, torch.nn.functional.scaled_dot_product_attention)
+    )
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+    gradients = [torch.autograd.grad(output, leaves, torch.ones_like(output)) for output in (actual, expected)]
+    untouched = [[g[1] for g in side] for side in gradients]  # the other sequence of the batch
+    torch.testing.assert_close(*untouched, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [(9, 8, 40, 72), (5, 20, 33, 32), (3, 40, 70, 130)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_lstm_in_half_types(sizes: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    steps, batch, inputs, hidden = sizes
+    torch.manual_seed(0)
+    wide = torch.nn.LSTM(inputs, hidden, bidirectional=True).to(dtype).double()
+    ours = nn.LSTM(inputs, hidden, bidirectional=True).to(dtype)
+    ours.load_state_dict(wide.state_dict())
+    x = normal(steps, batch, inputs).to(dtype)
+    lengths = torch.arange(batch, 0, -1).clamp(max=steps)
+    results = []
+    for module in (ours, wide):
+        leaf = x.to(next(module.parameters()).dtype).requires_grad_()
+        packed, (h_n, c_n) = module(torch.nn.utils.rnn.pack_padded_sequence(leaf, lengths))
+        grads = torch.autograd.grad(packed.data, [leaf, *module.parameters()], normal(*packed.data.shape).to(leaf))
+        results.append([packed.data, h_n, c_n, *grads])
+    bound = {torch.bfloat16: 8e-3, torch.float16: 8e-4}[dtype]
+    for actual, exact in zip(*results, strict=True):
+        assert error(actual, exact) <= bound
+
+
+@pytest.mark.parametrize("where", ["input", "weight", "state"])
+def test_an_lstm_with_infinity_is_that_of_float32(where: str) -> None:
+    torch.manual_seed(0)
+    ours, wide = nn.LSTM(40, 64).bfloat16(), torch.nn.LSTM(40, 64)
+    ours.load_state_dict(wide.state_dict())
+    wide.load_state_dict(ours.state_dict())
+    x, state = normal(6, 20, 40).bfloat16(), normal(1, 20, 64, seed=1).bfloat16()
+    {"input": x[2, 3], "weight": ours.weight_hh_l0.data[7], "state": state[0, 4]}[where][5] = float("inf")
+    wide.load_state_dict(ours.state_dict())
+    actual, _ = ours(x, (state, torch.zeros_like(state)))
+    expected, _ = wide(x.float(), (state.float(), torch.zeros(1, 20, 64)))
+    torch.testing.assert_close(actual.float(), expected, rtol=2e-2, atol=2e-2, equal_nan=True)
