@@ -7,13 +7,14 @@
 //
 // (names as in cross_entropy.cc.) The logits of a block of classes and a block of rows are one cache-sized tile, stored
 // with the classes down and the rows across: lanes are rows, so that maximum, sum and gradient are vertical, and the
-// rows of W are the micro-kernel's row pointers as they lie. The inputs are packed once a call.
+// rows of W are the micro-kernel's row pointers as they lie. The inputs are packed once a call; on matrix units a tile
+// splits its operands itself.
 //
 // Forward: a task is a block of rows and a part of the classes. It walks its classes tile by tile with the online
 // softmax (Milakov and Gimelshein 2018); the parts are joined in order. One product.
-// Backward: the tiles of one chunk of classes are computed again and turned into g in place, kept both ways round; two
-// products then add g^T W to dh and give this chunk of dW. Each phase is spread over all threads; every element of a
-// gradient has one owner and one order of summation. Three products, and memory for inputs twice and a chunk twice.
+// Backward: the tiles of one chunk of classes are computed again and turned into g in place; two products then add g^T
+// W to dh and give this chunk of dW. Each phase is spread over all threads; every element of a gradient has one owner
+// and one order of summation. Three products, and memory for the inputs and a chunk.
 #include "linear_cross_entropy.h"
 
 #include "gemm.h"
@@ -22,27 +23,14 @@
 namespace dlkernels::DLKERNELS_ISA {
 namespace {
 
-constexpr int64_t kRowBlock = 96, kColumnBlock = 512;  // of the products of gradients
-
-// All of a right operand as packed panels, one run of panels per depth block.
-template <class T, class Scalar>
-void pack_all(Matrix<Scalar> b, int64_t depth, int64_t columns, T* packed) {
-  const int64_t width = kTileColumns<T>;
-  const int64_t panels = ceil_div(columns, width);
-  parallel_for(ceil_div(depth, kDepthBlock) * panels, 4, [&](int64_t task) {
-    const int64_t k = task / panels * kDepthBlock;
-    const int64_t j = task % panels * width;
-    const int64_t block_depth = min_of(kDepthBlock, depth - k);
-    pack_panel(b.at(k, j), block_depth, min_of(width, columns - j),
-               packed + k * panels * width + j * round_up(block_depth, Step<T>::depth), width);
-  });
-}
-
-// A tile of logits with the operands of one depth block fits the second-level cache.
+// A tile of logits with the operands of one depth block fits the second-level cache. On matrix units the more classes,
+// the less is split.
 constexpr int64_t kTileOfRows = 256;
-constexpr int64_t kTileOfClasses = 192;
+constexpr int64_t kTileOfClasses = kHasTiles ? 416 : 192;
 // Sums of this many products are added to a logit one after another: the exponential asks more of it than of others.
 constexpr int64_t kLogitsDepth = 128;
+// Terms of a softmax that are added up one after another.
+constexpr int64_t kSumRun = 64;
 // Padding of a tile's rows: without it their lines would all fall into the same few cache sets.
 constexpr int64_t kPad = 16;
 // Forward is cut into at least this many tasks, as far as classes allow.
@@ -56,7 +44,10 @@ constexpr double kSerialWork = 4e5;
 template <class T>
 constexpr T kInfinity = static_cast<T>(__builtin_inf());
 
-// ---- typed view of the arguments -----------------------------------------------------------------------------------
+// ---- typed view of the arguments ------------------------------------------------------------------------------------
+
+template <class T>
+constexpr bool kUsesTiles = kHasTiles && std::is_same_v<T, float>;
 
 template <class Scalar>
 struct Problem {
@@ -74,6 +65,10 @@ struct Problem {
   bool counts(int64_t row) const { return has_probabilities() || shape.target[row] != shape.ignore_index; }
   T class_weight(int64_t c) const { return weight == nullptr ? T(1) : weight[c]; }
   T bias(int64_t c) const { return linear_bias == nullptr ? T(0) : load_one(linear_bias + c); }
+  int64_t packed_input_size() const {
+    return suits_tiles() ? 0 : round_up(shape.rows, kTileColumns<T>) * shape.features;
+  }
+  bool suits_tiles() const { return kUsesTiles<T> && shape.rows >= kTileHeight && shape.features >= kTileDepth; }
   // Tasks that may stay on one thread.
   int64_t grain(int64_t tasks) const {
     return 2.0 * shape.rows * shape.classes * shape.features < kSerialWork ? tasks : 1;
@@ -94,13 +89,26 @@ struct Block {
   }
 };
 
-// ---- tiles: element (c, row) of a block is tile[c * stride + row]
-// ------------------------------------------------------
+// ---- tiles: element (c, row) of a block is tile[c * stride + row] ---------------------------------------------------
 
-// The logits of a block. `buffer` holds a tile's rows of W where they have to be widened.
+// The input as packed panels of a right operand, one run of panels per depth block; on matrix units it is split
+// instead.
 template <class Scalar, class T = accumulate_t<Scalar>>
-void compute_logits(const Problem<Scalar>& p, const T* packed_input, const Block& block, T* buffer, T* tile,
-                    int64_t stride) {
+void pack_input(const Problem<Scalar>& p, T* packed) {
+  if (p.suits_tiles()) return;
+  const int64_t width = kTileColumns<T>, panels = ceil_div(p.shape.rows, width);
+  parallel_for(ceil_div(p.shape.features, kDepthBlock) * panels, 4, [&](int64_t task) {
+    const int64_t k = task / panels * kDepthBlock, j = task % panels * width;
+    const int64_t depth = min_of(kDepthBlock, p.shape.features - k);
+    pack_panel(p.input.transposed().at(k, j), depth, min_of(width, p.shape.rows - j),
+               packed + k * panels * width + j * depth, width);
+  });
+}
+
+// The logits of a block but for their bias. `buffer` holds a tile's rows of W where they have to be widened.
+template <class Scalar, class T = accumulate_t<Scalar>>
+void multiply_logits(const Problem<Scalar>& p, const T* packed_input, const Block& block, T* buffer, T* tile,
+                     int64_t stride) {
   const int64_t features = p.shape.features, padded = round_up(p.shape.rows, kTileColumns<T>);
   for (int64_t k = 0; k < features; k += kDepthBlock) {
     const int64_t depth = min_of(kDepthBlock, features - k);
@@ -116,6 +124,24 @@ void compute_logits(const Problem<Scalar>& p, const T* packed_input, const Block
   }
   if (features == 0) {
     for (int64_t c = 0; c < block.classes; ++c) fill(tile + c * stride, T(0), block.rows);
+  }
+}
+
+template <class Scalar, class T = accumulate_t<Scalar>>
+void compute_logits(const Problem<Scalar>& p, const T* packed_input, const Block& block, T* buffer, T* tile,
+                    int64_t stride) {
+  if constexpr (kUsesTiles<T>) {
+    const detail::ProductBlock product = {block.first_class, block.classes, block.first_row, block.rows, 0,
+                                          p.shape.features};
+    if (p.suits_tiles()) {
+      with_planes<Scalar>([&](auto planes) {
+        detail::multiply_block_on_tiles<planes()>(p.linear_weight, p.input.transposed(), product, tile, stride);
+      });
+    } else {
+      multiply_logits(p, packed_input, block, buffer, tile, stride);
+    }
+  } else {
+    multiply_logits(p, packed_input, block, buffer, tile, stride);
   }
   if (p.linear_bias == nullptr) return;
   for (int64_t c = 0; c < block.classes; ++c) {
@@ -162,8 +188,7 @@ DLKERNELS_INLINE Vec<T> target_share(const Problem<Scalar>& p, int64_t c, const 
   return fma(load(q), Vec<T>(T(1) - p.smoothing), Vec<T>(p.per_class)) * weight;
 }
 
-// ---- forward
-// ---------------------------------------------------------------------------------------------------------
+// ---- forward --------------------------------------------------------------------------------------------------------
 
 // What one part of the classes knows of each row: maximum, sum of exp(x - reference), sum of t (x - reference), sum of
 // t, where the reference is the maximum, or 0 while that is -inf.
@@ -217,13 +242,17 @@ void join_tile(const Problem<Scalar>& p, const Block& block, const T* tile, cons
     for (int64_t c = 0; c < block.classes; ++c) maximum = max(maximum, load(tile + c * stride + i));
     const Vec<T> reference = reference_of(maximum);
     Vec<T> sum = T(0), share_sum = T(0), mass = T(0);
-    for (int64_t c = 0; c < block.classes; ++c) {
-      const Vec<T> x = load(tile + c * stride + i) - reference;
-      sum += exp(x);
-      if (!shares) continue;
-      const Vec<T> share = target_share(p, block.first_class + c, q == nullptr ? q : q + c * stride + i);
-      share_sum = fma(share, x, share_sum);
-      mass += share;
+    for (int64_t run = 0; run < block.classes; run += kSumRun) {
+      Vec<T> run_sum = T(0), run_share_sum = T(0), run_mass = T(0);
+      for (int64_t c = run; c < min_of(run + kSumRun, block.classes); ++c) {
+        const Vec<T> x = load(tile + c * stride + i) - reference;
+        run_sum += exp(x);
+        if (!shares) continue;
+        const Vec<T> share = target_share(p, block.first_class + c, q == nullptr ? q : q + c * stride + i);
+        run_share_sum = fma(share, x, run_share_sum);
+        run_mass += share;
+      }
+      sum += run_sum, share_sum += run_share_sum, mass += run_mass;
     }
     join(partials, block.first_row + i, maximum, sum, share_sum, mass);
   }
@@ -282,8 +311,8 @@ void forward_typed(const LinearCrossEntropyForwardArgs& args) {
   const int64_t rows = p.shape.rows, classes = p.shape.classes;
   args.totals[0] = args.totals[1] = 0;
   if (rows == 0) return;
-  Scratch<T> packed_input(round_up(rows, kTileColumns<T>) * p.shape.features);
-  pack_all<T>(p.input.transposed(), p.shape.features, rows, packed_input.data());
+  const Scratch<T> packed_input(p.packed_input_size());
+  pack_input(p, packed_input.data());
 
   const int64_t row_blocks = ceil_div(rows, kTileOfRows);
   const int64_t wanted = min_of(ceil_div(kWantedTasks, row_blocks), ceil_div(classes, kTileOfClasses));
@@ -315,8 +344,7 @@ void forward_typed(const LinearCrossEntropyForwardArgs& args) {
   }
 }
 
-// ---- backward
-// --------------------------------------------------------------------------------------------------------
+// ---- backward -------------------------------------------------------------------------------------------------------
 
 // What the gradient needs of each row, padded to whole vectors.
 template <class Scalar, class T = accumulate_t<Scalar>>
@@ -386,17 +414,13 @@ struct Backward {
   const int64_t rows = p.shape.rows, classes = p.shape.classes, features = p.shape.features;
   const bool wants_input = args.grad_input != nullptr;
   const bool wants_layer = args.grad_linear_weight != nullptr || args.grad_linear_bias != nullptr;
-  const int64_t padded_features = round_up(features, kTileColumns<T>);
   const int64_t chunk = min_of(round_up(max_of(kChunkElements / rows, kFewestChunkClasses), kTileOfClasses),
                                round_up(max_of(classes, 1), kTileOfClasses));
 
   const RowConstants<Scalar> constants = {p, args};
-  const int64_t g_stride = p.padded_rows + kPad, transposed_stride = chunk + kPad;
-  const Scratch<T> g{chunk * g_stride};                                       // [classes][rows]
-  const Scratch<T> g_transposed{wants_input ? rows * transposed_stride : 0};  // [rows][classes]
-  const Scratch<T> packed_input_transposed{round_up(rows, kTileColumns<T>) * features};
-  const Scratch<T> packed_input{wants_layer ? rows * padded_features : 0};
-  const Scratch<T> packed_weight{wants_input ? chunk * padded_features : 0};  // of the chunk
+  const int64_t g_stride = p.padded_rows + kPad;
+  const Scratch<T> g{chunk * g_stride};  // [classes][rows]
+  const Scratch<T> packed_input{p.packed_input_size()};
   const Scratch<T> wide_grad_input{wants_input && sizeof(T) != sizeof(Scalar) ? rows * features : 0};
 
   T* grad_input() const {
@@ -405,19 +429,18 @@ struct Backward {
 
   void prepare() const {
     fill(g.data(), T(0), chunk * g_stride);  // lanes beyond the last row are computed and never used
-    pack_all<T>(p.input.transposed(), features, rows, packed_input_transposed.data());
-    if (wants_layer) pack_all<T>(p.input, rows, features, packed_input.data());
+    pack_input(p, packed_input.data());
     if (wants_input) fill(grad_input(), T(0), rows * features);
   }
 
-  // g of one tile, both ways round; `begin` is the first class of the chunk.
+  // g of one tile; `begin` is the first class of the chunk.
   void compute_tile(const Block& block, int64_t begin) const {
     constexpr int64_t q_stride = kTileOfRows + kPad;
     const bool has_probabilities = p.has_probabilities();
     Scratch<T> buffer(sizeof(T) == sizeof(Scalar) ? 0 : kTileOfClasses * kDepthBlock);
     Scratch<T> q(has_probabilities ? 2 * kTileOfClasses * q_stride : 0);
     T* tile = g.data() + (block.first_class - begin) * g_stride + block.first_row;
-    compute_logits(p, packed_input_transposed.data(), block, buffer.data(), tile, g_stride);
+    compute_logits(p, packed_input.data(), block, buffer.data(), tile, g_stride);
     if (has_probabilities) {
       fill(q.data(), T(0), kTileOfClasses * q_stride);
       load_probabilities(p, block, q.data(), q_stride);
@@ -427,45 +450,28 @@ struct Backward {
     if (args.grad_target != nullptr) {
       store_grad_probabilities(p, block, q.data(), q_stride, q.data() + kTileOfClasses * q_stride, args.grad_target);
     }
-    if (wants_input) {
-      transpose(tile, g_stride, block.classes, block.rows,
-                g_transposed.data() + block.first_row * transposed_stride + block.first_class - begin,
-                transposed_stride);
-    }
   }
 
-  // dW and db of classes [first, first + count) from all rows, for features [j, j + columns).
-  void compute_layer_block(int64_t first, int64_t count, int64_t begin, int64_t j, int64_t columns) const {
-    const T* g_rows = g.data() + (first - begin) * g_stride;
-    if (args.grad_linear_bias != nullptr && j == 0) {
-      for (int64_t c = 0; c < count; ++c) {
-        store_one(static_cast<Scalar*>(args.grad_linear_bias) + first + c, sum_of(g_rows + c * g_stride, rows));
-      }
+  // dW and db of the chunk's classes [begin, begin + count), from all rows.
+  void compute_layer(int64_t begin, int64_t count) const {
+    if (args.grad_linear_bias != nullptr) {
+      Scalar* out = static_cast<Scalar*>(args.grad_linear_bias) + begin;
+      parallel_for(count, p.grain(64), [&](int64_t c) { store_one(out + c, sum_of(g.data() + c * g_stride, rows)); });
     }
-    if (args.grad_linear_weight == nullptr || columns == 0) return;
-    Scalar* out = static_cast<Scalar*>(args.grad_linear_weight) + first * features + j;
-    constexpr bool in_place = sizeof(T) == sizeof(Scalar);
-    Scratch<T> buffer(in_place ? 0 : kRowBlock * kColumnBlock);
-    T* sum = in_place ? reinterpret_cast<T*>(out) : buffer.data();
-    const int64_t sum_stride = in_place ? features : kColumnBlock;
-    for (int64_t k = 0; k < rows; k += kDepthBlock) {
-      const int64_t depth = min_of(kDepthBlock, rows - k);
-      const Panels<T> panels = packed_panels(packed_input.data() + k * padded_features + j * depth, depth);
-      multiply<T>(count, columns, depth, g_rows + k, g_stride, panels, sum, sum_stride, k > 0);
-    }
-    if constexpr (!in_place) {
-      for (int64_t c = 0; c < count; ++c) narrow_row(sum + c * sum_stride, columns, out + c * features);
-    }
+    if (args.grad_linear_weight == nullptr) return;
+    Scalar* out = static_cast<Scalar*>(args.grad_linear_weight) + begin * features;
+    gemm<T>(count, features, rows, Matrix<T>{g.data(), g_stride, 1}, p.input,
+            [&](int64_t i, int64_t j, int64_t columns, const T* values) {
+              narrow_row(values, columns, out + i * features + j);
+            });
   }
 
-  // dh of rows [i, i + count) gains the chunk's classes, for features [j, j + columns).
-  void add_to_grad_input(int64_t i, int64_t count, int64_t chunk_classes, int64_t j, int64_t columns) const {
-    for (int64_t k = 0; k < chunk_classes; k += kDepthBlock) {
-      const int64_t depth = min_of(kDepthBlock, chunk_classes - k);
-      const Panels<T> panels = packed_panels(packed_weight.data() + k * padded_features + j * depth, depth);
-      multiply<T>(count, columns, depth, g_transposed.data() + i * transposed_stride + k, transposed_stride, panels,
-                  grad_input() + i * features + j, features, true);
-    }
+  // dh gains the chunk's classes.
+  void add_to_grad_input(int64_t begin, int64_t count) const {
+    gemm<T>(rows, features, count, Matrix<T>{g.data(), 1, g_stride}, p.linear_weight.at(begin, 0),
+            [&](int64_t i, int64_t j, int64_t columns, const T* values) {
+              add_to(grad_input() + i * features + j, values, columns);
+            });
   }
 
   static T sum_of(const T* values, int64_t count) {
@@ -476,17 +482,6 @@ struct Backward {
     return reduce_add(sum);
   }
 
-  // Calls body(i, count, j, columns) for blocks of `extent` x features, spread over the threads.
-  template <class Body>
-  void for_each_product_block(int64_t extent, Body&& body) const {
-    const int64_t column_blocks = max_of(ceil_div(features, kColumnBlock), 1);
-    const int64_t tasks = ceil_div(extent, kRowBlock) * column_blocks;
-    parallel_for(tasks, p.grain(tasks), [&](int64_t task) {
-      const int64_t i = task / column_blocks * kRowBlock, j = task % column_blocks * kColumnBlock;
-      body(i, min_of(kRowBlock, extent - i), j, min_of(kColumnBlock, features - j));
-    });
-  }
-
   void run_chunk(int64_t begin, int64_t count) const {
     const int64_t row_blocks = ceil_div(rows, kTileOfRows);
     const int64_t tiles = ceil_div(count, kTileOfClasses) * row_blocks;
@@ -494,17 +489,8 @@ struct Backward {
       const int64_t c = task / row_blocks * kTileOfClasses, row = task % row_blocks * kTileOfRows;
       compute_tile({begin + c, min_of(kTileOfClasses, count - c), row, min_of(kTileOfRows, rows - row)}, begin);
     });
-    if (wants_layer) {
-      for_each_product_block(count, [&](int64_t c, int64_t block_classes, int64_t j, int64_t columns) {
-        compute_layer_block(begin + c, block_classes, begin, j, columns);
-      });
-    }
-    if (wants_input) {
-      pack_all<T>(p.linear_weight.at(begin, 0), count, features, packed_weight.data());
-      for_each_product_block(rows, [&](int64_t i, int64_t block_rows, int64_t j, int64_t columns) {
-        add_to_grad_input(i, block_rows, count, j, columns);
-      });
-    }
+    if (wants_layer) compute_layer(begin, count);
+    if (wants_input) add_to_grad_input(begin, count);
   }
 
   void run() const {
