@@ -125,12 +125,12 @@ void input_gradient(const Conv2dBackwardArgs& args) {
                     input_gradient_grid(g, g.weight_strides, taps.data(), phases.data())});
 }
 
-// Both operands are split for every tap, which many channels make up for.
+// Both operands of float32 are split for every tap, which many channels make up for.
 template <class Scalar>
 bool tiles_pay(const Conv2dGeometry& g) {
   constexpr int64_t kManyChannels = 128;  // the harmonic mean of both, halved
   const bool is_3x3 = g.kernel_H == 3 && g.kernel_W == 3 && g.stride_H == 1 && g.stride_W == 1;
-  if (g.kernel_H * g.kernel_W == 1) return true;
+  if (g.kernel_H * g.kernel_W == 1 || sizeof(Scalar) == 2) return true;
   return prefers_tiles<Scalar>() && (!is_3x3 || g.C * g.K >= kManyChannels * (g.C + g.K));
 }
 

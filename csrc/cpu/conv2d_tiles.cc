@@ -20,6 +20,8 @@ class TileConvolution {
   using Staged = std::conditional_t<Planes == 1 && std::is_same_v<Scalar, bfloat16>, bfloat16, float>;
   using Left = LeftUnit<Planes>;
   using Right = RightUnit<Planes>;
+  // Of a run that takes the whole depth, so that sums are stored once: of one plane, 64 channels by 3x3.
+  static constexpr int64_t kMostUnits = Planes == 1 ? 18 : kRunUnits<Planes>;
 
  public:
   explicit TileConvolution(const Convolution<Scalar>& convolution)
@@ -140,11 +142,12 @@ class TileConvolution {
   void multiply_taps(Tiles& tiles, const Phase& phase, const int64_t* places, int64_t pixels, const Window& window,
                      int64_t channel_units, const Left* split, const Right* panels, int64_t panel_stride,
                      int64_t out_channels, float* sums, int64_t stride, bool accumulate) const {
-    // A run of sums takes some taps whole, or a part of the channels of one.
-    const int64_t parts = ceil_div(channel_units, kRunUnits<Planes>), end = phase.first_tap + phase.tap_count;
-    const int64_t taps_per_run = max_of(1, kRunUnits<Planes> / channel_units);
+    // A run of sums takes some taps whole, or a part of the channels of one; of few channels, all taps.
+    const int64_t most_units = phase.tap_count * channel_units <= kMostUnits ? kMostUnits : kRunUnits<Planes>;
+    const int64_t parts = ceil_div(channel_units, most_units), end = phase.first_tap + phase.tap_count;
+    const int64_t taps_per_run = max_of(1, most_units / channel_units);
     Scratch<Left> gathered(kSplitRows * taps_per_run * ceil_div(channel_units, parts));
-    UnitSegment segments[kRunUnits<Planes>];
+    UnitSegment segments[kMostUnits];
     for (int64_t run = phase.first_tap * parts; run < end * parts; run += taps_per_run) {
       const int64_t t = run / parts, first = channel_units * (run % parts) / parts;
       const int64_t units = channel_units * (run % parts + 1) / parts - first, taps = min_of(taps_per_run, end - t);
@@ -182,9 +185,11 @@ class TileConvolution {
   // `units` units of every pixel's channels, to `offset` in its row.
   static void gather(const int64_t* places, int64_t rows, int64_t channel_units, const Left* split, int64_t units,
                      int64_t offset, int64_t row_units, Left* gathered) {
+    const int64_t lanes = units * static_cast<int64_t>(sizeof(Left) / sizeof(float));
     for (int64_t r = 0; r < rows; ++r) {
-      __builtin_memcpy(gathered + r * row_units + offset, split + places[r] * channel_units,
-                       static_cast<size_t>(units) * sizeof(Left));
+      const float* source = reinterpret_cast<const float*>(split + places[r] * channel_units);
+      float* destination = reinterpret_cast<float*>(gathered + r * row_units + offset);
+      for (int64_t i = 0; i < lanes; i += VecF::size) store(destination + i, load(source + i));  // a line each
     }
   }
 

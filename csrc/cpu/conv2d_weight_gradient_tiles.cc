@@ -4,10 +4,130 @@
 //
 // Both operands are pixel-major; contiguous images are turned once. The pixels that a tap reads, padding among them,
 // are staged as rows of their own; with a single tap at stride one they lie there already.
+//
+// Where the sums of all taps fit the second-level cache, a task takes some output rows of an image after another: their
+// gradient is split once for all taps, and the pixels of each tap are split from the first-level cache. Chunks of rows
+// are dealt to a number of parts that follows from the shape; the sums of the parts are added in order.
 #include "conv2d_parts.h"
 #include "gemm.h"
 
 namespace dlkernels::DLKERNELS_ISA {
+
+namespace {
+
+// The type that pixels are staged in: bfloat16 that stay one plane move as they are.
+template <class Scalar>
+using staged_t = std::conditional_t<std::is_same_v<Scalar, bfloat16>, bfloat16, float>;
+
+template <class Scalar>
+void store_tap(const Conv2dBackwardArgs& args, const Tap& tap, int64_t k, int64_t c, int64_t count,
+               const float* values) {
+  const auto& strides = args.geometry.grad_weight_strides;
+  Scalar* out = static_cast<Scalar*>(args.grad_weight) + tap.weight_offset + k * strides[0];
+  if (strides[1] == 1) return narrow_row(values, count, out + c);
+  for (int64_t i = 0; i < count; ++i) store_one(out + (c + i) * strides[1], values[i]);
+}
+
+template <int Planes, class Scalar>
+class AllTaps {
+  static constexpr int64_t kChunkPixels = 448, kSumBytes = 768 << 10, kParts = 8;
+
+ public:
+  AllTaps(const Conv2dBackwardArgs& args, const Grid& grid, const Images<const Scalar>& input,
+          const Images<const Scalar>& gradient)
+      : args_(args),
+        g_(args.geometry),
+        grid_(grid),
+        input_(input),
+        gradient_(gradient),
+        chunk_rows_(max_of(1, min_of(kChunkPixels / g_.output_W, g_.output_H))),
+        chunks_of_image_(ceil_div(g_.output_H, chunk_rows_)),
+        units_(ceil_div(chunk_rows_ * g_.output_W, kTileDepth)),
+        tap_size_(g_.K * g_.C) {}
+
+  static bool suits(const Conv2dGeometry& g) {
+    const int64_t taps = g.kernel_H * g.kernel_W;
+    return Planes < 3 && taps > 1 && taps * g.K * g.C * 4 <= kSumBytes && g.output_W <= kChunkPixels &&
+           g.output_H * g.output_W >= 4 * kTileDepth;
+  }
+
+  // False where a number cannot be split.
+  bool run() {
+    const int64_t chunks = g_.N * chunks_of_image_, parts = min_of(kParts, chunks), size = grid_.tap_count * tap_size_;
+    const Scratch<float> sums(parts * size);
+    parallel_for(parts, 1, [&](int64_t part) {
+      add_chunks(part * chunks / parts, (part + 1) * chunks / parts, sums.data() + part * size);
+    });
+    if (!is_split_) return false;
+    parallel_for(g_.K, 4, [&](int64_t k) {
+      for (int64_t t = 0; t < grid_.tap_count; ++t) {
+        float* sum = sums.data() + t * tap_size_ + k * g_.C;
+        for (int64_t part = 1; part < parts; ++part) add_to(sum, sum + part * size, g_.C);
+        if (!has_taps_innermost()) store_tap<Scalar>(args_, grid_.taps[t], k, 0, g_.C, sum);
+      }
+      if (!has_taps_innermost()) return;
+      Scalar* out = static_cast<Scalar*>(args_.grad_weight) + k * g_.grad_weight_strides[0];
+      transpose(sums.data() + k * g_.C, tap_size_, grid_.tap_count, g_.C, out, grid_.tap_count);
+    });
+    return true;
+  }
+
+ private:
+  bool has_taps_innermost() const {
+    const auto& strides = g_.grad_weight_strides;
+    return strides[3] == 1 && strides[2] == g_.kernel_W && strides[1] == grid_.tap_count;
+  }
+
+  void add_chunks(int64_t first, int64_t last, float* sums) {
+    const Scratch<LeftUnit<Planes>> left(round_up(g_.K, kTileHeight) * units_);
+    const Scratch<RightUnit<Planes>> right(units_);
+    const Scratch<staged_t<Scalar>> staged(chunk_rows_ * g_.output_W * g_.C);
+    Tiles tiles;
+    bool split = true;
+    for (int64_t chunk = first; chunk < last; ++chunk) {
+      const int64_t n = chunk / chunks_of_image_, row = chunk % chunks_of_image_ * chunk_rows_;
+      const int64_t rows = min_of(chunk_rows_, g_.output_H - row), pixels = rows * g_.output_W;
+      const Matrix<Scalar> gradient = {gradient_.at(n, 0, row, 0), 1, g_.K};
+      split &= split_left(gradient, g_.K, pixels, left.data(), units_);
+      for (int64_t t = 0; t < grid_.tap_count; ++t) {
+        const Tap& tap = grid_.taps[t];
+        const Window window = {row * g_.stride_H + tap.dy, tap.dx, rows, g_.output_W, g_.stride_H, g_.stride_W};
+        stage(input_, n, 0, g_.C, window, staged.data());
+        split &= add_tap(tiles, left.data(), staged.data(), pixels, right.data(), sums + t * tap_size_, chunk > first);
+      }
+    }
+    if (!split) __atomic_store_n(&is_split_, false, __ATOMIC_RELAXED);
+  }
+
+  // sums[k][c] (+)= sum over the chunk's pixels of gradient[pixel][k] staged[pixel][c].
+  bool add_tap(Tiles& tiles, const LeftUnit<Planes>* left, const staged_t<Scalar>* staged, int64_t pixels,
+               RightUnit<Planes>* right, float* sums, bool accumulate) const {
+    bool split = true;
+    const int64_t units = ceil_div(pixels, kTileDepth);
+    for (int64_t c = 0; c < g_.C; c += kSplitColumns) {
+      const int64_t columns = min_of(kSplitColumns, g_.C - c);
+      for (int64_t u = 0; u < units; ++u) {
+        const Matrix<staged_t<Scalar>> pixel = {staged + u * kTileDepth * g_.C + c, g_.C, 1};
+        split &= split_right(pixel, min_of(kTileDepth, pixels - u * kTileDepth), columns, right + u);
+      }
+      const UnitSegment segment = {units, 0, 0};
+      for (int64_t k = 0; k < g_.K; k += kSplitRows) {
+        multiply_split<Planes>(tiles, min_of(kSplitRows, g_.K - k), columns, {left + k * units_, units_}, right,
+                               &segment, 1, sums + k * g_.C + c, g_.C, accumulate);
+      }
+    }
+    return split;
+  }
+
+  const Conv2dBackwardArgs& args_;
+  const Conv2dGeometry& g_;
+  const Grid& grid_;
+  Images<const Scalar> input_, gradient_;  // channels last
+  int64_t chunk_rows_, chunks_of_image_, units_, tap_size_;
+  bool is_split_ = true;
+};
+
+}  // namespace
 
 template <class Scalar>
 bool weight_gradient_on_tiles(const Conv2dBackwardArgs& args) {
@@ -27,15 +147,17 @@ bool weight_gradient_on_tiles(const Conv2dBackwardArgs& args) {
     const auto input = ImagesInLayout<Scalar>::as_rows(inputs), gradient = ImagesInLayout<Scalar>::as_rows(outputs);
     const bool in_place =
         grid.tap_count == 1 && g.stride_H == 1 && g.stride_W == 1 && g.output_H == g.H && g.output_W == g.W;
-    using Staged = std::conditional_t<std::is_same_v<Scalar, bfloat16>, bfloat16, float>;
+    const bool takes_all_taps = with_planes<Scalar>([&](auto planes) {
+      using Sums = AllTaps<planes(), Scalar>;
+      return Sums::suits(g) && Sums(args, grid, input.images, gradient.images).run();
+    });
+    if (takes_all_taps) return true;
+    using Staged = staged_t<Scalar>;
     const Scratch<Staged> staged(in_place ? 0 : pixels * g.C);
     const Matrix<Scalar> left = {gradient.images.data, 1, g.K};
     for (const Tap* tap = grid.taps; tap != grid.taps + grid.tap_count; ++tap) {
       auto store_rows = [&](int64_t k, int64_t c, int64_t count, const float* values) {
-        Scalar* out = static_cast<Scalar*>(args.grad_weight) + tap->weight_offset + k * g.grad_weight_strides[0];
-        const int64_t stride = g.grad_weight_strides[1];
-        if (stride == 1) return narrow_row(values, count, out + c);
-        for (int64_t i = 0; i < count; ++i) store_one(out + (c + i) * stride, values[i]);
+        store_tap<Scalar>(args, *tap, k, c, count, values);
       };
       if (in_place) {
         gemm<float>(g.K, g.C, pixels, left, Matrix<Scalar>{input.images.data, g.C, 1}, store_rows);
