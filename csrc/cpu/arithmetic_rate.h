@@ -6,8 +6,8 @@
 namespace dlkernels {
 
 struct ArithmeticRateKernels {
-  // Runs `repetitions` rounds of the widest multiply-adds for products of this type on every thread of the pool;
-  // returns the operations done, a multiplication and a sum being two.
+  // Runs `repetitions` rounds of the fastest multiply-adds for products of this type on every thread of the pool:
+  // vectors, pairs of bfloat16 or tiles. Returns the operations done, a multiplication and a sum being two.
   double (*multiply_add)(DType dtype, int64_t repetitions);
 };
 
