@@ -98,6 +98,10 @@ CONVOLUTIONS = {  # input shape, output channels, kernel, and the rest of the ar
     "dilated_groups": ((1, 64, 12, 13), 96, 3, {"dilation": 2, "padding": 2, "groups": 2}),
     "many_channels": ((1, 300, 6, 6), 290, 3, {"padding": 1}),
     "many_channels_and_pixels": ((2, 272, 7, 7), 260, 3, {"padding": 1}),
+    "many_pixels": ((3, 20, 17, 19), 40, 3, {"padding": 1}),
+    "many_pixels_strided": ((2, 33, 31, 30), 24, 3, {"stride": 2, "padding": 1}),
+    "stem": ((2, 3, 37, 40), 33, 7, {"stride": 2, "padding": 3}),
+    "patches": ((2, 3, 41, 32), 40, 8, {"stride": 8}),
 }
 
 
@@ -124,14 +128,21 @@ def test_convolutions(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("where", ["input", "weight"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("stride", [1, 2])
-def test_a_convolution_with_infinity_is_that_of_float32(where: str, dtype: torch.dtype, stride: int) -> None:
-    x, w = normal(1, 32, 10, 10).to(dtype), normal(32, 32, 3, 3, seed=1).to(dtype)
-    (x if where == "input" else w)[0, 5, 1, 1] = float("inf")
-    actual = F.conv2d(x, w, padding=1, stride=stride)
-    expected = torch.nn.functional.conv2d(x.float(), w.float(), padding=1, stride=stride).to(dtype)
-    close = 1e-4 if dtype == torch.float32 else 1e-2
-    torch.testing.assert_close(actual, expected, rtol=close, atol=close, equal_nan=True)
+@pytest.mark.parametrize("name", ["3x3", "strided", "many_pixels", "stem", "patches"])
+def test_a_convolution_with_infinity_is_that_of_float32(where: str, dtype: torch.dtype, name: str) -> None:
+    shape, out_channels, kernel, options = CONVOLUTIONS[name]
+    x, w = normal(*shape).to(dtype), normal(out_channels, shape[1], kernel, kernel, seed=1).to(dtype)
+    (x if where == "input" else w)[0, 2, 1, 1] = float("inf")
+    results = []
+    for function, wide in ((F.conv2d, dtype), (torch.nn.functional.conv2d, torch.float32)):
+        leaves = [t.to(wide).requires_grad_() for t in (x, w)]
+        output = function(*leaves, **options)
+        grad = normal(*output.shape, seed=2).to(dtype).to(wide)
+        results.append([output, torch.autograd.grad(output, leaves[1], grad)[0]])
+    for actual, expected in zip(*results, strict=True):
+        assert torch.equal(actual.isfinite(), expected.isfinite())
+        finite = expected.isfinite()
+        assert error(actual[finite], expected[finite].double()) <= (2e-6 if dtype == torch.float32 else 4e-3)
 
 
 ATTENTIONS = {  # queries, keys, head size, value size, query heads, kv heads, is_causal

@@ -42,7 +42,7 @@ void convolve(const Convolution<Scalar>& convolution) {
     convolve_depthwise(convolution);
     return;
   }
-  if (convolve_pointwise(convolution)) return;
+  if (convolve_pointwise(convolution) || convolve_gathered(convolution)) return;
   const bool tiles_first = prefers_tiles<Scalar>();
   if (tiles_first && convolve_on_tiles(convolution)) return;
   if (convolve_winograd(convolution) || (!tiles_first && convolve_on_tiles(convolution))) return;

@@ -34,6 +34,11 @@ bool convolve_on_tiles(const Convolution<Scalar>& convolution);
 template <class Scalar>
 bool convolve_pointwise(const Convolution<Scalar>& convolution);
 
+// conv2d_gathered.cc: few input channels on matrix units. False where there are none, where the shape is another's, or
+// where a number cannot be split; the output is then unfinished.
+template <class Scalar>
+bool convolve_gathered(const Convolution<Scalar>& convolution);
+
 // conv2d_weight_gradient_tiles.cc: on matrix units. False where there are none or the shape wastes them.
 template <class Scalar>
 bool weight_gradient_on_tiles(const Conv2dBackwardArgs& args);
@@ -146,6 +151,27 @@ void start_sums(const Convolution<Scalar>& convolution, int64_t pixels, int64_t 
       widen_row(convolution.bias + first_out, out_channels, sums + p * stride);
     }
   }
+}
+
+// out[pixel][k] = bias[k] + input weight, one product over all pixels of the batch; `input` has a row for each.
+// Contiguous images are turned at the end.
+template <class Scalar, class A, class B>
+void multiply_all_pixels(const Convolution<Scalar>& c, Matrix<A> input, Matrix<B> weight, int64_t depth) {
+  const int64_t pixels = c.output.N * c.output.H * c.output.W, K = c.output.C;
+  const bool turns = !c.output.channels_last || !are_dense(c.output);
+  const Scratch<Scalar> turned(turns ? pixels * K : 0);
+  Scalar* output = turns ? turned.data() : c.output.data;
+  gemm<float>(pixels, K, depth, input, weight, [&](int64_t i, int64_t j, int64_t count, const float* values) {
+    Scalar* out = output + i * K + j;
+    for (int64_t k = 0; k < count; k += VecF::size) {
+      const int64_t lanes = min_of(VecF::size, count - k);
+      VecF sums = load_lanes(values + k, lanes);
+      if (c.bias != nullptr) sums += load_lanes(c.bias + j + k, lanes);
+      store_lanes(out + k, sums, lanes);
+    }
+  });
+  if (!turns) return;
+  copy_images<Scalar>({output, K * c.output.H * c.output.W, c.output.N, K, c.output.H, c.output.W, true}, c.output);
 }
 
 // Parts that the pixel chunks are dealt to in order; each part's sums are added up apart, and the parts in order.

@@ -27,30 +27,10 @@ bool convolve_pointwise(const Convolution<Scalar>& c) {
     return false;
   }
   if constexpr (kHasTiles && !std::is_same_v<Scalar, double>) {
-    const int64_t pixels = c.input.N * c.input.H * c.input.W, K = c.output.C;
     const auto input = ImagesInLayout<Scalar>::as_rows(c.input);
-    const bool turns = !c.output.channels_last || !are_dense(c.output);
-    const Scratch<Scalar> turned(turns ? pixels * K : 0);
-    const Images<Scalar> output = {turns ? turned.data() : c.output.data,
-                                   K * c.output.H * c.output.W,
-                                   c.output.N,
-                                   K,
-                                   c.output.H,
-                                   c.output.W,
-                                   true};
     const Matrix<Scalar> weight = {c.weights.data + c.grid.taps[0].weight_offset, c.weights.in_stride,
                                    c.weights.out_stride};
-    gemm<float>(pixels, K, c.input.C, Matrix<Scalar>{input.images.data, c.input.C, 1}, weight,
-                [&](int64_t i, int64_t j, int64_t count, const float* values) {
-                  Scalar* out = output.data + i * K + j;
-                  for (int64_t k = 0; k < count; k += VecF::size) {
-                    const int64_t lanes = min_of(VecF::size, count - k);
-                    VecF sums = load_lanes(values + k, lanes);
-                    if (c.bias != nullptr) sums += load_lanes(c.bias + j + k, lanes);
-                    store_lanes(out + k, sums, lanes);
-                  }
-                });
-    if (turns) copy_images<Scalar>({output.data, output.image_stride, output.N, K, output.H, output.W, true}, c.output);
+    multiply_all_pixels(c, Matrix<Scalar>{input.images.data, c.input.C, 1}, weight, c.input.C);
     return true;
   }
   return false;
