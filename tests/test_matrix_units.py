@@ -100,6 +100,7 @@ CONVOLUTIONS = {  # input shape, output channels, kernel, and the rest of the ar
     "many_channels_and_pixels": ((2, 272, 7, 7), 260, 3, {"padding": 1}),
     "many_pixels": ((3, 20, 17, 19), 40, 3, {"padding": 1}),
     "many_pixels_strided": ((2, 33, 31, 30), 24, 3, {"stride": 2, "padding": 1}),
+    "few_pixels": ((4, 24, 9, 9), 208, 3, {"padding": 1, "stride": 2}),
     "stem": ((2, 3, 37, 40), 33, 7, {"stride": 2, "padding": 3}),
     "patches": ((2, 3, 41, 32), 40, 8, {"stride": 8}),
 }
@@ -128,7 +129,7 @@ def test_convolutions(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("where", ["input", "weight"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["3x3", "strided", "many_pixels", "stem", "patches"])
+@pytest.mark.parametrize("name", ["3x3", "strided", "many_pixels", "few_pixels", "stem", "patches"])
 def test_a_convolution_with_infinity_is_that_of_float32(where: str, dtype: torch.dtype, name: str) -> None:
     shape, out_channels, kernel, options = CONVOLUTIONS[name]
     x, w = normal(*shape).to(dtype), normal(out_channels, shape[1], kernel, kernel, seed=1).to(dtype)

@@ -1,11 +1,12 @@
-// Convolution of few input channels on matrix units: a stem, or an image cut into patches.
+// Convolution on matrix units where the depth of the product is all taps and channels of a pixel, gathered into a row:
+// of few input channels, a stem or an image cut into patches, and of few pixels under large weights.
 //
 //   out[pixel][k] = bias[k] + sum over (tap, c) of in[pixel at the tap][c] w[(tap, c)][k]
 //
-// A tile of one tap's few channels would be mostly padding, so the depth of the product is all taps and channels of a
-// pixel, gathered into a row: in a window staged pixel-major the columns of a row of taps lie side by side. A task
-// gathers and splits the rows of a block of output pixels and multiplies them by all weights, split once a call.
-// Patches that do not overlap are no more than the input: where the weights are many, one product takes all of them.
+// In a window staged pixel-major the columns of a row of taps lie side by side. A tile of one tap's few channels would
+// be mostly padding: a task gathers and splits the rows of a block of output pixels and multiplies them by all weights,
+// split once a call. Where the rows of all pixels are not much more than the input or the weights, one product takes
+// them (gemm.h): its blocks read each weight once, where blocks of pixels would read the split weights again and again.
 #include "conv2d_parts.h"
 #include "gemm.h"
 
@@ -49,19 +50,25 @@ class GatheredConvolution {
 
   bool suits() const {
     return conv_.groups == 1 && grid_.phase_count == 1 && grid_.output_step_y == 1 && grid_.output_step_x == 1 &&
-           C_ < kFewestTileChannels && K_ >= kFewestTileChannels && depth_ >= kFewestDepth && kernel_.rows > 0 &&
-           conv_.output.N * conv_.output.H * conv_.output.W >= kFewestTilePixels;
+           K_ >= kFewestTileChannels && depth_ >= kFewestDepth && kernel_.rows > 0 && pixels() >= kFewestTilePixels &&
+           (C_ < kFewestTileChannels || has_few_pixels());
   }
 
   // False when a number could not be split; the output is then unfinished.
   bool run() {
+    if (takes_all_rows() && has_gathered_weights()) {
+      if (!all_finite(conv_.weights.data, depth_ * K_)) return false;  // must not meet the padding
+      return multiply_rows(Matrix<Scalar>{conv_.weights.data, 1, depth_});
+    }
     const Scratch<Staged> weights(depth_ * K_);
-    pack_taps(grid_, conv_.weights.innermost_taps,
-              Matrix<Scalar>{conv_.weights.data, conv_.weights.in_stride, conv_.weights.out_stride}, C_, K_,
-              weights.data(), K_, C_ * K_);
-    if (!all_finite(weights.data(), depth_ * K_)) return false;  // must not meet the padding
+    if (takes_all_rows() && has_inner_taps()) {
+      turn_weights(weights.data());
+      return all_finite(weights.data(), depth_ * K_) && multiply_rows(Matrix<Staged>{weights.data(), 1, depth_});
+    }
+    pack_weights(weights.data());
+    if (!all_finite(weights.data(), depth_ * K_)) return false;
     return with_planes<Scalar>([&](auto planes) {
-      if (is_cut_into_patches()) return multiply_patches(weights.data());
+      if (takes_all_rows()) return multiply_rows(Matrix<Staged>{weights.data(), K_, 1});
       // Six products of so few output channels wait for the second-level cache: multiply-adds are as fast.
       const bool pays = planes() < 3 && depth_ * K_ * 2 * planes() <= kWeightBytes;
       return pays && multiply_blocks<planes()>(weights.data());
@@ -69,9 +76,49 @@ class GatheredConvolution {
   }
 
  private:
+  int64_t pixels() const { return conv_.output.N * conv_.output.H * conv_.output.W; }
   bool is_cut_into_patches() const {
     return grid_.input_step_y >= grid_.last_dy - grid_.first_dy + 1 &&
            grid_.input_step_x >= grid_.last_dx - grid_.first_dx + 1;
+  }
+  // Where more pixels read the weights, splitting these ahead costs less. Six products lose to Winograd's filtering at
+  // stride one.
+  bool has_few_pixels() const {
+    if (grid_.tap_count == 1 || 2 * pixels() > K_) return false;
+    if (planes_of<Scalar>() < 3) return true;
+    return grid_.input_step_y > 1 || grid_.input_step_x > 1;
+  }
+  bool takes_all_rows() const { return is_cut_into_patches() || has_few_pixels(); }
+  // Whether the weights lie as [out][tap][in], as wide as the rows; or as [out][in][tap].
+  bool has_gathered_weights() const {
+    if (conv_.weights.in_stride != 1 || conv_.weights.out_stride != depth_) return false;
+    for (int64_t t = 0; t < grid_.tap_count; ++t) {
+      if (grid_.taps[t].weight_offset != t * C_) return false;
+    }
+    return true;
+  }
+  bool has_inner_taps() const {
+    return conv_.weights.innermost_taps == grid_.tap_count && conv_.weights.in_stride == grid_.tap_count &&
+           conv_.weights.out_stride == depth_;
+  }
+  // From [out][in][tap] to [out][tap][in].
+  void turn_weights(Staged* turned) const {
+    const Scratch<int64_t> offsets(grid_.tap_count);  // of the destination, by the tap's place in memory
+    for (int64_t t = 0; t < grid_.tap_count; ++t) offsets[grid_.taps[t].weight_offset] = t * C_;
+    parallel_for(K_, ceil_div(1 << 14, depth_), [&](int64_t k) {
+      transpose_to_rows(conv_.weights.data + k * depth_, grid_.tap_count, C_, grid_.tap_count, turned + k * depth_,
+                        [&](int64_t tap) { return offsets[tap]; });
+    });
+  }
+  // From any order to [tap][in][out].
+  void pack_weights(Staged* packed) const {
+    constexpr int64_t channels = 16;
+    const Matrix<Scalar> source = {conv_.weights.data, conv_.weights.in_stride, conv_.weights.out_stride};
+    parallel_for(ceil_div(C_, channels), ceil_div(1 << 14, channels * grid_.tap_count * K_), [&](int64_t block) {
+      const int64_t c = block * channels;
+      pack_taps(grid_, conv_.weights.innermost_taps, source.at(c, 0), min_of(channels, C_ - c), K_, packed + c * K_, K_,
+                C_ * K_);
+    });
   }
 
   // Rows of the depth for the pixels of a block, row_stride_ apart, zeros beyond the depth. `staged` holds the window
@@ -129,16 +176,17 @@ class GatheredConvolution {
     return is_split_;
   }
 
-  bool multiply_patches(const Staged* weights) const {
+  template <class Weight>
+  bool multiply_rows(Matrix<Weight> weights) const {
     const Blocks blocks(conv_.input.N, grid_.rows, grid_.columns, kBlockPixels);
     if (blocks.columns < grid_.columns) return false;  // its pixels would not follow one another
-    const Scratch<Staged> rows(conv_.output.N * grid_.rows * grid_.columns * row_stride_);
+    const Scratch<Staged> rows(pixels() * row_stride_);
     parallel_for(blocks.count(), 1, [&](int64_t index) {
       const Block block = blocks.at(index);
       const Scratch<Staged> staged(staged_size(blocks));
       gather(block, staged.data(), rows.data() + (block.image * grid_.rows + block.row) * grid_.columns * row_stride_);
     });
-    multiply_all_pixels(conv_, Matrix<Staged>{rows.data(), row_stride_, 1}, Matrix<Staged>{weights, K_, 1}, depth_);
+    multiply_all_pixels(conv_, Matrix<Staged>{rows.data(), row_stride_, 1}, weights, depth_);
     return true;
   }
 
