@@ -28,6 +28,19 @@ void store_tap(const Conv2dBackwardArgs& args, const Tap& tap, int64_t k, int64_
   for (int64_t i = 0; i < count; ++i) store_one(out + (c + i) * strides[1], values[i]);
 }
 
+// Where a weight's taps are innermost, rows of it are made of all taps at once: from sums[tap][k][c].
+bool has_taps_innermost(const Conv2dGeometry& g) {
+  const auto& strides = g.grad_weight_strides;
+  return strides[3] == 1 && strides[2] == g.kernel_W && strides[1] == g.kernel_H * g.kernel_W;
+}
+template <class Scalar>
+void store_all_taps(const Conv2dBackwardArgs& args, int64_t k, const float* sums) {
+  const Conv2dGeometry& g = args.geometry;
+  const int64_t taps = g.kernel_H * g.kernel_W;
+  Scalar* out = static_cast<Scalar*>(args.grad_weight) + k * g.grad_weight_strides[0];
+  transpose(sums + k * g.C, g.K * g.C, taps, g.C, out, taps);
+}
+
 template <int Planes, class Scalar>
 class AllTaps {
   static constexpr int64_t kChunkPixels = 448, kSumBytes = 768 << 10, kParts = 8;
@@ -63,21 +76,14 @@ class AllTaps {
       for (int64_t t = 0; t < grid_.tap_count; ++t) {
         float* sum = sums.data() + t * tap_size_ + k * g_.C;
         for (int64_t part = 1; part < parts; ++part) add_to(sum, sum + part * size, g_.C);
-        if (!has_taps_innermost()) store_tap<Scalar>(args_, grid_.taps[t], k, 0, g_.C, sum);
+        if (!has_taps_innermost(g_)) store_tap<Scalar>(args_, grid_.taps[t], k, 0, g_.C, sum);
       }
-      if (!has_taps_innermost()) return;
-      Scalar* out = static_cast<Scalar*>(args_.grad_weight) + k * g_.grad_weight_strides[0];
-      transpose(sums.data() + k * g_.C, tap_size_, grid_.tap_count, g_.C, out, grid_.tap_count);
+      if (has_taps_innermost(g_)) store_all_taps<Scalar>(args_, k, sums.data());
     });
     return true;
   }
 
  private:
-  bool has_taps_innermost() const {
-    const auto& strides = g_.grad_weight_strides;
-    return strides[3] == 1 && strides[2] == g_.kernel_W && strides[1] == grid_.tap_count;
-  }
-
   void add_chunks(int64_t first, int64_t last, float* sums) {
     const Scratch<LeftUnit<Planes>> left(round_up(g_.K, kTileHeight) * units_);
     const Scratch<RightUnit<Planes>> right(units_);
@@ -155,9 +161,12 @@ bool weight_gradient_on_tiles(const Conv2dBackwardArgs& args) {
     using Staged = staged_t<Scalar>;
     const Scratch<Staged> staged(in_place ? 0 : pixels * g.C);
     const Matrix<Scalar> left = {gradient.images.data, 1, g.K};
+    const bool stores_later = grid.tap_count > 1 && has_taps_innermost(g);
+    const Scratch<float> sums(stores_later ? grid.tap_count * g.K * g.C : 0);
     for (const Tap* tap = grid.taps; tap != grid.taps + grid.tap_count; ++tap) {
       auto store_rows = [&](int64_t k, int64_t c, int64_t count, const float* values) {
-        store_tap<Scalar>(args, *tap, k, c, count, values);
+        if (!stores_later) return store_tap<Scalar>(args, *tap, k, c, count, values);
+        widen_row(values, count, sums.data() + ((tap - grid.taps) * g.K + k) * g.C + c);
       };
       if (in_place) {
         gemm<float>(g.K, g.C, pixels, left, Matrix<Scalar>{input.images.data, g.C, 1}, store_rows);
@@ -168,6 +177,9 @@ bool weight_gradient_on_tiles(const Conv2dBackwardArgs& args) {
         stage(input.images, n, 0, g.C, window, staged.data() + n * g.output_H * g.output_W * g.C);
       });
       gemm<float>(g.K, g.C, pixels, left, Matrix<Staged>{staged.data(), g.C, 1}, store_rows);
+    }
+    if (stores_later) {
+      parallel_for(g.K, 4, [&](int64_t k) { store_all_taps<Scalar>(args, k, sums.data()); });
     }
     return true;
   }
