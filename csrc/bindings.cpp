@@ -45,13 +45,16 @@ void translate_exception(std::exception_ptr pointer) {
 
 // A function of vmath.h on a dense float32 tensor, for its tests.
 at::Tensor elementary_function(const std::string& name, const at::Tensor& input) {
-  static const std::map<std::string, ElementaryFunction> functions = {{"exp", ElementaryFunction::exp},
-                                                                      {"log", ElementaryFunction::log},
-                                                                      {"tanh", ElementaryFunction::tanh},
-                                                                      {"sigmoid", ElementaryFunction::sigmoid}};
+  static const std::map<std::string, ElementaryFunction> functions = {
+      {"exp", ElementaryFunction::exp},
+      {"exp_of_negative", ElementaryFunction::exp_of_negative},
+      {"coarse_exp2_of_negative", ElementaryFunction::coarse_exp2_of_negative},
+      {"log", ElementaryFunction::log},
+      {"tanh", ElementaryFunction::tanh},
+      {"sigmoid", ElementaryFunction::sigmoid}};
   const auto found = functions.find(name);
-  TORCH_CHECK_VALUE(found != functions.end(), "elementary_function: name must be exp, log, tanh or sigmoid, got ",
-                    name);
+  TORCH_CHECK_VALUE(found != functions.end(), "elementary_function: name must be one of exp, exp_of_negative, ",
+                    "coarse_exp2_of_negative, log, tanh and sigmoid, got ", name);
   TORCH_CHECK(input.scalar_type() == at::kFloat && input.is_contiguous() && input.is_cpu(),
               "elementary_function: input must be a contiguous float32 tensor on the CPU");
   at::Tensor output = at::empty_like(input);

@@ -19,6 +19,10 @@ void apply(ElementaryFunction function, const float* input, float* output, int64
   switch (function) {
     case ElementaryFunction::exp:
       return map(input, output, count, [](VecF x) { return exp(x); });
+    case ElementaryFunction::exp_of_negative:
+      return map(input, output, count, [](VecF x) { return exp_of_negative(x); });
+    case ElementaryFunction::coarse_exp2_of_negative:
+      return map(input, output, count, [](VecF x) { return coarse_exp2_of_negative(x); });
     case ElementaryFunction::log:
       return map(input, output, count, [](VecF x) { return log(x); });
     case ElementaryFunction::tanh:

@@ -5,7 +5,7 @@
 
 namespace dlkernels {
 
-enum class ElementaryFunction : int32_t { exp, log, tanh, sigmoid };
+enum class ElementaryFunction : int32_t { exp, exp_of_negative, coarse_exp2_of_negative, log, tanh, sigmoid };
 
 struct ElementaryKernels {
   // output[i] = function(input[i]) for i < count; may be the same array.
