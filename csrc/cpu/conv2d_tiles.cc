@@ -210,14 +210,7 @@ bool convolve_on_tiles(const Convolution<Scalar>& convolution) {
     const int64_t groups = convolution.groups;
     if (convolution.input.C / groups < kFewestTileChannels || convolution.output.C / groups < kFewestTileChannels)
       return false;
-    switch (planes_of<Scalar>()) {
-      case 1:
-        return TileConvolution<1, Scalar>(convolution).run();
-      case 2:
-        return TileConvolution<2, Scalar>(convolution).run();
-      default:
-        return TileConvolution<3, Scalar>(convolution).run();
-    }
+    return with_planes<Scalar>([&](auto planes) { return TileConvolution<planes(), Scalar>(convolution).run(); });
   }
   return false;
 }

@@ -261,17 +261,12 @@ inline void multiply_block_on_tiles(Matrix<ScalarA> a, Matrix<ScalarB> b, const 
   }
 }
 
-// What it costs a core to make units of an element of an operand, and to multiply two elements, in cycles. A left
-// operand wants its rows along the depth, a right one its columns across it; the other way round it is transposed.
-template <int Planes, class Scalar>
-inline double left_cost(Matrix<Scalar> a) {
-  if (has_lines<Planes>(a)) return 0.4;
-  return (Planes == 1 ? 0.5 : 1) + (a.column_stride == 1 ? 0 : 0.5);
-}
-template <int Planes, class Scalar>
-inline double right_cost(Matrix<Scalar> b) {
-  return (Planes == 1 ? 0.6 : 1) + (b.column_stride == 1 ? 0 : 0.5);
-}
+// What it costs a core to make units of an element of an operand, the right one transposed, and to multiply two
+// elements, in cycles. How operands lie is no part of it: the order of sums follows from the shape alone.
+template <int Planes>
+inline constexpr double kLeftCost = Planes == 1 ? 0.5 : 1;
+template <int Planes>
+inline constexpr double kRightCost = Planes == 1 ? 1.1 : 1.5;
 template <int Planes>
 inline constexpr double kMultiplyCost = Planes == 1   ? 1.0 / 220
                                         : Planes == 2 ? 1.0 / 120
@@ -280,7 +275,7 @@ inline constexpr double kMultiplyCost = Planes == 1   ? 1.0 / 220
 // Blocks on tiles, about equal: of the shapes whose operands and sums fit the second-level cache, the one that costs
 // least.
 template <int Planes>
-inline BlockShape tile_block_shape(int64_t M, int64_t N, int64_t K, double left_cost, double right_cost) {
+inline BlockShape tile_block_shape(int64_t M, int64_t N, int64_t K) {
   constexpr int64_t most_rows = Planes == 1 ? 1024 : 416, most_columns = 512, most_sums = 128 << 10, wanted_tasks = 8,
                     step = 64;
   constexpr double sum_cost = 4;
@@ -295,7 +290,8 @@ inline BlockShape tile_block_shape(int64_t M, int64_t N, int64_t K, double left_
       const int64_t blocks = shape.blocks(M, N);
       shape.part_depth = part_depth_of(K, min_of(ceil_div(wanted_tasks, blocks), K / kDepthBlock));
       const int64_t parts = max_of(1, ceil_div(K, shape.part_depth)), tasks = blocks * parts;
-      const double splits = 1.0 * K * (left_cost * M * ceil_div(N, columns) + right_cost * N * ceil_div(M, rows));
+      const double splits =
+          1.0 * K * (kLeftCost<Planes> * M * ceil_div(N, columns) + kRightCost<Planes> * N * ceil_div(M, rows));
       const double sums = parts > 1 ? sum_cost * parts * M * N : 0;
       // Threads that come in pairs or fours wait for the last of them.
       const double rounds = 1.0 * max_of(wanted_tasks, round_up(tasks, 4)) / tasks;
@@ -311,8 +307,7 @@ inline void gemm_on_tiles(int64_t M, int64_t N, int64_t K, Matrix<ScalarA> a, Ma
   auto multiply_block = [&](const ProductBlock& block, float* c, int64_t c_row_stride) {
     multiply_block_on_tiles<Planes>(a, b, block, c, c_row_stride);
   };
-  const BlockShape shape = tile_block_shape<Planes>(M, N, K, left_cost<Planes>(a), right_cost<Planes>(b));
-  run_product<float>(M, N, K, shape, multiply_block, finish);
+  run_product<float>(M, N, K, tile_block_shape<Planes>(M, N, K), multiply_block, finish);
 }
 
 // Below these sizes most of a tile would be padding.

@@ -186,7 +186,7 @@ class ForwardPass {
   }
 
   // On tiles: units_[block][pair of gates][unit of the depth], those of W_ih before those of W_hh.
-  const RightUnit<Planes>* units_of(int64_t block, int64_t pair) const {
+  RightUnit<Planes>* units_of(int64_t block, int64_t pair) const {
     return units_.data() + (block * kPairs + pair) * (input_units_ + states_.units());
   }
   bool split_weights() {
@@ -196,7 +196,7 @@ class ForwardPass {
       bool split = true;
       auto split_gate = [&](const void* weights, int64_t depth, int64_t gate, int64_t first_unit) {
         const Matrix<Scalar> weight = {static_cast<const Scalar*>(weights) + (gate * H_ + unit) * depth, 1, depth};
-        auto* out = const_cast<RightUnit<Planes>*>(units_of(block, gate / 2)) + first_unit;
+        RightUnit<Planes>* out = units_of(block, gate / 2) + first_unit;
         for (int64_t k = 0; k < depth; k += kTileDepth, ++out) {
           split &= split_right_tile(weight.at(k, 0), min_of(kTileDepth, depth - k), lanes, 0, out, gate % 2);
         }
