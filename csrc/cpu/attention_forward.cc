@@ -64,10 +64,7 @@ class ForwardTask {
   // Returns whether the products were exact; where not, the output is to be computed again.
   bool run() {
     load_query();
-    const int64_t key_length = visible_keys(0, rows_, 0, args_.sizes.key_length);
-    for (int64_t begin = 0; begin < key_length; begin += block_keys_) {
-      add_key_block(begin, min_of(block_keys_, key_length - begin));
-    }
+    for_each_key_block([&](int64_t begin, int64_t keys) { add_key_block(begin, keys); });
     store_output();
     return products_.is_exact();
   }
@@ -75,10 +72,7 @@ class ForwardTask {
   // The same for few rows, which read keys and values where they are.
   void run_unpacked() {
     clear();
-    const int64_t key_length = visible_keys(0, rows_, 0, args_.sizes.key_length);
-    for (int64_t begin = 0; begin < key_length; begin += block_keys_) {
-      add_key_block_unpacked(begin, min_of(block_keys_, key_length - begin));
-    }
+    for_each_key_block([&](int64_t begin, int64_t keys) { add_key_block_unpacked(begin, keys); });
     store_output();
   }
 
@@ -98,6 +92,14 @@ class ForwardTask {
     if (!args_.is_causal) return keys;
     const int64_t last = head(begin) == head(end - 1) ? position(end - 1) : args_.sizes.query_length - 1;
     return max_of(min_of(keys, last + 1 - key_begin), 0);
+  }
+
+  template <class Body>
+  void for_each_key_block(Body&& body) {
+    const int64_t key_length = visible_keys(0, rows_, 0, args_.sizes.key_length);
+    for (int64_t begin = 0; begin < key_length; begin += block_keys_) {
+      body(begin, min_of(block_keys_, key_length - begin));
+    }
   }
 
   void clear() {

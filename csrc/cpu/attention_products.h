@@ -169,20 +169,9 @@ class TileProducts {
 
   void multiply(int64_t rows, int64_t columns, int64_t depth, LeftRows left, RightColumns right, float* c,
                 int64_t c_row_stride, bool accumulate) {
-    const int64_t units = ceil_div(depth, kTileDepth), runs = ceil_div(units, kRunUnits<Planes>);
-    for (int64_t j = 0; j < columns; j += kSplitColumns) {
-      const int64_t tile_columns = min_of(kSplitColumns, round_up(columns - j, kTileHeight));
-      for (int64_t run = 0; run < runs; ++run) {
-        const int64_t unit = units * run / runs;
-        const UnitSegment segment = {units * (run + 1) / runs - unit, unit, unit};
-        for (int64_t i = 0; i < rows; i += kSplitRows) {
-          multiply_split<Planes>(tiles_, min_of(kSplitRows, round_up(rows - i, kTileHeight)), tile_columns,
-                                 {left.data + i * left.row_stride, left.row_stride},
-                                 right.data + j / kSplitColumns * right.panel_stride, &segment, 1,
-                                 c + i * c_row_stride + j, c_row_stride, accumulate || run > 0);
-        }
-      }
-    }
+    multiply_units<Planes>(tiles_, round_up(rows, kTileHeight), round_up(columns, kTileHeight),
+                           ceil_div(depth, kTileDepth), {left.data, left.row_stride}, right.data, right.panel_stride, c,
+                           c_row_stride, accumulate);
   }
 
   template <class A, class B>

@@ -197,18 +197,7 @@ class GatheredConvolution {
     const bool starts = conv_.bias != nullptr;
     if (starts) start_sums(conv_, block.pixels(), 0, K_, sums, stride);
     Tiles tiles;
-    const int64_t runs = ceil_div(units, kRunUnits<Planes>);
-    for (int64_t p = 0; p < block.pixels(); p += kSplitRows) {
-      for (int64_t run = 0; run < runs; ++run) {
-        const int64_t u = units * run / runs;
-        const UnitSegment segment = {units * (run + 1) / runs - u, u, u};
-        for (int64_t j = 0; j < K_; j += kSplitColumns) {
-          multiply_split<Planes>(tiles, min_of(kSplitRows, block.pixels() - p), min_of(kSplitColumns, K_ - j),
-                                 {left.first + p * units, units}, right + j / kSplitColumns * units, &segment, 1,
-                                 sums + p * stride + j, stride, starts || run > 0);
-        }
-      }
-    }
+    multiply_units<Planes>(tiles, block.pixels(), K_, units, left, right, units, sums, stride, starts);
     if (!is_one_matrix(conv_, block)) {
       unstage_block(conv_.output, block, 0, K_, grid_.output_window(block, grid_.phases[0]), sums);
     }

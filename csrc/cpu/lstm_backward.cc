@@ -72,7 +72,7 @@ class BackwardPass {
         }
       }
       if (args_.grad_h0 != nullptr) step(member, -1, tiles, spoilt);
-      if (reduce_add(spoilt) != T(0)) __atomic_store_n(&is_exact_, false, __ATOMIC_RELAXED);
+      note(reduce_add(spoilt) == T(0));
       if (args_.grad_bias != nullptr) sum_bias(member);
       if constexpr (!kRounds) {
         if (few_rows_) finish_few_rows(member);
@@ -153,9 +153,11 @@ class BackwardPass {
   }
 
   // On tiles: units_[32 outputs][unit of the depth], where every gate begins a unit.
+  void note(bool split) {
+    if (!split) __atomic_store_n(&is_exact_, false, __ATOMIC_RELAXED);
+  }
   bool split_weights() {
     const int64_t panels = ceil_div(outputs_, kSplitColumns), units = later_gates_.units();
-    const Scratch<uint8_t> is_split(panels);
     parallel_for(panels, 1, [&](int64_t panel) {
       bool split = true;
       for (int64_t unit = 0; unit < units; ++unit) {
@@ -165,12 +167,9 @@ class BackwardPass {
             split_right(weight.at(gate * H_ + k, panel * kSplitColumns), min_of(kTileDepth, H_ - k),
                         min_of(kSplitColumns, outputs_ - panel * kSplitColumns), units_.data() + panel * units + unit);
       }
-      is_split[panel] = split;
+      note(split);
     });
-    for (int64_t panel = 0; panel < panels; ++panel) {
-      if (!is_split[panel]) return false;
-    }
-    return true;
+    return is_exact_;
   }
 
   // dh[i][j ...] = da_(row + i) W_hh of a turn.
@@ -178,12 +177,9 @@ class BackwardPass {
   void multiply_weights(TilesOrNone& tiles, int64_t turn, int64_t row, int64_t rows, int64_t j, int64_t columns,
                         T* grad_h) {
     if constexpr (kOnTiles) {
-      for (int64_t part = 0; part < columns; part += kSplitColumns) {
-        const int64_t panel = (j + part) / kSplitColumns;
-        multiply_turn<Planes>(tiles, rows, min_of(kSplitColumns, columns - part), later_gates_.units(),
-                              later_gates_.rows(turn, row), units_.data() + panel * later_gates_.units(), grad_h + part,
-                              outputs_);
-      }
+      const int64_t units = later_gates_.units();
+      multiply_units<Planes>(tiles, rows, columns, units, later_gates_.rows(turn, row),
+                             units_.data() + j / kSplitColumns * units, units, grad_h, outputs_, false);
     }
   }
 

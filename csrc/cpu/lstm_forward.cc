@@ -189,8 +189,10 @@ class ForwardPass {
   RightUnit<Planes>* units_of(int64_t block, int64_t pair) const {
     return units_.data() + (block * kPairs + pair) * (input_units_ + states_.units());
   }
+  void note(bool split) {
+    if (!split) __atomic_store_n(&is_exact_, false, __ATOMIC_RELAXED);
+  }
   bool split_weights() {
-    const Scratch<uint8_t> is_split(ceil_div(H_, kUnits));
     parallel_for(ceil_div(H_, kUnits), 2, [&](int64_t block) {
       const int64_t unit = block * kUnits, lanes = min_of(kUnits, H_ - unit);
       bool split = true;
@@ -205,12 +207,9 @@ class ForwardPass {
         if (many_sequences_) split_gate(layer_.w_ih, layer_.input_size, gate, 0);
         split_gate(layer_.w_hh, outputs_, gate, input_units_);
       }
-      is_split[block] = split;
+      note(split);
     });
-    for (int64_t block = 0; block < ceil_div(H_, kUnits); ++block) {
-      if (!is_split[block]) return false;
-    }
-    return true;
+    return is_exact_;
   }
 
   // Both turns hold h0, so that a sequence finds it whenever it begins.
@@ -231,9 +230,7 @@ class ForwardPass {
     if (!many_sequences_) return;
     const Scalar* input = static_cast<const Scalar*>(layer_.input) + sequence_.offset(turn) * layer_.input_row_stride;
     const Matrix<Scalar> rows = {input, layer_.input_row_stride, 1};
-    if (!split_left(rows, sequence_.size(turn), layer_.input_size, member.input.data(), input_units_)) {
-      __atomic_store_n(&is_exact_, false, __ATOMIC_RELAXED);
-    }
+    note(split_left(rows, sequence_.size(turn), layer_.input_size, member.input.data(), input_units_));
   }
 
   void multiply_on_tiles(MemberTiles& member, int64_t turn, int64_t block, int64_t row, int64_t rows, T* sums) {
@@ -242,11 +239,12 @@ class ForwardPass {
       const RightUnit<Planes>* weights = units_of(block, pair);
       T* pair_sums = sums + pair * kSplitColumns;
       if (many_sequences_) {
-        multiply_turn<Planes>(member.tiles, whole_rows, kSplitColumns, input_units_,
-                              {member.input.data() + row * input_units_, input_units_}, weights, pair_sums, kPanel);
+        multiply_units<Planes>(member.tiles, whole_rows, kSplitColumns, input_units_,
+                               {member.input.data() + row * input_units_, input_units_}, weights, 0, pair_sums, kPanel,
+                               false);
       }
-      multiply_turn<Planes>(member.tiles, whole_rows, kSplitColumns, states_.units(), states_.rows(turn - 1, row),
-                            weights + input_units_, pair_sums, kPanel, many_sequences_);
+      multiply_units<Planes>(member.tiles, whole_rows, kSplitColumns, states_.units(), states_.rows(turn - 1, row),
+                             weights + input_units_, 0, pair_sums, kPanel, many_sequences_);
     }
   }
 

@@ -188,21 +188,6 @@ class TurnRows {
   Scratch<LeftUnit<Planes>> data_;
 };
 
-// c[i][j] (+)= sum over the units of left row i times right column j, for rows <= kStepRows and columns <=
-// kSplitColumns.
-template <int Planes>
-inline void multiply_turn(Tiles& tiles, int64_t rows, int64_t columns, int64_t units, LeftRows<Planes> left,
-                          const RightUnit<Planes>* right, float* c, int64_t c_row_stride, bool accumulate = false) {
-  for (int64_t unit = 0; unit < units; unit += kRunUnits<Planes>) {
-    const UnitSegment run = {min_of(kRunUnits<Planes>, units - unit), unit, unit};
-    for (int64_t i = 0; i < rows; i += kSplitRows) {
-      multiply_split<Planes>(tiles, min_of(kSplitRows, rows - i), columns,
-                             {left.first + i * left.unit_stride, left.unit_stride}, right, &run, 1,
-                             c + i * c_row_stride, c_row_stride, accumulate || unit > 0);
-    }
-  }
-}
-
 // ---- sharing -------------------------------------------------------------------------------------------------------
 
 // How many members are worth having: for a step of `blocks` blocks of columns, each a product with `depth` rows of

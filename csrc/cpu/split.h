@@ -464,4 +464,25 @@ inline void multiply_split(Tiles& tiles, int64_t rows, int64_t columns, LeftRows
   }
 }
 
+// c[i][j] (+)= left row i times right column j over `units` of the depth, in runs of about equal length, for right
+// panels of 32 columns panel_stride units apart. Columns outermost: a panel stays in the first-level cache.
+template <int Planes>
+inline void multiply_units(Tiles& tiles, int64_t rows, int64_t columns, int64_t units, LeftRows<Planes> left,
+                           const RightUnit<Planes>* right, int64_t panel_stride, float* c, int64_t c_row_stride,
+                           bool accumulate) {
+  const int64_t runs = ceil_div(units, kRunUnits<Planes>);
+  for (int64_t j = 0; j < columns; j += kSplitColumns) {
+    for (int64_t run = 0; run < runs; ++run) {
+      const int64_t unit = units * run / runs;
+      const UnitSegment segment = {units * (run + 1) / runs - unit, unit, unit};
+      for (int64_t i = 0; i < rows; i += kSplitRows) {
+        multiply_split<Planes>(tiles, min_of(kSplitRows, rows - i), min_of(kSplitColumns, columns - j),
+                               {left.first + i * left.unit_stride, left.unit_stride},
+                               right + j / kSplitColumns * panel_stride, &segment, 1, c + i * c_row_stride + j,
+                               c_row_stride, accumulate || run > 0);
+      }
+    }
+  }
+}
+
 }  // namespace dlkernels::DLKERNELS_ISA
