@@ -142,10 +142,8 @@ class TileProducts {
   RightColumns pack_right(Matrix<Scalar> right, int64_t depth, int64_t columns, Right* storage) {
     const int64_t units = ceil_div(depth, kTileDepth);
     for (int64_t j = 0; j < columns; j += kSplitColumns) {
-      for (int64_t u = 0; u < units; ++u) {
-        is_exact_ &= split_right(right.at(u * kTileDepth, j), min_of(kTileDepth, depth - u * kTileDepth),
-                                 min_of(kSplitColumns, columns - j), storage + j / kSplitColumns * units + u);
-      }
+      is_exact_ &= split_right(right.at(0, j), depth, min_of(kSplitColumns, columns - j),
+                               storage + j / kSplitColumns * units);
     }
     return {storage, units};
   }

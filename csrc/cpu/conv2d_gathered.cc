@@ -154,11 +154,9 @@ class GatheredConvolution {
     const Scratch<RightUnit<Planes>> right(panels * units);
     bool split = true;
     for (int64_t panel = 0; panel < panels; ++panel) {
-      for (int64_t u = 0; u < units; ++u) {
-        const Matrix<Staged> part = {weights + u * kTileDepth * K_ + panel * kSplitColumns, K_, 1};
-        split &= split_right(part, min_of(kTileDepth, depth_ - u * kTileDepth),
-                             min_of(kSplitColumns, K_ - panel * kSplitColumns), right.data() + panel * units + u);
-      }
+      const int64_t k = panel * kSplitColumns;
+      split &= split_right(Matrix<Staged>{weights + k, K_, 1}, depth_, min_of(kSplitColumns, K_ - k),
+                           right.data() + panel * units);
     }
     if (!split) return false;
     const Blocks blocks(conv_.input.N, grid_.rows, grid_.columns, kBlockPixels);

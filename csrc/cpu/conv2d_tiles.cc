@@ -80,10 +80,8 @@ class TileConvolution {
       }
       Right* destination = panel_at(g, panel, block);
       for (int64_t t = 0; t < grid_.tap_count; ++t) {
-        for (int64_t c = 0; c < channels; c += kTileDepth) {
-          const Matrix<Staged> tap = {taps.data() + (t * channels + c) * columns, columns, 1};
-          note(split_right(tap, min_of(kTileDepth, channels - c), columns, destination++));
-        }
+        const Matrix<Staged> tap = {taps.data() + t * channels * columns, columns, 1};
+        note(split_right(tap, channels, columns, destination + t * units(channels)));
       }
     });
   }

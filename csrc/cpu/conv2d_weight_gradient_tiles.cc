@@ -112,10 +112,7 @@ class AllTaps {
     const int64_t units = ceil_div(pixels, kTileDepth);
     for (int64_t c = 0; c < g_.C; c += kSplitColumns) {
       const int64_t columns = min_of(kSplitColumns, g_.C - c);
-      for (int64_t u = 0; u < units; ++u) {
-        const Matrix<staged_t<Scalar>> pixel = {staged + u * kTileDepth * g_.C + c, g_.C, 1};
-        split &= split_right(pixel, min_of(kTileDepth, pixels - u * kTileDepth), columns, right + u);
-      }
+      split &= split_right(Matrix<staged_t<Scalar>>{staged + c, g_.C, 1}, pixels, columns, right);
       const UnitSegment segment = {units, 0, 0};
       for (int64_t k = 0; k < g_.K; k += kSplitRows) {
         multiply_split<Planes>(tiles, min_of(kSplitRows, g_.K - k), columns, {left + k * units_, units_}, right,

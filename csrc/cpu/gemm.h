@@ -231,33 +231,29 @@ inline void multiply_block_on_tiles(Matrix<ScalarA> a, Matrix<ScalarB> b, const 
   const int64_t rows_in_place =
       block.k_end % kTileDepth == 0 && has_lines<Planes>(a) ? block.rows / kSplitRows * kSplitRows : 0;
   const Scratch<Left> left(round_up(block.rows - rows_in_place, kSplitRows) * units);
-  const Scratch<RightUnit<Planes>> right(ceil_div(block.columns, kSplitColumns) * units);  // [panel][unit]
+  const Scratch<RightUnit<Planes>> right(kRunUnits<Planes>);
   Tiles tiles;
   for (int64_t k = block.k_begin; k < block.k_end; k += stretch) {
     const int64_t depth = min_of(stretch, block.k_end - k), depth_units = ceil_div(depth, kTileDepth);
     bool split = split_left(a.at(block.i + rows_in_place, k), block.rows - rows_in_place, depth, left.data(), units);
-    for (int64_t j = 0; j < block.columns; j += kSplitColumns) {
-      for (int64_t u = 0; u < depth_units; ++u) {
-        split &= split_right(b.at(k + u * kTileDepth, block.j + j), min_of(kTileDepth, depth - u * kTileDepth),
-                             min_of(kSplitColumns, block.columns - j), right.data() + j / kSplitColumns * units + u);
+    for (int64_t u = 0; u < depth_units && split; u += kRunUnits<Planes>) {
+      const int64_t run_units = min_of(kRunUnits<Planes>, depth_units - u);
+      const UnitSegment run = {run_units, u, 0};
+      for (int64_t j = 0; j < block.columns; j += kSplitColumns) {
+        split &= split_right(b.at(k + u * kTileDepth, block.j + j), min_of(run_units * kTileDepth, depth - u * kTileDepth),
+                             min_of(kSplitColumns, block.columns - j), right.data());
+        for (int64_t i = 0; i < block.rows; i += kSplitRows) {
+          const LeftRows<Planes> rows =
+              i < rows_in_place
+                  ? LeftRows<Planes>{reinterpret_cast<const Left*>(a.at(block.i + i, k).data), a.row_stride / kTileDepth}
+                  : LeftRows<Planes>{left.data() + (i - rows_in_place) * units, units};
+          multiply_split(tiles, min_of(kSplitRows, block.rows - i), min_of(kSplitColumns, block.columns - j), rows,
+                         right.data(), &run, 1, c + i * c_row_stride + j, c_row_stride, k + u > block.k_begin);
+        }
       }
     }
     // Infinities, NaN and the largest numbers are rare: the block begins anew.
     if (!split) return multiply_block<float>(a, b, block, c, c_row_stride);
-    for (int64_t u = 0; u < depth_units; u += kRunUnits<Planes>) {
-      const UnitSegment run = {min_of(kRunUnits<Planes>, depth_units - u), u, u};
-      for (int64_t i = 0; i < block.rows; i += kSplitRows) {
-        const LeftRows<Planes> rows =
-            i < rows_in_place
-                ? LeftRows<Planes>{reinterpret_cast<const Left*>(a.at(block.i + i, k).data), a.row_stride / kTileDepth}
-                : LeftRows<Planes>{left.data() + (i - rows_in_place) * units, units};
-        for (int64_t j = 0; j < block.columns; j += kSplitColumns) {
-          multiply_split(tiles, min_of(kSplitRows, block.rows - i), min_of(kSplitColumns, block.columns - j), rows,
-                         right.data() + j / kSplitColumns * units, &run, 1, c + i * c_row_stride + j, c_row_stride,
-                         k + u > block.k_begin);
-        }
-      }
-    }
   }
 }
 

@@ -160,12 +160,11 @@ class BackwardPass {
     const int64_t panels = ceil_div(outputs_, kSplitColumns), units = later_gates_.units();
     parallel_for(panels, 1, [&](int64_t panel) {
       bool split = true;
-      for (int64_t unit = 0; unit < units; ++unit) {
-        const int64_t gate = unit * kTileDepth / gate_depth_, k = unit * kTileDepth % gate_depth_;
-        const Matrix<Scalar> weight = {static_cast<const Scalar*>(layer_.w_hh), outputs_, 1};
-        split &=
-            split_right(weight.at(gate * H_ + k, panel * kSplitColumns), min_of(kTileDepth, H_ - k),
-                        min_of(kSplitColumns, outputs_ - panel * kSplitColumns), units_.data() + panel * units + unit);
+      for (int64_t gate = 0; gate < kGates; ++gate) {
+        const Matrix<Scalar> weight = {static_cast<const Scalar*>(layer_.w_hh) + gate * H_ * outputs_, outputs_, 1};
+        const int64_t j = panel * kSplitColumns;
+        split &= split_right(weight.at(0, j), H_, min_of(kSplitColumns, outputs_ - j),
+                             units_.data() + panel * units + gate * gate_depth_ / kTileDepth);
       }
       note(split);
     });

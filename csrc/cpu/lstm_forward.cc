@@ -199,9 +199,7 @@ class ForwardPass {
       auto split_gate = [&](const void* weights, int64_t depth, int64_t gate, int64_t first_unit) {
         const Matrix<Scalar> weight = {static_cast<const Scalar*>(weights) + (gate * H_ + unit) * depth, 1, depth};
         RightUnit<Planes>* out = units_of(block, gate / 2) + first_unit;
-        for (int64_t k = 0; k < depth; k += kTileDepth, ++out) {
-          split &= split_right_tile(weight.at(k, 0), min_of(kTileDepth, depth - k), lanes, 0, out, gate % 2);
-        }
+        split &= split_right_tiles(weight, depth, lanes, out, gate % 2);
       };
       for (int64_t gate = 0; gate < kGates; ++gate) {
         if (many_sequences_) split_gate(layer_.w_ih, layer_.input_size, gate, 0);

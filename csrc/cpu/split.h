@@ -155,74 +155,57 @@ DLKERNELS_INLINE void split_two(VecF first, VecF second, VecF& spoilt, Sink&& si
   }
 }
 
-// block[i] = elements (i, 0) to (i, 15); zeros for those beyond `rows` and `columns`. What lies `ahead` elements on is
-// called from memory: few elements are read from a row before the next, which no prefetcher follows.
-template <class Scalar>
-DLKERNELS_INLINE void load_square(Matrix<Scalar> m, int64_t rows, int64_t columns, int64_t ahead,
-                                  VecF (&block)[VecF::size]) {
-  rows = max_of(0, min_of(rows, VecF::size)), columns = max_of(0, min_of(columns, VecF::size));
-  if (m.column_stride == 1) {
-    for (int64_t i = 0; i < VecF::size; ++i) {
-      block[i] = i < rows ? load_lanes(m.data + i * m.row_stride, columns) : VecF::zero();
-      __builtin_prefetch(m.data + i * m.row_stride + ahead);
+// What register i of a block holds: elements (i, 0) to (i, 15), widened; or bfloat16 that stay what they are, a line of
+// elements (i, 0) to (i, 31), or the pairs (2i, j) and (2i + 1, j) of 16 columns j.
+enum class Block { kRows, kLines, kPairs };
+inline constexpr int64_t block_rows(Block block) {
+  return block == Block::kPairs ? 2 * VecF::size : VecF::size;
+}
+inline constexpr int64_t block_columns(Block block) {
+  return block == Block::kLines ? 2 * VecF::size : VecF::size;
+}
+inline constexpr Block transposed(Block block) {
+  return block == Block::kRows ? Block::kRows : block == Block::kLines ? Block::kPairs : Block::kLines;
+}
+
+// A block of contiguous rows; zeros for those beyond `rows` and `columns`. Where these are constants the block stays in
+// registers.
+template <Block kBlock, class Scalar>
+DLKERNELS_INLINE void load_block(const Scalar* data, int64_t row_stride, int64_t rows, int64_t columns,
+                                 VecF (&block)[VecF::size]) {
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < VecF::size; ++i) {
+    if constexpr (kBlock == Block::kRows) {
+      block[i] = i < rows ? load_lanes(data + i * row_stride, columns) : VecF::zero();
+    } else if constexpr (kBlock == Block::kLines) {
+      const Scalar* row = data + i * row_stride;
+      const int64_t first = min_of(columns, VecF::size), second = columns - first;
+      block[i] = i < rows && columns == 2 * VecF::size
+                     ? load(reinterpret_cast<const float*>(row))
+                     : line_up(load_half_bits(row, i < rows ? first : 0),
+                               load_half_bits(row + VecF::size, i < rows ? second : 0));
+    } else {
+      const Scalar *even = data + 2 * i * row_stride, *odd = even + row_stride;
+      block[i] = pair_up(load_half_bits(even, 2 * i < rows ? columns : 0),
+                         load_half_bits(odd, 2 * i + 1 < rows ? columns : 0));
     }
-  } else if (m.row_stride == 1) {
-    for (int64_t j = 0; j < VecF::size; ++j) {
-      block[j] = j < columns ? load_lanes(m.data + j * m.column_stride, rows) : VecF::zero();
-      __builtin_prefetch(m.data + j * m.column_stride + ahead);
-    }
-    transpose_square(block);
-  } else {
-    float elements[VecF::size * VecF::size] = {};
-    pack_rows(m, rows, columns, elements, VecF::size);
-    for (int64_t i = 0; i < VecF::size; ++i) block[i] = load(elements + i * VecF::size);
   }
 }
 
-// The same for bfloat16 that stay what they are. lines[i] = elements (2i, j) and (2i + 1, j), for 16 columns j:
-DLKERNELS_INLINE void pair_up_rows(const bfloat16* data, int64_t row_stride, int64_t rows, int64_t columns,
-                                   int64_t ahead, Line (&lines)[VecF::size]) {
-  for (int64_t i = 0; i < VecF::size; ++i) {
-    const bfloat16* even = data + 2 * i * row_stride;
-    __builtin_prefetch(even + ahead);
-    __builtin_prefetch(even + row_stride + ahead);
-    lines[i] = pair_up(load_half_bits(even, 2 * i < rows ? columns : 0),
-                       load_half_bits(even + row_stride, 2 * i + 1 < rows ? columns : 0));
+// The same for a matrix of any strides.
+template <Block kBlock, class Scalar>
+DLKERNELS_INLINE void load_block(Matrix<Scalar> m, int64_t rows, int64_t columns, VecF (&block)[VecF::size]) {
+  if (m.column_stride == 1) {
+    load_block<kBlock>(m.data, m.row_stride, rows, columns, block);
+  } else if (m.row_stride == 1) {
+    load_block<transposed(kBlock)>(m.data, m.column_stride, columns, rows, block);
+    transpose_square(block);
+  } else {
+    using Copy = std::conditional_t<kBlock == Block::kRows, float, Scalar>;
+    Copy copy[block_rows(kBlock) * block_columns(kBlock)];
+    pack_rows(m, rows, columns, copy, block_columns(kBlock));
+    load_block<kBlock>(copy, block_columns(kBlock), rows, columns, block);
   }
-}
-// lines[i] = elements (i, 0) to (i, 31):
-DLKERNELS_INLINE void load_lines(Matrix<bfloat16> m, int64_t rows, int64_t columns, int64_t ahead,
-                                 Line (&lines)[VecF::size]) {
-  bfloat16 elements[VecF::size * 2 * VecF::size];
-  if (m.row_stride == 1 && m.column_stride != 1) {
-    pair_up_rows(m.data, m.column_stride, columns, rows, ahead, lines);
-    return transpose_square(lines);
-  }
-  if (m.column_stride != 1) {
-    pack_rows(m, rows, columns, elements, 2 * VecF::size);
-    m = {elements, 2 * VecF::size, 1};
-  }
-  if (rows >= VecF::size && columns >= 2 * VecF::size) {
-    for (int64_t i = 0; i < VecF::size; ++i) {
-      const bfloat16* row = m.data + i * m.row_stride;
-      __builtin_prefetch(row + ahead);
-      lines[i] = load(reinterpret_cast<const float*>(row));
-    }
-    return;
-  }
-  const int64_t first = min_of(columns, VecF::size), second = columns - first;
-  for (int64_t i = 0; i < VecF::size; ++i) {
-    const bfloat16* row = m.data + i * m.row_stride;
-    __builtin_prefetch(row + ahead);
-    lines[i] =
-        line_up(load_half_bits(row, i < rows ? first : 0), load_half_bits(row + VecF::size, i < rows ? second : 0));
-  }
-}
-DLKERNELS_INLINE void load_pairs(Matrix<bfloat16> m, int64_t rows, int64_t columns, int64_t ahead,
-                                 Line (&lines)[VecF::size]) {
-  if (m.column_stride == 1) return pair_up_rows(m.data, m.row_stride, rows, columns, ahead, lines);
-  load_lines(m.transposed(), columns, rows, ahead, lines);
-  transpose_square(lines);
 }
 
 // Rows of bfloat16 as units of one plane: a copy, row by row.
@@ -248,77 +231,108 @@ constexpr bool kStaysOnePlane = Planes == 1 && std::is_same_v<Scalar, bfloat16>;
 
 }  // namespace detail
 
+namespace detail {
+
+// A tile of a left operand: rows `unit_stride` units apart.
+template <int Planes, class Scalar>
+DLKERNELS_INLINE void split_left_tile(Matrix<Scalar> a, int64_t rows, int64_t depth, LeftUnit<Planes>* unit,
+                                      int64_t unit_stride, VecF& spoilt) {
+  auto line_of = [&](int p, int64_t row) { return reinterpret_cast<float*>(unit[row * unit_stride].plane[p]); };
+  VecF first[VecF::size];
+  if constexpr (kStaysOnePlane<Planes, Scalar>) {
+    load_block<Block::kLines>(a, rows, depth, first);
+#pragma GCC unroll 16
+    for (int64_t row = 0; row < kTileHeight; ++row) store(line_of(0, row), first[row]);
+  } else {
+    VecF second[VecF::size];
+    const int64_t first_depth = min_of(depth, VecF::size);
+    load_block<Block::kRows>(a, rows, first_depth, first);
+    load_block<Block::kRows>(a.at(0, VecF::size), rows, depth - first_depth, second);
+#pragma GCC unroll 16
+    for (int64_t row = 0; row < kTileHeight; ++row) {
+      split_two<Planes, false>(first[row], second[row], spoilt, [&](int p, Line line) { store(line_of(p, row), line); });
+    }
+  }
+}
+
+// A tile of a right operand.
+template <int Planes, class Scalar>
+DLKERNELS_INLINE void split_right_tile(Matrix<Scalar> b, int64_t depth, int64_t columns, RightUnit<Planes>* unit,
+                                       int64_t tile, VecF& spoilt) {
+  auto line_of = [&](int p, int64_t pair) { return reinterpret_cast<float*>(unit->plane[p][tile][pair]); };
+  VecF block[VecF::size];
+  if constexpr (kStaysOnePlane<Planes, Scalar>) {
+    load_block<Block::kPairs>(b, depth, columns, block);
+#pragma GCC unroll 16
+    for (int64_t pair = 0; pair < kTileHeight; ++pair) store(line_of(0, pair), block[pair]);
+  } else {
+#pragma GCC unroll 2
+    for (int64_t k = 0; k < kTileDepth; k += VecF::size) {
+      load_block<Block::kRows>(b.at(k, 0), max_of(0, min_of(depth - k, VecF::size)), columns, block);
+#pragma GCC unroll 8
+      for (int64_t row = 0; row < VecF::size; row += 2) {
+        split_two<Planes, true>(block[row], block[row + 1], spoilt,
+                                [&](int p, Line line) { store(line_of(p, (k + row) / 2), line); });
+      }
+    }
+  }
+}
+
+}  // namespace detail
+
 // Rows of a left operand, a.data[i][k], as units: units[i * unit_stride + k / 32]. Whole tiles are written, `rows`
 // rounded up. Returns whether all could be split.
 template <int Planes, class Scalar>
 inline bool split_left(Matrix<Scalar> a, int64_t rows, int64_t depth, LeftUnit<Planes>* units, int64_t unit_stride) {
-  VecF spoilt = VecF::zero();
-  const int64_t ahead = kTileHeight * a.row_stride;
   if constexpr (detail::kStaysOnePlane<Planes, Scalar>) {
     if (a.column_stride == 1) {
       detail::copy_left(a, rows, depth, units, unit_stride);
       return true;
     }
   }
+  VecF spoilt = VecF::zero();
   for (int64_t i = 0; i < rows; i += kTileHeight) {
     for (int64_t k = 0; k < depth; k += kTileDepth) {
-      LeftUnit<Planes>* out = units + i * unit_stride + k / kTileDepth;
-      auto put = [&](int p, int64_t row, detail::Line line) {
-        store(reinterpret_cast<float*>(out[row * unit_stride].plane[p]), line);
-      };
-      const int64_t block_rows = min_of(kTileHeight, rows - i), block_depth = min_of(kTileDepth, depth - k);
-      if constexpr (detail::kStaysOnePlane<Planes, Scalar>) {
-        detail::Line lines[VecF::size];
-        detail::load_lines(a.at(i, k), block_rows, block_depth, ahead, lines);
-        for (int64_t r = 0; r < kTileHeight; ++r) put(0, r, lines[r]);
-      } else {
-        VecF first[VecF::size], second[VecF::size];
-        detail::load_square(a.at(i, k), block_rows, block_depth, ahead, first);
-        detail::load_square(a.at(i, k + kTileHeight), block_rows, block_depth - kTileHeight, ahead, second);
-        for (int64_t r = 0; r < kTileHeight; ++r) {
-          detail::split_two<Planes, false>(first[r], second[r], spoilt,
-                                           [&](int p, detail::Line line) { put(p, r, line); });
-        }
-      }
+      const int64_t tile_rows = min_of(kTileHeight, rows - i), tile_depth = min_of(kTileDepth, depth - k);
+      LeftUnit<Planes>* unit = units + i * unit_stride + k / kTileDepth;
+      tile_rows == kTileHeight && tile_depth == kTileDepth
+          ? detail::split_left_tile(a.at(i, k), kTileHeight, kTileDepth, unit, unit_stride, spoilt)
+          : detail::split_left_tile(a.at(i, k), tile_rows, tile_depth, unit, unit_stride, spoilt);
     }
   }
   return reduce_add(spoilt) == 0.0f;
 }
 
-// One tile of a unit of a right operand: b.data[k][j] for up to 32 x 16 elements, the others zero. What lies `ahead`
-// elements on is called from memory.
+// One tile of a unit of a right operand: b.data[k][j] for up to 32 x 16 elements, the others zero.
 template <int Planes, class Scalar>
-inline bool split_right_tile(Matrix<Scalar> b, int64_t depth, int64_t columns, int64_t ahead, RightUnit<Planes>* unit,
-                             int64_t tile) {
+inline bool split_right_tile(Matrix<Scalar> b, int64_t depth, int64_t columns, RightUnit<Planes>* unit, int64_t tile) {
   VecF spoilt = VecF::zero();
-  auto put = [&](int p, int64_t pair, detail::Line line) {
-    store(reinterpret_cast<float*>(unit->plane[p][tile][pair]), line);
-  };
-  if constexpr (detail::kStaysOnePlane<Planes, Scalar>) {
-    detail::Line lines[VecF::size];
-    detail::load_pairs(b, depth, columns, ahead, lines);
-    for (int64_t pair = 0; pair < kTileHeight; ++pair) put(0, pair, lines[pair]);
-  } else {
-    for (int64_t half = 0; half < 2; ++half) {  // of the depth
-      VecF rows[VecF::size];
-      detail::load_square(b.at(half * kTileHeight, 0), depth - half * kTileHeight, columns, ahead, rows);
-      for (int64_t pair = 0; pair < kTileHeight / 2; ++pair) {
-        detail::split_two<Planes, true>(rows[2 * pair], rows[2 * pair + 1], spoilt,
-                                        [&](int p, detail::Line line) { put(p, half * kTileHeight / 2 + pair, line); });
-      }
-    }
-  }
+  depth == kTileDepth && columns == kTileHeight
+      ? detail::split_right_tile(b, kTileDepth, kTileHeight, unit, tile, spoilt)
+      : detail::split_right_tile(b, depth, columns, unit, tile, spoilt);
   return reduce_add(spoilt) == 0.0f;
 }
 
-// A whole unit: b.data[k][j] for up to 32 x 32 elements, the others zero.
+// A panel of a right operand, b.data[k][j] for up to 32 columns, as units along the depth; and one of their two tiles,
+// of up to 16 columns.
 template <int Planes, class Scalar>
-inline bool split_right(Matrix<Scalar> b, int64_t depth, int64_t columns, RightUnit<Planes>* unit) {
+inline bool split_right_tiles(Matrix<Scalar> b, int64_t depth, int64_t columns, RightUnit<Planes>* units,
+                              int64_t tile) {
+  VecF spoilt = VecF::zero();
+  for (int64_t k = 0; k < depth; k += kTileDepth) {
+    RightUnit<Planes>* unit = units + k / kTileDepth;
+    depth - k >= kTileDepth && columns == kTileHeight
+        ? detail::split_right_tile(b.at(k, 0), kTileDepth, kTileHeight, unit, tile, spoilt)
+        : detail::split_right_tile(b.at(k, 0), min_of(kTileDepth, depth - k), columns, unit, tile, spoilt);
+  }
+  return reduce_add(spoilt) == 0.0f;
+}
+template <int Planes, class Scalar>
+inline bool split_right(Matrix<Scalar> b, int64_t depth, int64_t columns, RightUnit<Planes>* units) {
   bool split = true;
   for (int64_t tile = 0; tile < 2; ++tile) {
-    const int64_t tile_columns = max_of(0, min_of(kTileHeight, columns - tile * kTileHeight));
-    split &=
-        split_right_tile(b.at(0, tile * kTileHeight), depth, tile_columns, kSplitColumns * b.column_stride, unit, tile);
+    const int64_t j = tile * kTileHeight;
+    split &= split_right_tiles(b.at(0, j), depth, max_of(0, min_of(kTileHeight, columns - j)), units, tile);
   }
   return split;
 }
