@@ -142,8 +142,8 @@ class TileProducts {
   RightColumns pack_right(Matrix<Scalar> right, int64_t depth, int64_t columns, Right* storage) {
     const int64_t units = ceil_div(depth, kTileDepth);
     for (int64_t j = 0; j < columns; j += kSplitColumns) {
-      is_exact_ &= split_right(right.at(0, j), depth, min_of(kSplitColumns, columns - j),
-                               storage + j / kSplitColumns * units);
+      is_exact_ &=
+          split_right(right.at(0, j), depth, min_of(kSplitColumns, columns - j), storage + j / kSplitColumns * units);
     }
     return {storage, units};
   }

@@ -211,45 +211,45 @@ inline void run_product(int64_t M, int64_t N, int64_t K, BlockShape shape, Multi
 
 // ---- on matrix units (split.h) -----------------------------------------------------------------------------------
 
-// Whether the rows of a left operand are units as they lie: bfloat16, line by line. Rows a multiple of 2 KB apart would
-// share a set of the first-level cache.
+// Whether the rows of a left operand are units as they lie: bfloat16, line by line.
 template <int Planes, class Scalar>
 inline bool has_lines(Matrix<Scalar> a) {
   constexpr int64_t line = kTileDepth * static_cast<int64_t>(sizeof(bfloat16));
   const int64_t row_bytes = a.row_stride * static_cast<int64_t>(sizeof(Scalar));
   return Planes == 1 && std::is_same_v<Scalar, bfloat16> && a.column_stride == 1 && row_bytes % line == 0 &&
-         row_bytes % 2048 != 0 && reinterpret_cast<uintptr_t>(a.data) % line == 0;
+         reinterpret_cast<uintptr_t>(a.data) % line == 0;
 }
 
-// One output block's part of the depth on tiles. Both operands are split here, a stretch of the depth at a time, and
-// read again from the second-level cache. Rows of bfloat16 whose lines are those of memory are read in place.
+// One output block's part of the depth on tiles, a run of sums at a time: its rows are split, or, bfloat16 whose lines
+// are those of memory, read in place; then every panel of 32 columns is split into the first-level cache and multiplied
+// with all rows.
 template <int Planes, class ScalarA, class ScalarB>
 inline void multiply_block_on_tiles(Matrix<ScalarA> a, Matrix<ScalarB> b, const ProductBlock& block, float* c,
                                     int64_t c_row_stride) {
   using Left = LeftUnit<Planes>;
-  constexpr int64_t units = kSplitUnits<Planes>, stretch = units * kTileDepth;
+  const int64_t units = ceil_div(block.k_end - block.k_begin, kTileDepth), runs = ceil_div(units, kRunUnits<Planes>);
   const int64_t rows_in_place =
       block.k_end % kTileDepth == 0 && has_lines<Planes>(a) ? block.rows / kSplitRows * kSplitRows : 0;
-  const Scratch<Left> left(round_up(block.rows - rows_in_place, kSplitRows) * units);
+  const Scratch<Left> left(round_up(block.rows - rows_in_place, kSplitRows) * kRunUnits<Planes>);
   const Scratch<RightUnit<Planes>> right(kRunUnits<Planes>);
   Tiles tiles;
-  for (int64_t k = block.k_begin; k < block.k_end; k += stretch) {
-    const int64_t depth = min_of(stretch, block.k_end - k), depth_units = ceil_div(depth, kTileDepth);
-    bool split = split_left(a.at(block.i + rows_in_place, k), block.rows - rows_in_place, depth, left.data(), units);
-    for (int64_t u = 0; u < depth_units && split; u += kRunUnits<Planes>) {
-      const int64_t run_units = min_of(kRunUnits<Planes>, depth_units - u);
-      const UnitSegment run = {run_units, u, 0};
-      for (int64_t j = 0; j < block.columns; j += kSplitColumns) {
-        split &= split_right(b.at(k + u * kTileDepth, block.j + j), min_of(run_units * kTileDepth, depth - u * kTileDepth),
-                             min_of(kSplitColumns, block.columns - j), right.data());
-        for (int64_t i = 0; i < block.rows; i += kSplitRows) {
-          const LeftRows<Planes> rows =
-              i < rows_in_place
-                  ? LeftRows<Planes>{reinterpret_cast<const Left*>(a.at(block.i + i, k).data), a.row_stride / kTileDepth}
-                  : LeftRows<Planes>{left.data() + (i - rows_in_place) * units, units};
-          multiply_split(tiles, min_of(kSplitRows, block.rows - i), min_of(kSplitColumns, block.columns - j), rows,
-                         right.data(), &run, 1, c + i * c_row_stride + j, c_row_stride, k + u > block.k_begin);
-        }
+  for (int64_t run = 0; run < runs; ++run) {
+    const int64_t unit = units * run / runs, run_units = units * (run + 1) / runs - unit;
+    const int64_t k = block.k_begin + unit * kTileDepth, depth = min_of(run_units * kTileDepth, block.k_end - k);
+    const UnitSegment segment = {run_units, 0, 0};
+    bool split =
+        split_left(a.at(block.i + rows_in_place, k), block.rows - rows_in_place, depth, left.data(), run_units);
+    for (int64_t j = 0; j < block.columns && split; j += kSplitColumns) {
+      const int64_t columns = min_of(kSplitColumns, block.columns - j);
+      split = split_right(b.at(k, block.j + j), depth, columns, right.data());
+      for (int64_t i = 0; i < block.rows; i += kSplitRows) {
+        const int64_t rows = min_of(kSplitRows, block.rows - i);
+        const LeftRows<Planes> left_rows =
+            i < rows_in_place
+                ? LeftRows<Planes>{reinterpret_cast<const Left*>(a.at(block.i + i, k).data), a.row_stride / kTileDepth}
+                : LeftRows<Planes>{left.data() + (i - rows_in_place) * run_units, run_units};
+        multiply_split(tiles, rows, columns, left_rows, right.data(), &segment, 1, c + i * c_row_stride + j,
+                       c_row_stride, run > 0);
       }
     }
     // Infinities, NaN and the largest numbers are rare: the block begins anew.

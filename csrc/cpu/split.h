@@ -61,14 +61,9 @@ struct RightUnit {
 
 // Units of one run of sums: both sides of it fit the first-level cache, or, of one plane, nearly.
 template <int Planes>
-inline constexpr int64_t kRunUnits = Planes == 1   ? 8
+inline constexpr int64_t kRunUnits = Planes == 1   ? 16
                                      : Planes == 2 ? 4
                                                    : 3;
-// Units of the depth that are split before they are multiplied.
-template <int Planes>
-inline constexpr int64_t kSplitUnits = Planes == 1   ? 16
-                                       : Planes == 2 ? 8
-                                                     : 6;
 
 // ---- splitting ----------------------------------------------------------------------------------------------------
 
@@ -250,9 +245,19 @@ DLKERNELS_INLINE void split_left_tile(Matrix<Scalar> a, int64_t rows, int64_t de
     load_block<Block::kRows>(a.at(0, VecF::size), rows, depth - first_depth, second);
 #pragma GCC unroll 16
     for (int64_t row = 0; row < kTileHeight; ++row) {
-      split_two<Planes, false>(first[row], second[row], spoilt, [&](int p, Line line) { store(line_of(p, row), line); });
+      split_two<Planes, false>(first[row], second[row], spoilt,
+                               [&](int p, Line line) { store(line_of(p, row), line); });
     }
   }
+}
+
+// Calls 16 columns of the next panel from memory where each is contiguous: of three planes few elements of a column are
+// read before the next column, which no prefetcher follows.
+template <class Scalar>
+DLKERNELS_INLINE void prefetch_columns(Matrix<Scalar> b) {
+  if (b.column_stride == 1) return;
+#pragma GCC unroll 16
+  for (int64_t j = 0; j < kTileHeight; ++j) __builtin_prefetch(b.at(0, j).data);
 }
 
 // A tile of a right operand.
@@ -269,6 +274,7 @@ DLKERNELS_INLINE void split_right_tile(Matrix<Scalar> b, int64_t depth, int64_t 
 #pragma GCC unroll 2
     for (int64_t k = 0; k < kTileDepth; k += VecF::size) {
       load_block<Block::kRows>(b.at(k, 0), max_of(0, min_of(depth - k, VecF::size)), columns, block);
+      prefetch_columns(b.at(k, kSplitColumns));
 #pragma GCC unroll 8
       for (int64_t row = 0; row < VecF::size; row += 2) {
         split_two<Planes, true>(block[row], block[row + 1], spoilt,
@@ -295,7 +301,7 @@ inline bool split_left(Matrix<Scalar> a, int64_t rows, int64_t depth, LeftUnit<P
     for (int64_t k = 0; k < depth; k += kTileDepth) {
       const int64_t tile_rows = min_of(kTileHeight, rows - i), tile_depth = min_of(kTileDepth, depth - k);
       LeftUnit<Planes>* unit = units + i * unit_stride + k / kTileDepth;
-      tile_rows == kTileHeight && tile_depth == kTileDepth
+      tile_rows == kTileHeight&& tile_depth == kTileDepth
           ? detail::split_left_tile(a.at(i, k), kTileHeight, kTileDepth, unit, unit_stride, spoilt)
           : detail::split_left_tile(a.at(i, k), tile_rows, tile_depth, unit, unit_stride, spoilt);
     }
@@ -307,7 +313,7 @@ inline bool split_left(Matrix<Scalar> a, int64_t rows, int64_t depth, LeftUnit<P
 template <int Planes, class Scalar>
 inline bool split_right_tile(Matrix<Scalar> b, int64_t depth, int64_t columns, RightUnit<Planes>* unit, int64_t tile) {
   VecF spoilt = VecF::zero();
-  depth == kTileDepth && columns == kTileHeight
+  depth == kTileDepth&& columns == kTileHeight
       ? detail::split_right_tile(b, kTileDepth, kTileHeight, unit, tile, spoilt)
       : detail::split_right_tile(b, depth, columns, unit, tile, spoilt);
   return reduce_add(spoilt) == 0.0f;
@@ -321,7 +327,7 @@ inline bool split_right_tiles(Matrix<Scalar> b, int64_t depth, int64_t columns, 
   VecF spoilt = VecF::zero();
   for (int64_t k = 0; k < depth; k += kTileDepth) {
     RightUnit<Planes>* unit = units + k / kTileDepth;
-    depth - k >= kTileDepth && columns == kTileHeight
+    depth - k >= kTileDepth&& columns == kTileHeight
         ? detail::split_right_tile(b.at(k, 0), kTileDepth, kTileHeight, unit, tile, spoilt)
         : detail::split_right_tile(b.at(k, 0), min_of(kTileDepth, depth - k), columns, unit, tile, spoilt);
   }
