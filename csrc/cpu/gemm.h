@@ -220,6 +220,10 @@ inline bool has_lines(Matrix<Scalar> a) {
          reinterpret_cast<uintptr_t>(a.data) % line == 0;
 }
 
+// Units of a run whose right panel alone is read from the first-level cache.
+template <int Planes>
+inline constexpr int64_t kPanelUnits = Planes == 1 ? 16 : kRunUnits<Planes>;
+
 // One output block's part of the depth on tiles, a run of sums at a time: its rows are split, or, bfloat16 whose lines
 // are those of memory, read in place; then every panel of 32 columns is split into the first-level cache and multiplied
 // with all rows.
@@ -227,11 +231,11 @@ template <int Planes, class ScalarA, class ScalarB>
 inline void multiply_block_on_tiles(Matrix<ScalarA> a, Matrix<ScalarB> b, const ProductBlock& block, float* c,
                                     int64_t c_row_stride) {
   using Left = LeftUnit<Planes>;
-  const int64_t units = ceil_div(block.k_end - block.k_begin, kTileDepth), runs = ceil_div(units, kRunUnits<Planes>);
+  const int64_t units = ceil_div(block.k_end - block.k_begin, kTileDepth), runs = ceil_div(units, kPanelUnits<Planes>);
   const int64_t rows_in_place =
       block.k_end % kTileDepth == 0 && has_lines<Planes>(a) ? block.rows / kSplitRows * kSplitRows : 0;
-  const Scratch<Left> left(round_up(block.rows - rows_in_place, kSplitRows) * kRunUnits<Planes>);
-  const Scratch<RightUnit<Planes>> right(kRunUnits<Planes>);
+  const Scratch<Left> left(round_up(block.rows - rows_in_place, kSplitRows) * kPanelUnits<Planes>);
+  const Scratch<RightUnit<Planes>> right(kPanelUnits<Planes>);
   Tiles tiles;
   for (int64_t run = 0; run < runs; ++run) {
     const int64_t unit = units * run / runs, run_units = units * (run + 1) / runs - unit;

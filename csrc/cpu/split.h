@@ -61,7 +61,7 @@ struct RightUnit {
 
 // Units of one run of sums: both sides of it fit the first-level cache, or, of one plane, nearly.
 template <int Planes>
-inline constexpr int64_t kRunUnits = Planes == 1   ? 16
+inline constexpr int64_t kRunUnits = Planes == 1   ? 8
                                      : Planes == 2 ? 4
                                                    : 3;
 
