@@ -132,3 +132,20 @@ def test_integers_are_refused() -> None:
 def test_a_gradient_of_another_shape_is_refused() -> None:
     with pytest.raises(RuntimeError, match=re.escape("grad_output has shape [2, 5], expected [2, 4]")):
         torch.ops.dlkernels.linear_backward(torch.ones(2, 5), torch.ones(2, 3), torch.ones(4, 3), [True, True, True])
+
+
+@pytest.mark.parametrize("way", ["data", "numpy"])
+def test_linear_follows_every_write_to_its_weight(way: str) -> None:
+    """Neither of these moves the weight's version counter: nothing derived from a weight may outlive a call."""
+    weight = torch.nn.Parameter(normal(96, 64, seed=1, dtype=torch.float32))
+    input = normal(32, 64, seed=2, dtype=torch.float32)
+    with torch.no_grad():
+        for _ in range(3):
+            F.linear(input, weight)
+        version = weight._version
+        if way == "data":
+            weight.data.mul_(-2)
+        else:
+            weight.detach().numpy()[...] *= -2
+        assert weight._version == version
+        torch.testing.assert_close(F.linear(input, weight), torch.nn.functional.linear(input, weight))

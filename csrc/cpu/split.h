@@ -228,6 +228,15 @@ constexpr bool kStaysOnePlane = Planes == 1 && std::is_same_v<Scalar, bfloat16>;
 
 namespace detail {
 
+// Calls a block of the next panel or of the next rows from memory: of three planes few elements that lie side by side
+// are read before those of the next row or column, which no prefetcher follows.
+template <class Scalar>
+DLKERNELS_INLINE void prefetch_block(Matrix<Scalar> m) {
+  const int64_t stride = m.column_stride == 1 ? m.row_stride : m.column_stride;
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < kTileHeight; ++i) __builtin_prefetch(m.data + i * stride);
+}
+
 // A tile of a left operand: rows `unit_stride` units apart.
 template <int Planes, class Scalar>
 DLKERNELS_INLINE void split_left_tile(Matrix<Scalar> a, int64_t rows, int64_t depth, LeftUnit<Planes>* unit,
@@ -243,21 +252,14 @@ DLKERNELS_INLINE void split_left_tile(Matrix<Scalar> a, int64_t rows, int64_t de
     const int64_t first_depth = min_of(depth, VecF::size);
     load_block<Block::kRows>(a, rows, first_depth, first);
     load_block<Block::kRows>(a.at(0, VecF::size), rows, depth - first_depth, second);
+    prefetch_block(a.at(kTileHeight, 0));
+    prefetch_block(a.at(kTileHeight, VecF::size));
 #pragma GCC unroll 16
     for (int64_t row = 0; row < kTileHeight; ++row) {
       split_two<Planes, false>(first[row], second[row], spoilt,
                                [&](int p, Line line) { store(line_of(p, row), line); });
     }
   }
-}
-
-// Calls 16 columns of the next panel from memory where each is contiguous: of three planes few elements of a column are
-// read before the next column, which no prefetcher follows.
-template <class Scalar>
-DLKERNELS_INLINE void prefetch_columns(Matrix<Scalar> b) {
-  if (b.column_stride == 1) return;
-#pragma GCC unroll 16
-  for (int64_t j = 0; j < kTileHeight; ++j) __builtin_prefetch(b.at(0, j).data);
 }
 
 // A tile of a right operand.
@@ -274,7 +276,7 @@ DLKERNELS_INLINE void split_right_tile(Matrix<Scalar> b, int64_t depth, int64_t 
 #pragma GCC unroll 2
     for (int64_t k = 0; k < kTileDepth; k += VecF::size) {
       load_block<Block::kRows>(b.at(k, 0), max_of(0, min_of(depth - k, VecF::size)), columns, block);
-      prefetch_columns(b.at(k, kSplitColumns));
+      prefetch_block(b.at(k, kSplitColumns));
 #pragma GCC unroll 8
       for (int64_t row = 0; row < VecF::size; row += 2) {
         split_two<Planes, true>(block[row], block[row + 1], spoilt,
