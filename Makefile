@@ -22,7 +22,7 @@ ifeq ($(PYTHON),$(VENV)/bin/python)
 endif
 # The pinned versions of the `lint` extra, installed without building the package.
 LINT_TOOLS := $(shell sed -n 's/^lint = \[\(.*\)\]/\1/p' pyproject.toml | tr -d '",')
-CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.cc' -o -name '*.h')
+CXX_FILES = $(shell find csrc tests/simt -name '*.cpp' -o -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 PYTHON_FILES = setup.py $(wildcard tools dlkernels tests benchmarks examples)
 
 .PHONY: demo dev stub test test-slow bench lint format clean

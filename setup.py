@@ -62,8 +62,6 @@ class CMakeBuild(build_ext):
             "cxx11_abi": torch.compiled_with_cxx11_abi(),
             "python": platform.python_version(),
             **json.loads((build_folder / "build_facts.json").read_text()),
-            "cuda": None,
-            "cuda_reason": "no CUDA kernels in this build",
         }
         self.write_build_info(target.parent / "_build_info.py", facts)
         kernels = f"CPU kernels ({', '.join(facts['instruction_sets'])})"
@@ -80,6 +78,8 @@ class CMakeBuild(build_ext):
             "CMAKE_MAKE_PROGRAM": find_tool("ninja"),
             "DLKERNELS_WERROR": os.environ.get("DLKERNELS_WERROR", "0"),
             "DLKERNELS_EMULATE_AMX": os.environ.get("DLKERNELS_EMULATE_AMX", "0"),
+            "DLKERNELS_CUDA": os.environ.get("DLKERNELS_CUDA", "0"),
+            "DLKERNELS_SIMT": os.environ.get("DLKERNELS_SIMT", "0"),
             "DLKERNELS_PYTHON_INCLUDE_DIR": sysconfig.get_path("include"),
             "DLKERNELS_TORCH_INCLUDE_DIRS": ";".join(cpp_extension.include_paths()),
             "DLKERNELS_TORCH_LIBRARY_DIRS": ";".join(library_paths),

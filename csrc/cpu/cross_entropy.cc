@@ -322,14 +322,15 @@ void forward_typed(const CrossEntropyForwardArgs& args) {
   const Problem<Scalar> p{args.shape};
   T* maxima = static_cast<T*>(args.statistics);
   T* log_sums = maxima + p.rows;
-  Scalar* losses = static_cast<Scalar*>(args.losses);
+  const bool per_row = args.reduction == LossReduction::none;
+  Scalar* loss_out = static_cast<Scalar*>(args.loss);
   const int64_t tasks = ceil_div(p.rows, p.rows_per_task);
   Scratch<double> totals(2 * tasks);
   parallel_for(tasks, 1, [&](int64_t task) {
     const int64_t begin = task * p.rows_per_task, end = min_of(begin + p.rows_per_task, p.rows);
     double loss_total = 0, weight_total = 0;
     auto finish_row = [&](int64_t row, T loss) {
-      if (losses != nullptr) store_one(losses + row, loss);
+      if (per_row) store_one(loss_out + row, loss);
       loss_total += loss;
       if (p.probabilities != nullptr) {
         weight_total += 1;
@@ -352,11 +353,13 @@ void forward_typed(const CrossEntropyForwardArgs& args) {
     totals[2 * task] = loss_total;
     totals[2 * task + 1] = weight_total;
   });
-  args.totals[0] = args.totals[1] = 0;
+  double loss_total = 0, weight_total = 0;
   for (int64_t task = 0; task < tasks; ++task) {
-    args.totals[0] += totals[2 * task];
-    args.totals[1] += totals[2 * task + 1];
+    loss_total += totals[2 * task];
+    weight_total += totals[2 * task + 1];
   }
+  *args.divisor = args.reduction == LossReduction::mean ? weight_total : 1.0;
+  if (!per_row) store_one(loss_out, static_cast<T>(loss_total / *args.divisor));
 }
 
 template <class Scalar>
@@ -369,7 +372,7 @@ void backward_typed(const CrossEntropyBackwardArgs& args) {
   Scalar* grad_logits = static_cast<Scalar*>(args.grad_logits);
   Scalar* grad_target = static_cast<Scalar*>(args.grad_target);
   const T uniform = uniform_mass(p);
-  const T divisor = static_cast<T>(args.divisor);
+  const T divisor = static_cast<T>(*args.divisor);
   auto scale_of = [&](int64_t row) { return load_one(grad_loss + row * args.grad_loss_stride) / divisor; };
   parallel_for(ceil_div(p.rows, p.rows_per_task), 1, [&](int64_t task) {
     const int64_t begin = task * p.rows_per_task, end = min_of(begin + p.rows_per_task, p.rows);

@@ -18,11 +18,14 @@ struct CrossEntropyShape {
   double label_smoothing;            // in [0, 1]: mixes the target with the uniform distribution
 };
 
+enum class LossReduction : int32_t { none, mean, sum };
+
 struct CrossEntropyForwardArgs {
   CrossEntropyShape shape;
-  void* losses;      // T [rows], or null when only the totals are wanted
+  LossReduction reduction;
+  void* loss;        // T [rows] with LossReduction::none, else T [1]
   void* statistics;  // A [2][rows]: the row's maximum, and log(sum(exp(x - maximum)))
-  double* totals;    // [2]: sum of the losses, sum of the rows' weights
+  double* divisor;   // [1]: what the sum of the losses was divided by: the sum of the rows' weights for a mean, else 1
 };
 
 struct CrossEntropyBackwardArgs {
@@ -30,7 +33,7 @@ struct CrossEntropyBackwardArgs {
   const void* statistics;    // as forward left it
   const void* grad_loss;     // T [rows] or T [1]
   int64_t grad_loss_stride;  // 1 or 0
-  double divisor;            // the loss was divided by this (mean), or 1
+  const double* divisor;     // [1], as forward left it
   void* grad_logits;         // T [outer][classes][inner], or null
   void* grad_target;         // T [outer][classes][inner], or null
 };

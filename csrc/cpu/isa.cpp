@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <optional>
 #include <stdexcept>
 #include <string>
 
@@ -34,6 +35,9 @@ namespace amx {
 extern const KernelTable table;
 }
 namespace amx_emulated {
+extern const KernelTable table;
+}
+namespace simt {
 extern const KernelTable table;
 }
 
@@ -71,10 +75,21 @@ bool has_amx() {
 struct Tables {
   std::vector<const KernelTable*> usable;  // narrowest first, then emulated ones
   const KernelTable* widest;
+  std::optional<KernelTable> simt;  // the CUDA kernels on the host: chosen by name, listed nowhere
 };
 
+#if defined(DLKERNELS_SIMT)
+// What the device does not have yet comes from the processor.
+KernelTable complete(const KernelTable& device, const KernelTable& processor) {
+  KernelTable table = processor;
+  table.isa = device.isa, table.on_device = true;
+  table.cross_entropy = device.cross_entropy;
+  return table;
+}
+#endif
+
 Tables find_tables() {
-  Tables tables{{&baseline::table}, nullptr};
+  Tables tables{{&baseline::table}, nullptr, std::nullopt};
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (has_avx2()) tables.usable.push_back(&avx2::table);
@@ -85,6 +100,9 @@ Tables find_tables() {
   tables.widest = tables.usable.back();
 #if defined(DLKERNELS_EMULATE_AMX)
   if (has_avx512()) tables.usable.push_back(&amx_emulated::table);
+#endif
+#if defined(DLKERNELS_SIMT)
+  tables.simt = complete(simt::table, *tables.widest);
 #endif
   return tables;
 }
@@ -98,6 +116,7 @@ const KernelTable* find_table(const char* name) {
   for (const KernelTable* table : tables().usable) {
     if (std::strcmp(name, table->isa) == 0) return table;
   }
+  if (tables().simt && std::strcmp(name, tables().simt->isa) == 0) return &*tables().simt;
   return nullptr;
 }
 

@@ -15,6 +15,7 @@ namespace dlkernels {
 
 struct KernelTable {
   const char* isa;
+  bool on_device;  // kernels want a Place (cuda/place.h): a stream, and memory for the time of a call
   ArithmeticRateKernels arithmetic_rate;
   AttentionKernels attention;
   BatchNormKernels batch_norm;

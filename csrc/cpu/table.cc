@@ -7,6 +7,7 @@ namespace dlkernels::DLKERNELS_ISA {
 extern const KernelTable table;
 const KernelTable table = {
     isa_name,
+    /*on_device=*/false,
     arithmetic_rate_kernels(),
     attention_kernels(),
     batch_norm_kernels(),

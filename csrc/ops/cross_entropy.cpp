@@ -4,6 +4,7 @@
 
 #include <ATen/ATen.h>
 
+#include "ops/device.h"
 #include "ops/second_order.h"
 
 namespace dlkernels::ops {
@@ -114,7 +115,7 @@ constexpr const char* kName = "cross_entropy";
 using ForwardResult = std::tuple<Tensor, Tensor, Tensor>;  // loss, statistics, divisor
 using BackwardResult = std::tuple<Tensor, Tensor>;         // grad_logits, grad_target
 
-// ---- the CPU kernel ----------------------------------------------------------------------------------------------
+// ---- the kernels -------------------------------------------------------------------------------------------------
 
 // The kernel takes any stride of the first dimension, so that row slices and expanded batches are not copied.
 Tensor dense_per_outer_index(const Tensor& logits) {
@@ -157,31 +158,28 @@ void check_arguments(const Tensor& logits, const Tensor& target, const Tensor& w
   check_targets(kName, logits.sizes(), target, logits.scalar_type(), weight, loss);
 }
 
-ForwardResult cross_entropy_cpu(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-                                int64_t reduction, int64_t ignore_index, double label_smoothing) {
+ForwardResult cross_entropy_kernel(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+                                   int64_t reduction, int64_t ignore_index, double label_smoothing) {
   check_arguments(logits, target, value_or_undefined(weight), {reduction, ignore_index, label_smoothing});
   const Operands operands(logits, target, value_or_undefined(weight), ignore_index, label_smoothing);
   const CrossEntropyShape& shape = operands.shape;
-  if (shape.target != nullptr) check_target_range(operands.target, shape.classes, ignore_index);
+  // On other devices looking would wait for them: there a target that is no class gives NaN.
+  if (shape.target != nullptr && logits.is_cpu()) check_target_range(operands.target, shape.classes, ignore_index);
 
   const auto options = logits.options().memory_format(std::nullopt);
   Tensor loss =
       at::empty(reduction == kNone ? at::IntArrayRef(loss_shape(logits.sizes())) : at::IntArrayRef(), options);
   Tensor statistics = at::empty({2, shape.outer * shape.inner}, options.dtype(accumulate_type(logits.scalar_type())));
   Tensor divisor = at::empty({}, options.dtype(at::kDouble));
-  double totals[2] = {0, 0};
-  kernels().cross_entropy.forward(
-      {shape, reduction == kNone ? loss.mutable_data_ptr() : nullptr, statistics.mutable_data_ptr(), totals});
-  *divisor.mutable_data_ptr<double>() = reduction == kMean ? totals[1] : 1.0;
-  if (reduction == kMean) loss.fill_(totals[0] / totals[1]);
-  if (reduction == kSum) loss.fill_(totals[0]);
+  KernelsOn(logits)->cross_entropy.forward({shape, static_cast<LossReduction>(reduction), loss.mutable_data_ptr(),
+                                            statistics.mutable_data_ptr(), divisor.mutable_data_ptr<double>()});
   return {loss, statistics, divisor};
 }
 
-BackwardResult cross_entropy_backward_cpu(const Tensor& grad_loss, const Tensor& logits, const Tensor& target,
-                                          const OptionalTensor& weight, const Tensor& statistics, const Tensor& divisor,
-                                          int64_t ignore_index, double label_smoothing,
-                                          std::array<bool, 2> output_mask) {
+BackwardResult cross_entropy_backward_kernel(const Tensor& grad_loss, const Tensor& logits, const Tensor& target,
+                                             const OptionalTensor& weight, const Tensor& statistics,
+                                             const Tensor& divisor, int64_t ignore_index, double label_smoothing,
+                                             std::array<bool, 2> output_mask) {
   const Operands operands(logits, target, value_or_undefined(weight), ignore_index, label_smoothing);
   const Tensor dense_grad_loss = grad_loss.contiguous();
   const bool per_row = grad_loss.numel() == statistics.size(1);
@@ -191,9 +189,10 @@ BackwardResult cross_entropy_backward_cpu(const Tensor& grad_loss, const Tensor&
   Tensor grad_logits = output_mask[0] ? at::empty(logits.sizes(), options) : Tensor();
   Tensor grad_target = output_mask[1] ? at::empty(logits.sizes(), options) : Tensor();
   if (!output_mask[0] && !output_mask[1]) return {grad_logits, grad_target};
-  kernels().cross_entropy.backward({operands.shape, statistics.const_data_ptr(), dense_grad_loss.const_data_ptr(),
-                                    per_row && grad_loss.numel() > 1 ? 1 : 0, *divisor.const_data_ptr<double>(),
-                                    mutable_data_or_null(grad_logits), mutable_data_or_null(grad_target)});
+  KernelsOn(logits)->cross_entropy.backward({operands.shape, statistics.const_data_ptr(),
+                                             dense_grad_loss.const_data_ptr(), per_row && grad_loss.numel() > 1 ? 1 : 0,
+                                             divisor.const_data_ptr<double>(), mutable_data_or_null(grad_logits),
+                                             mutable_data_or_null(grad_target)});
   return {grad_logits, grad_target};
 }
 
@@ -309,13 +308,17 @@ ForwardResult cross_entropy_autocast(const Tensor& logits, const Tensor& target,
 
 ForwardResult cross_entropy(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
                             int64_t ignore_index, double label_smoothing) {
-  static const auto op = find_operator<decltype(cross_entropy_cpu)>("dlkernels::cross_entropy");
+  static const auto op = find_operator<decltype(cross_entropy_kernel)>("dlkernels::cross_entropy");
   return op.call(logits, target, weight, reduction, ignore_index, label_smoothing);
 }
 
 TORCH_LIBRARY_IMPL(dlkernels, CPU, m) {
-  m.impl("cross_entropy", &cross_entropy_cpu);
-  m.impl("cross_entropy_backward", &cross_entropy_backward_cpu);
+  m.impl("cross_entropy", &cross_entropy_kernel);
+  m.impl("cross_entropy_backward", &cross_entropy_backward_kernel);
+}
+TORCH_LIBRARY_IMPL(dlkernels, CUDA, m) {
+  m.impl("cross_entropy", &cross_entropy_kernel);
+  m.impl("cross_entropy_backward", &cross_entropy_backward_kernel);
 }
 TORCH_LIBRARY_IMPL(dlkernels, Autograd, m) {
   m.impl("cross_entropy", &cross_entropy_autograd);

@@ -1,0 +1,435 @@
+// Softmax cross-entropy.
+//
+//   m = max_c x_c,  s = log sum_c exp(x_c - m),  log p_c = (x_c - m) - s
+//   loss = - sum_c t_c log p_c,   t_c = w_c ((1 - eps) q_c + eps / C)
+//   dx_c = g (T p_c - t_c),       T = sum_c t_c
+//
+// q is the one-hot target or the given probabilities, w the class weights, eps the label smoothing. m and s are kept
+// apart: with logits near 1e4 their sum would round away what the loss is made of.
+//
+// Classes side by side (inner == 1): a team of 1, 8 or 16 warps takes a row. Its threads read 16 bytes at a time from
+// the first address that allows it, the elements before and after one by one, so that rows of odd length cost no more;
+// each keeps a running maximum and the sum of exponentials under it, and the row is read from memory once.
+// Probabilities as targets and label smoothing read it again, from the cache. Classes `inner` apart: a thread takes a
+// row, and neighbouring threads read neighbouring addresses in every pass.
+//
+// Memory-bound: 4 bytes an element forward and 8 backward in float32.
+#include "cpu/cross_entropy.h"
+#include "cuda/numbers.cuh"
+#include "cuda/reduce.cuh"
+
+namespace dlkernels::DLKERNELS_ISA {
+namespace {
+
+constexpr int kThreads = 256;  // of a block that is no single team
+template <int kWarps>
+constexpr int kTeamThreads = kWarps == 1 ? kThreads : kWarps * kWarpSize;
+constexpr int64_t kRowsPerPartial = 8192;  // rows of a block's part of the totals
+
+// ---- typed view of the arguments -----------------------------------------------------------------------------------
+
+template <class Scalar>
+struct Problem {
+  using T = accumulate_t<Scalar>;
+  int64_t outer, classes, inner, rows, outer_stride;
+  const Scalar* logits;
+  const int64_t* target;
+  const Scalar* probabilities;
+  const T* weight;
+  int64_t ignore_index;
+  T smoothing;
+
+  explicit Problem(const CrossEntropyShape& shape)
+      : outer(shape.outer),
+        classes(shape.classes),
+        inner(shape.inner),
+        rows(shape.outer * shape.inner),
+        outer_stride(shape.logits_outer_stride),
+        logits(static_cast<const Scalar*>(shape.logits)),
+        target(shape.target),
+        probabilities(static_cast<const Scalar*>(shape.target_probabilities)),
+        weight(static_cast<const T*>(shape.weight)),
+        ignore_index(shape.ignore_index),
+        smoothing(static_cast<T>(shape.label_smoothing)) {}
+
+  __device__ bool ignored(int64_t row) const { return probabilities == nullptr && target[row] == ignore_index; }
+  // A target that is no class gives NaN: there is no way to raise from here.
+  __device__ bool valid(int64_t y) const { return y >= 0 && y < classes; }
+  __device__ T class_weight(int64_t c) const { return weight == nullptr ? T(1) : weight[c]; }
+  __device__ T uniform() const { return smoothing / static_cast<T>(classes); }
+  // w_c ((1 - eps) q_c + eps / C) for a target that is probabilities, q_c 0 for the rest of a smoothed one-hot one.
+  __device__ T share(T q, int64_t c) const { return ((T(1) - smoothing) * q + uniform()) * class_weight(c); }
+};
+
+template <class T>
+__device__ T not_a_number() {
+  return static_cast<T>(NAN);
+}
+
+// ---- one row of classes side by side -------------------------------------------------------------------------------
+
+// body(c, count, values): elements [c, c + count) of a row, widened; count is Pack::size or 1. All threads of the team
+// together see every element once.
+template <class Scalar, int kWarps, class Body>
+__device__ __forceinline__ void for_each_pack(const Scalar* row, int64_t classes, Body&& body) {
+  using T = accumulate_t<Scalar>;
+  constexpr int size = Pack<Scalar>::size;
+  const int rank = Team<kWarps>::rank();
+  const int64_t past = static_cast<int64_t>(reinterpret_cast<uintptr_t>(row) / sizeof(Scalar) % size);
+  const int64_t head = past == 0 ? 0 : (size - past < classes ? size - past : classes);
+  const int64_t packs = (classes - head) / size, tail = head + packs * size;
+  if (rank < head) {
+    const T value[1] = {widen(row[rank])};
+    body(rank, value);
+  }
+  for (int64_t i = rank; i < packs; i += Team<kWarps>::size) {
+    const auto pack = *reinterpret_cast<const Pack<Scalar>*>(row + head + i * size);
+    T values[size];
+#pragma unroll
+    for (int e = 0; e < size; ++e) values[e] = widen(pack.elements[e]);
+    body(head + i * size, values);
+  }
+  if (tail + rank < classes) {
+    const T value[1] = {widen(row[tail + rank])};
+    body(tail + rank, value);
+  }
+}
+
+// values[e] as elements [c, c + size) of an array; a pack of them in one store where its address allows it.
+template <class Scalar, class T, int size>
+__device__ __forceinline__ void store_pack(Scalar* out, const T (&values)[size]) {
+  if (size > 1 && reinterpret_cast<uintptr_t>(out) % sizeof(Pack<Scalar>) == 0) {
+    Pack<Scalar> pack;
+#pragma unroll
+    for (int e = 0; e < size; ++e) pack.elements[e] = narrow<Scalar>(values[e]);
+    *reinterpret_cast<Pack<Scalar>*>(out) = pack;
+    return;
+  }
+#pragma unroll
+  for (int e = 0; e < size; ++e) out[e] = narrow<Scalar>(values[e]);
+}
+
+struct Greater {
+  template <class T>
+  __device__ __forceinline__ T operator()(T a, T b) const {
+    return a > b ? a : b;
+  }
+};
+
+template <class T>
+struct Statistics {
+  T maximum, log_sum;
+};
+
+// Of a row, in one reading. A thread that has seen nothing above -infinity keeps a sum of zeros, or of NaN.
+template <class Scalar, int kWarps, class T = accumulate_t<Scalar>>
+__device__ Statistics<T> row_statistics(const Scalar* row, int64_t classes, T* exchange) {
+  T maximum = -static_cast<T>(INFINITY), sum = T(0);
+  for_each_pack<Scalar, kWarps>(row, classes, [&](int64_t, const auto& values) {
+    T greatest = maximum;
+    for (const T value : values) greatest = Greater()(value, greatest);
+    const T shift = greatest == -static_cast<T>(INFINITY) ? T(0) : greatest;
+    sum *= exp(maximum - shift);
+    for (const T value : values) sum += exp(value - shift);
+    maximum = greatest;
+  });
+  const T greatest = Team<kWarps>::reduce(maximum, Greater(), exchange);
+  sum *= exp(maximum - greatest);
+  return {greatest, log(Team<kWarps>::reduce(sum, Add(), exchange))};
+}
+
+template <class Scalar, int kWarps, class T = accumulate_t<Scalar>>
+__device__ T row_loss(const Problem<Scalar>& p, int64_t row, Statistics<T> statistics, T* exchange) {
+  const Scalar* x = p.logits + row * p.outer_stride;
+  if (p.ignored(row)) return T(0);
+  T loss = T(0);
+  if (p.probabilities != nullptr || p.smoothing != T(0)) {
+    T sum = T(0);
+    const Scalar* q = p.probabilities == nullptr ? nullptr : p.probabilities + row * p.classes;
+    for_each_pack<Scalar, kWarps>(x, p.classes, [&](int64_t c, const auto& values) {
+      for (const T value : values) {
+        sum += p.share(q == nullptr ? T(0) : widen(q[c]), c) * ((value - statistics.maximum) - statistics.log_sum);
+        ++c;
+      }
+    });
+    loss = -Team<kWarps>::reduce(sum, Add(), exchange);
+  }
+  if (p.probabilities != nullptr) return loss;
+  const int64_t y = p.target[row];
+  if (!p.valid(y)) return not_a_number<T>();
+  const T log_p = (widen(x[y]) - statistics.maximum) - statistics.log_sum;
+  return loss - (T(1) - p.smoothing) * p.class_weight(y) * log_p;
+}
+
+template <class Scalar, int kWarps>
+__global__ void __launch_bounds__(kTeamThreads<kWarps>, 1)
+    row_forward(Problem<Scalar> p, accumulate_t<Scalar>* maxima, accumulate_t<Scalar>* log_sums,
+                accumulate_t<Scalar>* losses) {
+  using T = accumulate_t<Scalar>;
+  const int64_t row = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) / Team<kWarps>::size;
+  if (row >= p.rows) return;  // a whole team
+  T* exchange = shared_memory<T>();
+  const Statistics<T> statistics = row_statistics<Scalar, kWarps>(p.logits + row * p.outer_stride, p.classes, exchange);
+  const T loss = row_loss<Scalar, kWarps>(p, row, statistics, exchange);
+  if (Team<kWarps>::rank() != 0) return;
+  maxima[row] = statistics.maximum;
+  log_sums[row] = statistics.log_sum;
+  losses[row] = loss;
+}
+
+// sum_c t_c of a row.
+template <class Scalar, int kWarps, class T = accumulate_t<Scalar>>
+__device__ T target_mass(const Problem<Scalar>& p, int64_t row, T* exchange) {
+  T sum = T(0);
+  if (p.probabilities != nullptr || (p.smoothing != T(0) && p.weight != nullptr)) {
+    const Scalar* q = p.probabilities == nullptr ? nullptr : p.probabilities + row * p.classes;
+    for (int64_t c = Team<kWarps>::rank(); c < p.classes; c += Team<kWarps>::size) {
+      sum += p.share(q == nullptr ? T(0) : widen(q[c]), c);
+    }
+    sum = Team<kWarps>::reduce(sum, Add(), exchange);
+  } else {
+    sum = p.smoothing;
+  }
+  return p.probabilities != nullptr ? sum : sum + (T(1) - p.smoothing) * p.class_weight(p.target[row]);
+}
+
+template <class Scalar, int kWarps>
+__global__ void __launch_bounds__(kTeamThreads<kWarps>, 1)
+    row_backward(Problem<Scalar> p, const accumulate_t<Scalar>* maxima, const accumulate_t<Scalar>* log_sums,
+                 const Scalar* grad_loss, int64_t grad_loss_stride, const double* divisor, Scalar* grad_logits,
+                 Scalar* grad_target) {
+  using T = accumulate_t<Scalar>;
+  const int64_t row = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) / Team<kWarps>::size;
+  if (row >= p.rows) return;
+  const Scalar* x = p.logits + row * p.outer_stride;
+  const int64_t first = row * p.classes, y = p.target == nullptr ? -1 : p.target[row];
+  const bool ignored = p.ignored(row), valid = p.target == nullptr || p.valid(y);
+  const T scale = valid ? widen(grad_loss[row * grad_loss_stride]) / static_cast<T>(*divisor) : not_a_number<T>();
+  const T mass = ignored || !valid ? T(0) : target_mass<Scalar, kWarps>(p, row, shared_memory<T>());
+  const T maximum = maxima[row], log_sum = log_sums[row];
+  for_each_pack<Scalar, kWarps>(x, p.classes, [&](int64_t c, const auto& values) {
+    using Values = std::remove_cv_t<std::remove_reference_t<decltype(values)>>;
+    constexpr int count = sizeof(Values) / sizeof(T);
+    Values out;
+    if (grad_logits != nullptr) {
+#pragma unroll
+      for (int e = 0; e < count; ++e) {
+        const T q = p.probabilities != nullptr ? widen(p.probabilities[first + c + e]) : static_cast<T>(c + e == y);
+        const T probability = exp((values[e] - maximum) - log_sum);
+        out[e] = ignored ? T(0) : scale * (mass * probability - p.share(q, c + e));
+      }
+      store_pack(grad_logits + first + c, out);
+    }
+    if (grad_target != nullptr) {
+#pragma unroll
+      for (int e = 0; e < count; ++e) {
+        out[e] = ((values[e] - maximum) - log_sum) * (-scale * (T(1) - p.smoothing)) * p.class_weight(c + e);
+      }
+      store_pack(grad_target + first + c, out);
+    }
+  });
+}
+
+// ---- classes `inner` apart: a thread a row -------------------------------------------------------------------------
+
+template <class Scalar>
+struct Column {
+  using T = accumulate_t<Scalar>;
+  const Problem<Scalar>& p;
+  int64_t row, y;
+  const Scalar* logits;
+  int64_t first;  // of its elements in dense arrays
+
+  __device__ Column(const Problem<Scalar>& problem, int64_t r)
+      : p(problem),
+        row(r),
+        y(problem.target == nullptr ? -1 : problem.target[r]),
+        logits(problem.logits + r / problem.inner * problem.outer_stride + r % problem.inner),
+        first(r / problem.inner * problem.classes * problem.inner + r % problem.inner) {}
+  __device__ T logit(int64_t c) const { return widen(logits[c * p.inner]); }
+  __device__ T share(int64_t c) const {
+    return p.share(p.probabilities != nullptr ? widen(p.probabilities[first + c * p.inner]) : static_cast<T>(c == y),
+                   c);
+  }
+  __device__ bool valid() const { return p.target == nullptr || p.valid(y); }
+};
+
+template <class Scalar>
+__global__ void __launch_bounds__(kThreads)
+    column_forward(Problem<Scalar> p, accumulate_t<Scalar>* maxima, accumulate_t<Scalar>* log_sums,
+                   accumulate_t<Scalar>* losses) {
+  using T = accumulate_t<Scalar>;
+  const int64_t row = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (row >= p.rows) return;
+  const Column<Scalar> column(p, row);
+  T maximum = -static_cast<T>(INFINITY), sum = T(0), loss = T(0);
+  for (int64_t c = 0; c < p.classes; ++c) maximum = Greater()(column.logit(c), maximum);
+  for (int64_t c = 0; c < p.classes; ++c) sum += exp(column.logit(c) - maximum);
+  const T log_sum = log(sum);
+  if (p.probabilities != nullptr || p.smoothing != T(0)) {
+    for (int64_t c = 0; c < p.classes; ++c) loss -= column.share(c) * ((column.logit(c) - maximum) - log_sum);
+  } else if (column.valid() && !p.ignored(row)) {
+    loss = -p.class_weight(column.y) * ((column.logit(column.y) - maximum) - log_sum);
+  }
+  maxima[row] = maximum;
+  log_sums[row] = log_sum;
+  losses[row] = p.ignored(row) ? T(0) : column.valid() ? loss : not_a_number<T>();
+}
+
+template <class Scalar>
+__global__ void __launch_bounds__(kThreads)
+    column_backward(Problem<Scalar> p, const accumulate_t<Scalar>* maxima, const accumulate_t<Scalar>* log_sums,
+                    const Scalar* grad_loss, int64_t grad_loss_stride, const double* divisor, Scalar* grad_logits,
+                    Scalar* grad_target) {
+  using T = accumulate_t<Scalar>;
+  const int64_t row = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (row >= p.rows) return;
+  const Column<Scalar> column(p, row);
+  const bool ignored = p.ignored(row);
+  const T scale =
+      column.valid() ? widen(grad_loss[row * grad_loss_stride]) / static_cast<T>(*divisor) : not_a_number<T>();
+  T mass = T(0);
+  if (!ignored) {
+    for (int64_t c = 0; c < p.classes; ++c) mass += column.share(c);
+  }
+  for (int64_t c = 0; c < p.classes; ++c) {
+    const T log_p = (column.logit(c) - maxima[row]) - log_sums[row];
+    const int64_t at = column.first + c * p.inner;
+    if (grad_logits != nullptr) {
+      const T out = ignored ? T(0) : scale * (mass * exp(log_p) - column.share(c));
+      grad_logits[at] = narrow<Scalar>(out);
+    }
+    if (grad_target != nullptr) {
+      grad_target[at] = narrow<Scalar>(log_p * (-scale * (T(1) - p.smoothing)) * p.class_weight(c));
+    }
+  }
+}
+
+// ---- totals: per block of rows, and then of all --------------------------------------------------------------------
+
+struct Totals {
+  double loss, weight;
+};
+
+__device__ inline Totals reduce_totals(Totals mine) {
+  using Block = Team<kThreads / kWarpSize>;
+  double* exchange = shared_memory<double>();
+  return {Block::reduce(mine.loss, Add(), exchange), Block::reduce(mine.weight, Add(), exchange)};
+}
+
+template <class Scalar>
+__global__ void __launch_bounds__(kThreads)
+    sum_rows(Problem<Scalar> p, const accumulate_t<Scalar>* losses, Totals* partials) {
+  const int64_t begin = blockIdx.x * kRowsPerPartial;
+  const int64_t end = begin + kRowsPerPartial < p.rows ? begin + kRowsPerPartial : p.rows;
+  Totals totals = {0, 0};
+  for (int64_t row = begin + threadIdx.x; row < end; row += kThreads) {
+    totals.loss += losses[row];
+    if (p.probabilities != nullptr) {
+      totals.weight += 1;
+    } else if (!p.ignored(row) && p.valid(p.target[row])) {
+      totals.weight += p.class_weight(p.target[row]);
+    }
+  }
+  totals = reduce_totals(totals);
+  if (threadIdx.x == 0) partials[blockIdx.x] = totals;
+}
+
+template <class Scalar>
+__global__ void __launch_bounds__(kThreads)
+    finish_totals(const Totals* partials, int64_t count, bool is_mean, Scalar* loss, double* divisor) {
+  Totals totals = {0, 0};
+  for (int64_t i = threadIdx.x; i < count; i += kThreads) {
+    totals.loss += partials[i].loss;
+    totals.weight += partials[i].weight;
+  }
+  totals = reduce_totals(totals);
+  if (threadIdx.x != 0) return;
+  *divisor = is_mean ? totals.weight : 1.0;
+  if (loss != nullptr) *loss = narrow<Scalar>(static_cast<accumulate_t<Scalar>>(totals.loss / *divisor));
+}
+
+template <class Scalar>
+__global__ void __launch_bounds__(kThreads)
+    narrow_losses(const accumulate_t<Scalar>* losses, int64_t rows, Scalar* out) {
+  const int64_t row = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (row < rows) out[row] = narrow<Scalar>(losses[row]);
+}
+
+// ---- launchers -----------------------------------------------------------------------------------------------------
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+// run(std::integral_constant<int, warps>(), launch): short rows take a warp, long ones a block.
+template <class T, class Run>
+void with_team(int64_t rows, int64_t classes, Run&& run) {
+  if (classes <= 1024) {
+    run(std::integral_constant<int, 1>(), Launch{ceil_div(rows, kThreads / kWarpSize), kThreads});
+  } else if (classes <= 32768) {
+    run(std::integral_constant<int, 8>(), Launch{rows, 256, 8 * sizeof(T)});
+  } else {
+    run(std::integral_constant<int, 16>(), Launch{rows, 512, 16 * sizeof(T)});
+  }
+}
+
+template <class Scalar>
+void forward_typed(const CrossEntropyForwardArgs& args) {
+  using T = accumulate_t<Scalar>;
+  const Problem<Scalar> p(args.shape);
+  T* maxima = static_cast<T*>(args.statistics);
+  T* log_sums = maxima + p.rows;
+  T* losses = workspace<T>(p.rows);
+  if (p.inner == 1) {
+    with_team<T>(p.rows, p.classes, [&](auto warps, Launch shape) {
+      launch(shape, row_forward<Scalar, warps()>, p, maxima, log_sums, losses);
+    });
+  } else {
+    launch({ceil_div(p.rows, kThreads), kThreads}, column_forward<Scalar>, p, maxima, log_sums, losses);
+  }
+  Scalar* loss = static_cast<Scalar*>(args.loss);
+  const bool per_row = args.reduction == LossReduction::none;
+  if (per_row) launch({ceil_div(p.rows, kThreads), kThreads}, narrow_losses<Scalar>, losses, p.rows, loss);
+  const int64_t partial_count = ceil_div(p.rows, kRowsPerPartial), exchange = kThreads / kWarpSize * sizeof(double);
+  Totals* partials = workspace<Totals>(partial_count);
+  launch({partial_count, kThreads, exchange}, sum_rows<Scalar>, p, losses, partials);
+  launch({1, kThreads, exchange}, finish_totals<Scalar>, partials, partial_count, args.reduction == LossReduction::mean,
+         per_row ? nullptr : loss, args.divisor);
+}
+
+template <class Scalar>
+void backward_typed(const CrossEntropyBackwardArgs& args) {
+  using T = accumulate_t<Scalar>;
+  const Problem<Scalar> p(args.shape);
+  const T* maxima = static_cast<const T*>(args.statistics);
+  const T* log_sums = maxima + p.rows;
+  const Scalar* grad_loss = static_cast<const Scalar*>(args.grad_loss);
+  Scalar* grad_logits = static_cast<Scalar*>(args.grad_logits);
+  Scalar* grad_target = static_cast<Scalar*>(args.grad_target);
+  if (p.inner == 1) {
+    with_team<T>(p.rows, p.classes, [&](auto warps, Launch shape) {
+      launch(shape, row_backward<Scalar, warps()>, p, maxima, log_sums, grad_loss, args.grad_loss_stride, args.divisor,
+             grad_logits, grad_target);
+    });
+  } else {
+    launch({ceil_div(p.rows, kThreads), kThreads}, column_backward<Scalar>, p, maxima, log_sums, grad_loss,
+           args.grad_loss_stride, args.divisor, grad_logits, grad_target);
+  }
+}
+
+void forward(const CrossEntropyForwardArgs& args) {
+  dispatch(args.shape.dtype, [&](auto* type) { forward_typed<std::remove_pointer_t<decltype(type)>>(args); });
+}
+
+void backward(const CrossEntropyBackwardArgs& args) {
+  dispatch(args.shape.dtype, [&](auto* type) { backward_typed<std::remove_pointer_t<decltype(type)>>(args); });
+}
+
+}  // namespace
+
+CrossEntropyKernels cross_entropy_kernels() {
+  return {forward, backward};
+}
+
+}  // namespace dlkernels::DLKERNELS_ISA

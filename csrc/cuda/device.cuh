@@ -1,0 +1,72 @@
+// What every CUDA file needs: launching on the caller's stream, workspaces, errors. Kernels are compiled by nvcc, and
+// by g++ against tests/simt/simt.h, which runs them on the host; nothing else in csrc/cuda knows of the difference.
+//
+// The caller of a table's functions (kernels.h) says where they run with a Place, for the calling thread.
+#pragma once
+
+#if defined(DLKERNELS_SIMT)
+#include "simt.h"
+#else
+#include <cuda_runtime.h>
+#endif
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/types.h"
+#include "cuda/place.h"
+
+namespace dlkernels::DLKERNELS_ISA {
+
+inline constexpr int kWarpSize = 32;
+
+// ---- shared memory: one object a block, its size given at the launch -----------------------------------------------
+
+template <class T>
+__device__ __forceinline__ T* shared_memory() {
+#if defined(DLKERNELS_SIMT)
+  return reinterpret_cast<T*>(::simt::current().shared);
+#else
+  extern __shared__ __align__(128) unsigned char bytes[];
+  return reinterpret_cast<T*>(bytes);
+#endif
+}
+
+// ---- launching -----------------------------------------------------------------------------------------------------
+
+struct Launch {
+  int64_t blocks;
+  int threads;
+  int64_t shared_bytes = 0;
+};
+
+// Runs kernel(arguments...) on the caller's stream; no blocks, no launch. Blocks lie along x, which alone may be long.
+template <class... Parameters, class... Arguments>
+void launch(Launch shape, void (*kernel)(Parameters...), const Arguments&... arguments) {
+  if (shape.blocks == 0) return;
+  if (shape.blocks > 0x7fffffff) throw std::runtime_error("CUDA: more than 2^31 blocks in a launch");
+#if defined(DLKERNELS_SIMT)
+  ::simt::run(
+      {{static_cast<unsigned>(shape.blocks), 1, 1}, {static_cast<unsigned>(shape.threads), 1, 1}, shape.shared_bytes},
+      [&] { kernel(static_cast<Parameters>(arguments)...); });
+#else
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(shape.blocks));
+  config.blockDim = dim3(static_cast<unsigned>(shape.threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shape.shared_bytes);
+  config.stream = static_cast<cudaStream_t>(Place::current().stream);
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+  if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
+#endif
+}
+
+// ---- workspaces ----------------------------------------------------------------------------------------------------
+
+// `count` elements on the device, valid for the launches that follow on the stream.
+template <class T>
+T* workspace(int64_t count) {
+  return static_cast<T*>(Place::current().allocate(count * static_cast<int64_t>(sizeof(T))));
+}
+
+}  // namespace dlkernels::DLKERNELS_ISA

@@ -1,0 +1,19 @@
+// Gathers the kernels of the device into its table. An operation that is not there yet has none.
+#include "cpu/kernels.h"
+#include "cuda/device.cuh"
+
+namespace dlkernels::DLKERNELS_ISA {
+
+#define DLKERNELS_NAME_OF(name) #name
+#define DLKERNELS_NAME(name) DLKERNELS_NAME_OF(name)
+
+extern const KernelTable table;
+const KernelTable table = [] {
+  KernelTable kernels = {};
+  kernels.isa = DLKERNELS_NAME(DLKERNELS_ISA);
+  kernels.on_device = true;
+  kernels.cross_entropy = cross_entropy_kernels();
+  return kernels;
+}();
+
+}  // namespace dlkernels::DLKERNELS_ISA

@@ -1,0 +1,92 @@
+// What a kernel must not do, one fault a name: prints what the simulator says of it, or nothing.
+#include <cstdio>
+#include <functional>
+#include <map>
+#include <stdexcept>
+#include <string>
+
+#include "simt.h"
+
+namespace {
+
+float* shared() {
+  return reinterpret_cast<float*>(::simt::current().shared);
+}
+
+void divergent_barrier() {
+  if (threadIdx.x < 32) __syncthreads();
+}
+void two_barriers() {
+  if (threadIdx.x < 32) {
+    __syncthreads();
+  } else {
+    __syncthreads();
+  }
+}
+void divergent_exchange() {
+  if (threadIdx.x % 2 == 0) __shfl_xor_sync(0xffffffffu, 1, 2);
+}
+void writes_outside() {
+  if (threadIdx.x == 63) shared()[64] = 1.0f;
+}
+
+// Thread i leaves i for its neighbour; correct with the barrier between.
+template <bool kWaits>
+void neighbours(float* out) {
+  shared()[threadIdx.x] = static_cast<float>(threadIdx.x);
+  if (kWaits) __syncthreads();
+  out[threadIdx.x] = shared()[(threadIdx.x + 32) % 64];
+}
+
+// Two rounds through the same memory; correct with a barrier before it is written again.
+template <bool kWaits>
+void rounds(float* out) {
+  for (int round = 0; round < 2; ++round) {
+    if (kWaits) __syncthreads();
+    shared()[threadIdx.x] = static_cast<float>(threadIdx.x + 100 * round);
+    __syncthreads();
+    const float value = shared()[(threadIdx.x + 32) % 64] - static_cast<float>(100 * round);
+    out[threadIdx.x] = round == 0 ? value : (out[threadIdx.x] + value) / 2;
+  }
+}
+
+// In how many of the four schedules the values are those of the neighbours.
+template <class Kernel>
+std::string schedules_passed(Kernel kernel) {
+  int passed = 0;
+  for (auto schedule :
+       {simt::Schedule::forward, simt::Schedule::reverse, simt::Schedule::random, simt::Schedule::warp_ahead}) {
+    simt::set_schedule(schedule);
+    float out[64];
+    simt::run({{1, 1, 1}, {64, 1, 1}, 256}, [&] { kernel(out); });
+    bool right = true;
+    for (int i = 0; i < 64; ++i) right &= out[i] == static_cast<float>((i + 32) % 64);
+    passed += right;
+  }
+  return std::to_string(passed);
+}
+
+std::string launch(void (*kernel)()) {
+  simt::run({{1, 1, 1}, {64, 1, 1}, 256}, kernel);
+  return "";
+}
+
+}  // namespace
+
+int main(int, char** arguments) {
+  const std::map<std::string, std::function<std::string()>> cases = {
+      {"divergent_barrier", [] { return launch(divergent_barrier); }},
+      {"two_barriers", [] { return launch(two_barriers); }},
+      {"divergent_exchange", [] { return launch(divergent_exchange); }},
+      {"writes_outside", [] { return launch(writes_outside); }},
+      {"neighbours", [] { return schedules_passed(neighbours<true>); }},
+      {"neighbours_without_barrier", [] { return schedules_passed(neighbours<false>); }},
+      {"rounds", [] { return schedules_passed(rounds<true>); }},
+      {"rounds_without_barrier", [] { return schedules_passed(rounds<false>); }},
+  };
+  try {
+    std::puts(cases.at(arguments[1])().c_str());
+  } catch (const std::logic_error& error) {
+    std::puts(error.what());
+  }
+}

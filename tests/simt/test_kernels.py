@@ -1,0 +1,95 @@
+"""The CUDA kernels on the host: torch's values, and the same bits in whatever order threads run."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from dlkernels import _C
+from dlkernels import functional as F
+
+from ..cases import Case, all_cases, call, gradients, random_like
+from ..test_accuracy import test_values_and_gradients_match_torch as check_against_torch
+
+COLUMNS = ("cross_entropy",)  # those that csrc/cuda has
+CASES = [case for case in all_cases() if case.column in COLUMNS]
+SCHEDULES = ("forward", "reverse", "random", "warp_ahead")
+
+
+@pytest.fixture(autouse=True)
+def on_host() -> Iterator[None]:
+    """Runs every operation on the CUDA kernels as the host simulates them."""
+    chosen = _C.isa()
+    if not _C.select_isa("simt"):
+        pytest.skip("the extension was built without DLKERNELS_SIMT=1")
+    yield
+    set_schedule("forward")
+    _C.select_isa(chosen)
+
+
+def set_schedule(name: str) -> None:
+    ctypes.CDLL(_C.__file__).simt_set_schedule(SCHEDULES.index(name))
+
+
+def results(case: Case, dtype: torch.dtype) -> list[Tensor]:
+    """Outputs and gradients of a case."""
+    sample = case.build(dtype).requiring_grad()
+    outputs = call(case.function, sample)
+    return [*outputs, *gradients(outputs, sample, random_like([o for o in outputs if o.requires_grad]))]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_values_and_gradients_match_torch(case: Case, dtype: torch.dtype) -> None:
+    check_against_torch(case, dtype, "simt")
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_bits_do_not_depend_on_the_order_of_threads(case: Case) -> None:
+    set_schedule("forward")
+    expected = results(case, torch.float32)
+    for schedule in SCHEDULES[1:]:
+        set_schedule(schedule)
+        assert all(torch.equal(a, b) for a, b in zip(results(case, torch.float32), expected, strict=True)), schedule
+
+
+@pytest.mark.parametrize("classes", [1, 2, 7, 8, 9, 31, 33, 1023, 1025, 3001])
+@pytest.mark.parametrize("offset", range(4), ids=lambda offset: f"offset_{offset}")
+def test_rows_of_any_length_at_any_address(classes: int, offset: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(classes)
+    storage = torch.randn(3 * classes + offset, generator=generator).to(dtype)
+    logits = storage[offset:].view(3, classes).requires_grad_()
+    target = torch.randint(classes, (3,), generator=generator)
+    exact_logits = logits.detach().double().requires_grad_()
+    loss, exact = F.cross_entropy(logits, target), torch.nn.functional.cross_entropy(exact_logits, target)
+    (grad,), (exact_grad,) = torch.autograd.grad(loss, logits), torch.autograd.grad(exact, exact_logits)
+    tolerance = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
+    torch.testing.assert_close(loss.double(), exact, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(grad.double(), exact_grad, rtol=tolerance, atol=tolerance)
+
+
+def test_all_sizes_of_teams_agree() -> None:
+    """A warp, eight and sixteen warps a row take turns by the number of classes; -inf classes change nothing."""
+    generator = torch.Generator().manual_seed(0)
+    logits, target = torch.randn(2, 100, generator=generator), torch.tensor([3, 99])
+    expected = torch.nn.functional.cross_entropy(logits.double(), target, reduction="none")
+    for classes in (100, 2000, 33000):
+        wide = torch.full((2, classes), -float("inf"))
+        wide[:, :100] = logits
+        actual = F.cross_entropy(wide, target, reduction="none")
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("everywhere", [False, True], ids=["one", "row"])
+def test_nonfinite_logits_give_what_torch_gives(value: float, everywhere: bool) -> None:
+    logits = torch.randn(2, 70, generator=torch.Generator().manual_seed(1))
+    logits[1, slice(None) if everywhere else slice(40, 41)] = value
+    target = torch.tensor([1, 2])
+    actual = F.cross_entropy(logits, target, reduction="none")
+    torch.testing.assert_close(
+        actual, torch.nn.functional.cross_entropy(logits, target, reduction="none"), equal_nan=True
+    )

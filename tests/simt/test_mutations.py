@@ -1,0 +1,56 @@
+"""Every barrier of the CUDA kernels is needed: without it the simulator gives another result or stops."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+CSRC = HERE.parent.parent / "csrc"
+BARRIER = re.compile(r"^\s*__syncthreads\(\);")
+
+
+def barriers() -> list[tuple[Path, int]]:
+    """(file, line) of every barrier."""
+    files = sorted([*CSRC.glob("cuda/*.cuh"), *CSRC.glob("cuda/*.cu")])
+    return [
+        (file, number)
+        for file in files
+        for number, line in enumerate(file.read_text().splitlines())
+        if BARRIER.match(line)
+    ]
+
+
+def run_kernels(folder: Path) -> subprocess.CompletedProcess[str]:
+    """Compiles the kernels, files in ``folder`` before those of the project, and calls them."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no g++ to compile the changed kernels")
+    kernel = folder / "cuda" / "cross_entropy.cu"
+    source = kernel if kernel.exists() else CSRC / "cuda" / "cross_entropy.cu"
+    program = folder / "drive"
+    flags = ["-std=c++20", "-O1", "-Wno-unknown-pragmas", "-DDLKERNELS_ISA=simt", "-DDLKERNELS_SIMT"]
+    includes = [f"-I{folder}", f"-I{CSRC}", f"-I{HERE}"]
+    sources = [HERE / "drive.cc", HERE / "simt.cc", CSRC / "cuda" / "place.cpp", "-x", "c++", source]
+    subprocess.run([compiler, *flags, *includes, *sources, "-o", program], check=True)
+    return subprocess.run([program], capture_output=True, text=True, check=False)
+
+
+def test_kernels_as_they_are_agree_under_every_schedule(tmp_path: Path) -> None:
+    finished = run_kernels(tmp_path)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+
+
+@pytest.mark.parametrize(("file", "line"), barriers(), ids=lambda value: getattr(value, "name", str(value)))
+def test_a_kernel_without_one_barrier_fails(tmp_path: Path, file: Path, line: int) -> None:
+    lines = file.read_text().splitlines()
+    lines[line] = BARRIER.sub("", lines[line])
+    changed = tmp_path / "cuda" / file.name
+    changed.parent.mkdir()
+    changed.write_text("\n".join(lines) + "\n")
+    finished = run_kernels(tmp_path)
+    assert finished.returncode != 0
