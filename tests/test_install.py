@@ -270,14 +270,17 @@ def test_no_file_is_compiled_with_fast_math(compile_commands):
     assert [file for file, command in compile_commands.items() if re.search(unsafe, command)] == []
 
 
+KERNEL_FOLDERS = re.compile(r"/csrc/(cpu|cuda)/|/tests/simt/")
+
+
 def test_files_with_torch_are_compiled_with_openmp(compile_commands):
-    with_torch = {file: command for file, command in compile_commands.items() if "/csrc/cpu/" not in file}
+    with_torch = {file: command for file, command in compile_commands.items() if not KERNEL_FOLDERS.search(file)}
     assert with_torch
     assert [file for file, command in with_torch.items() if "-fopenmp" not in command] == []
 
 
 def test_kernels_are_compiled_without_torch(compile_commands):
-    kernels = {file: command for file, command in compile_commands.items() if "/csrc/cpu/" in file}
+    kernels = {file: command for file, command in compile_commands.items() if KERNEL_FOLDERS.search(file)}
     assert kernels
     assert [file for file, command in kernels.items() if "torch/include" in command] == []
 

@@ -83,6 +83,7 @@ struct Tables {
 KernelTable complete(const KernelTable& device, const KernelTable& processor) {
   KernelTable table = processor;
   table.isa = device.isa, table.on_device = true;
+  table.batch_norm = device.batch_norm;
   table.cross_entropy = device.cross_entropy;
   return table;
 }

@@ -255,7 +255,7 @@ struct Column {
 };
 
 template <class Scalar>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     column_forward(Problem<Scalar> p, accumulate_t<Scalar>* maxima, accumulate_t<Scalar>* log_sums,
                    accumulate_t<Scalar>* losses) {
   using T = accumulate_t<Scalar>;
@@ -277,7 +277,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class Scalar>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     column_backward(Problem<Scalar> p, const accumulate_t<Scalar>* maxima, const accumulate_t<Scalar>* log_sums,
                     const Scalar* grad_loss, int64_t grad_loss_stride, const double* divisor, Scalar* grad_logits,
                     Scalar* grad_target) {
@@ -318,7 +318,7 @@ __device__ inline Totals reduce_totals(Totals mine) {
 }
 
 template <class Scalar>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     sum_rows(Problem<Scalar> p, const accumulate_t<Scalar>* losses, Totals* partials) {
   const int64_t begin = blockIdx.x * kRowsPerPartial;
   const int64_t end = begin + kRowsPerPartial < p.rows ? begin + kRowsPerPartial : p.rows;
@@ -336,7 +336,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class Scalar>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     finish_totals(const Totals* partials, int64_t count, bool is_mean, Scalar* loss, double* divisor) {
   Totals totals = {0, 0};
   for (int64_t i = threadIdx.x; i < count; i += kThreads) {
@@ -350,7 +350,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class Scalar>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     narrow_losses(const accumulate_t<Scalar>* losses, int64_t rows, Scalar* out) {
   const int64_t row = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (row < rows) out[row] = narrow<Scalar>(losses[row]);

@@ -12,6 +12,7 @@ const KernelTable table = [] {
   KernelTable kernels = {};
   kernels.isa = DLKERNELS_NAME(DLKERNELS_ISA);
   kernels.on_device = true;
+  kernels.batch_norm = batch_norm_kernels();
   kernels.cross_entropy = cross_entropy_kernels();
   return kernels;
 }();

@@ -5,6 +5,7 @@
 
 #include <ATen/ATen.h>
 
+#include "ops/device.h"
 #include "ops/second_order.h"
 
 namespace dlkernels::ops {
@@ -57,7 +58,7 @@ void check_arguments(const Tensor& input, const OptionalTensor& weight, const Op
   }
 }
 
-// ---- the CPU kernels ---------------------------------------------------------------------------------------------
+// ---- the kernels -------------------------------------------------------------------------------------------------
 
 int64_t channels_of(const Tensor& input) {
   return input.dim() >= 2 ? input.size(1) : 0;
@@ -88,9 +89,9 @@ Tensor widened(const OptionalTensor& parameter, const Tensor& input) {
   return widened(value_or_undefined(parameter), input);
 }
 
-ForwardResult batch_norm_cpu(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-                             const OptionalTensor& residual, const OptionalTensor& running_mean,
-                             const OptionalTensor& running_var, bool training, double eps, bool relu) {
+ForwardResult batch_norm_kernel(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                                const OptionalTensor& residual, const OptionalTensor& running_mean,
+                                const OptionalTensor& running_var, bool training, double eps, bool relu) {
   check_arguments(input, weight, bias, residual, running_mean, running_var, training, eps);
   const at::MemoryFormat format = dense_format(input);
   const Tensor dense_input = input.contiguous(format);
@@ -109,17 +110,17 @@ ForwardResult batch_norm_cpu(const Tensor& input, const OptionalTensor& weight, 
     variance.zero_();
   }
   if (input.numel() == 0) return {output, mean, variance};
-  kernels().batch_norm.forward({shape_of(dense_input, format, relu, training), dense_input.const_data_ptr(),
-                                data_or_null(dense_residual), data_or_null(wide_weight), data_or_null(wide_bias), eps,
-                                mean.mutable_data_ptr<double>(), variance.mutable_data_ptr<double>(),
-                                output.mutable_data_ptr()});
+  KernelsOn(input)->batch_norm.forward({shape_of(dense_input, format, relu, training), dense_input.const_data_ptr(),
+                                        data_or_null(dense_residual), data_or_null(wide_weight),
+                                        data_or_null(wide_bias), eps, mean.mutable_data_ptr<double>(),
+                                        variance.mutable_data_ptr<double>(), output.mutable_data_ptr()});
   return {output, mean, variance};
 }
 
-BackwardResult batch_norm_backward_cpu(const Tensor& grad_output, const Tensor& input, const OptionalTensor& output,
-                                       const OptionalTensor& weight, const Tensor& mean, const Tensor& variance,
-                                       bool training, double eps, bool relu, OptionalType weight_type,
-                                       OptionalType bias_type, std::array<bool, 4> output_mask) {
+BackwardResult batch_norm_backward_kernel(const Tensor& grad_output, const Tensor& input, const OptionalTensor& output,
+                                          const OptionalTensor& weight, const Tensor& mean, const Tensor& variance,
+                                          bool training, double eps, bool relu, OptionalType weight_type,
+                                          OptionalType bias_type, std::array<bool, 4> output_mask) {
   TORCH_CHECK(grad_output.sizes() == input.sizes(), "batch_norm_backward: grad_output must have the shape of input, ",
               input.sizes(), ", got ", grad_output.sizes());
   const at::MemoryFormat format = dense_format(input);
@@ -137,11 +138,11 @@ BackwardResult batch_norm_backward_cpu(const Tensor& grad_output, const Tensor& 
     if (grad_weight.defined()) grad_weight.zero_();
     if (grad_bias.defined()) grad_bias.zero_();
   } else {
-    kernels().batch_norm.backward({shape_of(dense_input, format, relu, training), dense_grad.const_data_ptr(),
-                                   dense_input.const_data_ptr(), data_or_null(dense_output), data_or_null(wide_weight),
-                                   mean.const_data_ptr<double>(), variance.const_data_ptr<double>(), eps,
-                                   mutable_data_or_null(grad_input), mutable_data_or_null(grad_residual),
-                                   mutable_data_or_null(grad_weight), mutable_data_or_null(grad_bias)});
+    KernelsOn(input)->batch_norm.backward(
+        {shape_of(dense_input, format, relu, training), dense_grad.const_data_ptr(), dense_input.const_data_ptr(),
+         data_or_null(dense_output), data_or_null(wide_weight), mean.const_data_ptr<double>(),
+         variance.const_data_ptr<double>(), eps, mutable_data_or_null(grad_input), mutable_data_or_null(grad_residual),
+         mutable_data_or_null(grad_weight), mutable_data_or_null(grad_bias)});
   }
   if (grad_weight.defined() && weight_type) grad_weight = grad_weight.to(*weight_type);
   if (grad_bias.defined() && bias_type) grad_bias = grad_bias.to(*bias_type);
@@ -150,8 +151,8 @@ BackwardResult batch_norm_backward_cpu(const Tensor& grad_output, const Tensor& 
 
 // running += momentum (statistic - running), with the unbiased variance. Per-channel work, left to torch's element-wise
 // operators.
-void update_running_statistics_cpu(const Tensor& running_mean, const Tensor& running_var, const Tensor& mean,
-                                   const Tensor& variance, int64_t count, double momentum) {
+void update_running_statistics_kernel(const Tensor& running_mean, const Tensor& running_var, const Tensor& mean,
+                                      const Tensor& variance, int64_t count, double momentum) {
   if (count <= 1) return;
   const double unbiased = static_cast<double>(count) / static_cast<double>(count - 1);
   running_mean.copy_(running_mean.to(mean.scalar_type()) * (1 - momentum) + mean * momentum);
@@ -163,7 +164,7 @@ void update_running_statistics_cpu(const Tensor& running_mean, const Tensor& run
 ForwardResult batch_norm(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                          const OptionalTensor& residual, const OptionalTensor& running_mean,
                          const OptionalTensor& running_var, bool training, double eps, bool relu) {
-  static const auto op = find_operator<decltype(batch_norm_cpu)>("dlkernels::batch_norm");
+  static const auto op = find_operator<decltype(batch_norm_kernel)>("dlkernels::batch_norm");
   return op.call(input, weight, bias, residual, running_mean, running_var, training, eps, relu);
 }
 
@@ -171,7 +172,7 @@ BackwardResult batch_norm_backward(const Tensor& grad_output, const Tensor& inpu
                                    const OptionalTensor& weight, const Tensor& mean, const Tensor& variance,
                                    bool training, double eps, bool relu, OptionalType weight_type,
                                    OptionalType bias_type, std::array<bool, 4> output_mask) {
-  static const auto op = find_operator<decltype(batch_norm_backward_cpu)>("dlkernels::batch_norm_backward");
+  static const auto op = find_operator<decltype(batch_norm_backward_kernel)>("dlkernels::batch_norm_backward");
   return op.call(grad_output, input, output, weight, mean, variance, training, eps, relu, weight_type, bias_type,
                  output_mask);
 }
@@ -355,9 +356,14 @@ Tensor batch_norm_with_update(const Tensor& input, const OptionalTensor& weight,
 }
 
 TORCH_LIBRARY_IMPL(dlkernels, CPU, m) {
-  m.impl("batch_norm", &batch_norm_cpu);
-  m.impl("batch_norm_backward", &batch_norm_backward_cpu);
-  m.impl("update_running_statistics_", &update_running_statistics_cpu);
+  m.impl("batch_norm", &batch_norm_kernel);
+  m.impl("batch_norm_backward", &batch_norm_backward_kernel);
+  m.impl("update_running_statistics_", &update_running_statistics_kernel);
+}
+TORCH_LIBRARY_IMPL(dlkernels, CUDA, m) {
+  m.impl("batch_norm", &batch_norm_kernel);
+  m.impl("batch_norm_backward", &batch_norm_backward_kernel);
+  m.impl("update_running_statistics_", &update_running_statistics_kernel);
 }
 TORCH_LIBRARY_IMPL(dlkernels, Autograd, m) {
   m.impl("batch_norm", &batch_norm_autograd);

@@ -30,12 +30,13 @@ def run_kernels(folder: Path) -> subprocess.CompletedProcess[str]:
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("no g++ to compile the changed kernels")
-    kernel = folder / "cuda" / "cross_entropy.cu"
-    source = kernel if kernel.exists() else CSRC / "cuda" / "cross_entropy.cu"
+    names = sorted(file.name for file in CSRC.glob("cuda/*.cu") if file.name != "table.cu")
+    changed = folder / "cuda"
+    kernels = [changed / name if (changed / name).exists() else CSRC / "cuda" / name for name in names]
     program = folder / "drive"
     flags = ["-std=c++20", "-O1", "-Wno-unknown-pragmas", "-DDLKERNELS_ISA=simt", "-DDLKERNELS_SIMT"]
     includes = [f"-I{folder}", f"-I{CSRC}", f"-I{HERE}"]
-    sources = [HERE / "drive.cc", HERE / "simt.cc", CSRC / "cuda" / "place.cpp", "-x", "c++", source]
+    sources = [HERE / "drive.cc", HERE / "simt.cc", CSRC / "cuda" / "place.cpp", "-x", "c++", *kernels]
     subprocess.run([compiler, *flags, *includes, *sources, "-o", program], check=True)
     return subprocess.run([program], capture_output=True, text=True, check=False)
 
