@@ -224,10 +224,6 @@ inline void copy_left(Matrix<bfloat16> a, int64_t rows, int64_t depth, LeftUnit<
 template <int Planes, class Scalar>
 constexpr bool kStaysOnePlane = Planes == 1 && std::is_same_v<Scalar, bfloat16>;
 
-}  // namespace detail
-
-namespace detail {
-
 // Calls a block of the next panel or of the next rows from memory: of three planes few elements that lie side by side
 // are read before those of the next row or column, which no prefetcher follows.
 template <class Scalar>
@@ -303,21 +299,11 @@ inline bool split_left(Matrix<Scalar> a, int64_t rows, int64_t depth, LeftUnit<P
     for (int64_t k = 0; k < depth; k += kTileDepth) {
       const int64_t tile_rows = min_of(kTileHeight, rows - i), tile_depth = min_of(kTileDepth, depth - k);
       LeftUnit<Planes>* unit = units + i * unit_stride + k / kTileDepth;
-      tile_rows == kTileHeight&& tile_depth == kTileDepth
-          ? detail::split_left_tile(a.at(i, k), kTileHeight, kTileDepth, unit, unit_stride, spoilt)
-          : detail::split_left_tile(a.at(i, k), tile_rows, tile_depth, unit, unit_stride, spoilt);
+      const bool is_whole = tile_rows == kTileHeight && tile_depth == kTileDepth;
+      is_whole ? detail::split_left_tile(a.at(i, k), kTileHeight, kTileDepth, unit, unit_stride, spoilt)
+               : detail::split_left_tile(a.at(i, k), tile_rows, tile_depth, unit, unit_stride, spoilt);
     }
   }
-  return reduce_add(spoilt) == 0.0f;
-}
-
-// One tile of a unit of a right operand: b.data[k][j] for up to 32 x 16 elements, the others zero.
-template <int Planes, class Scalar>
-inline bool split_right_tile(Matrix<Scalar> b, int64_t depth, int64_t columns, RightUnit<Planes>* unit, int64_t tile) {
-  VecF spoilt = VecF::zero();
-  depth == kTileDepth&& columns == kTileHeight
-      ? detail::split_right_tile(b, kTileDepth, kTileHeight, unit, tile, spoilt)
-      : detail::split_right_tile(b, depth, columns, unit, tile, spoilt);
   return reduce_add(spoilt) == 0.0f;
 }
 
@@ -329,9 +315,9 @@ inline bool split_right_tiles(Matrix<Scalar> b, int64_t depth, int64_t columns, 
   VecF spoilt = VecF::zero();
   for (int64_t k = 0; k < depth; k += kTileDepth) {
     RightUnit<Planes>* unit = units + k / kTileDepth;
-    depth - k >= kTileDepth&& columns == kTileHeight
-        ? detail::split_right_tile(b.at(k, 0), kTileDepth, kTileHeight, unit, tile, spoilt)
-        : detail::split_right_tile(b.at(k, 0), min_of(kTileDepth, depth - k), columns, unit, tile, spoilt);
+    const bool is_whole = depth - k >= kTileDepth && columns == kTileHeight;
+    is_whole ? detail::split_right_tile(b.at(k, 0), kTileDepth, kTileHeight, unit, tile, spoilt)
+             : detail::split_right_tile(b.at(k, 0), min_of(kTileDepth, depth - k), columns, unit, tile, spoilt);
   }
   return reduce_add(spoilt) == 0.0f;
 }

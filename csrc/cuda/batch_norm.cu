@@ -23,10 +23,6 @@ constexpr int kThreads = 256, kWarps = kThreads / kWarpSize;
 constexpr int64_t kPartElements = 16384;  // of a channel, or of 32 side by side, in a block
 constexpr int kRun = 16;                  // additions before a sum is widened
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-
 // ---- which elements a thread has -----------------------------------------------------------------------------------
 
 // How elements are dealt to blocks: [channel blocks][parts] of them.

@@ -358,10 +358,6 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 // ---- launchers -----------------------------------------------------------------------------------------------------
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-
 // run(std::integral_constant<int, warps>(), launch): short rows take a warp, long ones a block.
 template <class T, class Run>
 void with_team(int64_t rows, int64_t classes, Run&& run) {

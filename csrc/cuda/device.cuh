@@ -21,6 +21,10 @@ namespace dlkernels::DLKERNELS_ISA {
 
 inline constexpr int kWarpSize = 32;
 
+constexpr int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
 // ---- shared memory: one object a block, its size given at the launch -----------------------------------------------
 
 template <class T>
