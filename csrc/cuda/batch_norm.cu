@@ -216,11 +216,15 @@ __global__ void __launch_bounds__(kThreads, 1)
   store_partial(share, reduce_block(sums, layout.channels_last, AddSums()), partials);
 }
 
-// dx = scale g - product_factor (x - center) - constant; sums[channel] holds the last two.
+// dx = scale g - factor (x - center) - constant
+struct Correction {
+  double factor, constant;
+};
+
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1)
     finish_gradients(Layout layout, const GradientSums* partials, bool training, const T* weight, const double* mean,
-                     const double* variance, double eps, GradientSums* constants, T* grad_weight, T* grad_bias) {
+                     const double* variance, double eps, Correction* corrections, T* grad_weight, T* grad_bias) {
   const int64_t channel = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (channel >= layout.channels) return;
   GradientSums sums = {0, 0};
@@ -235,21 +239,21 @@ __global__ void __launch_bounds__(kThreads, 1)
   const double scale = (weight == nullptr ? 1.0 : static_cast<double>(weight[channel])) / deviation;
   const double share = training ? scale / layout.elements : 0.0;
   const double factor = share * product / (variance[channel] + eps);
-  constants[channel] = {share * sums.gradient - factor * rounded, factor};
+  corrections[channel] = {factor, share * sums.gradient - factor * rounded};
 }
 
 template <class Scalar>
 __global__ void __launch_bounds__(kThreads, 1)
     differentiate(Layout layout, const Scalar* grad_output, const Scalar* input, const Scalar* output,
                   const accumulate_t<Scalar>* weight, const double* mean, const double* variance, double eps,
-                  const GradientSums* constants, Scalar* grad_input, Scalar* grad_residual) {
+                  const Correction* corrections, Scalar* grad_input, Scalar* grad_residual) {
   using T = accumulate_t<Scalar>;
   const Share share(layout, gridDim.x - 1 - blockIdx.x);
   if (!share.exists()) return;
   const T* no_bias = nullptr;
   const Affine<T> affine(mean[share.channel], variance[share.channel], eps, weight, no_bias, share.channel);
-  const T constant = static_cast<T>(constants[share.channel].gradient);
-  const T factor = static_cast<T>(constants[share.channel].product);
+  const T constant = static_cast<T>(corrections[share.channel].constant);
+  const T factor = static_cast<T>(corrections[share.channel].factor);
   share.for_each([&](int64_t offset) {
     const T g = gradient_at(grad_output, output, offset);
     if (grad_residual != nullptr) grad_residual[offset] = narrow<Scalar>(g);
@@ -283,16 +287,16 @@ void backward_typed(const BatchNormBackwardArgs& args) {
   const Scalar* input = static_cast<const Scalar*>(args.input);
   const Scalar* output = args.shape.relu ? static_cast<const Scalar*>(args.output) : nullptr;
   const T* weight = static_cast<const T*>(args.weight);
-  GradientSums* partials = workspace<GradientSums>((layout.parts + 1) * layout.channels);
-  GradientSums* constants = partials + layout.parts * layout.channels;
+  GradientSums* partials = workspace<GradientSums>(layout.parts * layout.channels);
+  Correction* corrections = workspace<Correction>(layout.channels);
   launch({layout.blocks(), kThreads, kThreads * sizeof(GradientSums)}, sum_gradients<Scalar>, layout, grad_output,
          input, output, args.mean, partials);
   launch({ceil_div(layout.channels, kThreads), kThreads}, finish_gradients<T>, layout, partials, args.shape.training,
-         weight, args.mean, args.variance, args.eps, constants, static_cast<T*>(args.grad_weight),
+         weight, args.mean, args.variance, args.eps, corrections, static_cast<T*>(args.grad_weight),
          static_cast<T*>(args.grad_bias));
   if (args.grad_input == nullptr && args.grad_residual == nullptr) return;
   launch({layout.blocks(), kThreads}, differentiate<Scalar>, layout, grad_output, input, output, weight, args.mean,
-         args.variance, args.eps, constants, static_cast<Scalar*>(args.grad_input),
+         args.variance, args.eps, corrections, static_cast<Scalar*>(args.grad_input),
          static_cast<Scalar*>(args.grad_residual));
 }
 

@@ -37,7 +37,7 @@ struct Problem {
   const Scalar* probabilities;
   const T* weight;
   int64_t ignore_index;
-  T smoothing;
+  T smoothing, uniform;  // uniform: what smoothing gives to every class
 
   explicit Problem(const CrossEntropyShape& shape)
       : outer(shape.outer),
@@ -50,15 +50,15 @@ struct Problem {
         probabilities(static_cast<const Scalar*>(shape.target_probabilities)),
         weight(static_cast<const T*>(shape.weight)),
         ignore_index(shape.ignore_index),
-        smoothing(static_cast<T>(shape.label_smoothing)) {}
+        smoothing(static_cast<T>(shape.label_smoothing)),
+        uniform(smoothing / static_cast<T>(shape.classes)) {}
 
   __device__ bool ignored(int64_t row) const { return probabilities == nullptr && target[row] == ignore_index; }
   // A target that is no class gives NaN: there is no way to raise from here.
   __device__ bool valid(int64_t y) const { return y >= 0 && y < classes; }
   __device__ T class_weight(int64_t c) const { return weight == nullptr ? T(1) : weight[c]; }
-  __device__ T uniform() const { return smoothing / static_cast<T>(classes); }
   // w_c ((1 - eps) q_c + eps / C) for a target that is probabilities, q_c 0 for the rest of a smoothed one-hot one.
-  __device__ T share(T q, int64_t c) const { return ((T(1) - smoothing) * q + uniform()) * class_weight(c); }
+  __device__ T share(T q, int64_t c) const { return ((T(1) - smoothing) * q + uniform) * class_weight(c); }
 };
 
 template <class T>
@@ -68,7 +68,7 @@ __device__ T not_a_number() {
 
 // ---- one row of classes side by side -------------------------------------------------------------------------------
 
-// body(c, count, values): elements [c, c + count) of a row, widened; count is Pack::size or 1. All threads of the team
+// body(c, values): elements from c of a row, widened; an array of Pack::size or of one. All threads of the team
 // together see every element once.
 template <class Scalar, int kWarps, class Body>
 __device__ __forceinline__ void for_each_pack(const Scalar* row, int64_t classes, Body&& body) {

@@ -12,7 +12,6 @@
 
 #include <stdexcept>
 #include <string>
-#include <vector>
 
 #include "cpu/types.h"
 #include "cuda/place.h"

@@ -9,19 +9,13 @@
 
 namespace dlkernels::DLKERNELS_ISA {
 
-template <class T, class Bits>
-__device__ __forceinline__ T from_bits(Bits bits) {
-  static_assert(sizeof(T) == sizeof(Bits));
-  T value;
-  memcpy(&value, &bits, sizeof value);
-  return value;
-}
-template <class Bits, class T>
-__device__ __forceinline__ Bits to_bits(T value) {
-  static_assert(sizeof(T) == sizeof(Bits));
-  Bits bits;
-  memcpy(&bits, &value, sizeof bits);
-  return bits;
+// The same bits as another type.
+template <class To, class From>
+__device__ __forceinline__ To bits_as(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &from, sizeof to);
+  return to;
 }
 
 // ---- widening ------------------------------------------------------------------------------------------------------
@@ -33,14 +27,14 @@ __device__ __forceinline__ double widen(double value) {
   return value;
 }
 __device__ __forceinline__ float widen(bfloat16 value) {
-  return from_bits<float>(static_cast<uint32_t>(value.bits) << 16);
+  return bits_as<float>(static_cast<uint32_t>(value.bits) << 16);
 }
 __device__ __forceinline__ float widen(float16 value) {
 #if defined(DLKERNELS_SIMT)
   // Exponents are moved to float32's place and made right by a multiplication, which also normalises subnormals.
   const uint32_t magnitude = (value.bits & 0x7fffu) << 13, sign = (value.bits & 0x8000u) << 16;
-  const uint32_t scaled = to_bits<uint32_t>(from_bits<float>(magnitude) * 0x1p112f);
-  return from_bits<float>((magnitude >= 0x0f800000u ? magnitude | 0x7f800000u : scaled) | sign);
+  const uint32_t scaled = bits_as<uint32_t>(bits_as<float>(magnitude) * 0x1p112f);
+  return bits_as<float>((magnitude >= 0x0f800000u ? magnitude | 0x7f800000u : scaled) | sign);
 #else
   return __half2float(__ushort_as_half(value.bits));
 #endif
@@ -54,18 +48,18 @@ __device__ __forceinline__ T narrow(accumulate_t<T> value) {
 }
 template <>
 __device__ __forceinline__ bfloat16 narrow<bfloat16>(float value) {
-  const uint32_t bits = to_bits<uint32_t>(value);
+  const uint32_t bits = bits_as<uint32_t>(value);
   if (value != value) return {static_cast<uint16_t>(bits >> 16 | 0x40)};
   return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
 }
 template <>
 __device__ __forceinline__ float16 narrow<float16>(float value) {
 #if defined(DLKERNELS_SIMT)
-  const uint32_t bits = to_bits<uint32_t>(value), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
+  const uint32_t bits = bits_as<uint32_t>(value), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
   if (value != value) return {static_cast<uint16_t>(sign | 0x7e00)};
   if (magnitude >= 0x477ff000u) return {static_cast<uint16_t>(sign | 0x7c00)};  // 65520 and above
   if (magnitude < 0x38800000u) {  // below 2^-14: the addition rounds to multiples of 2^-24
-    const uint32_t steps = to_bits<uint32_t>(from_bits<float>(magnitude) + 0.5f) - to_bits<uint32_t>(0.5f);
+    const uint32_t steps = bits_as<uint32_t>(bits_as<float>(magnitude) + 0.5f) - bits_as<uint32_t>(0.5f);
     return {static_cast<uint16_t>(sign | steps)};
   }
   return {static_cast<uint16_t>(sign | (magnitude - 0x38000000u + 0xfff + (magnitude >> 13 & 1)) >> 13)};
