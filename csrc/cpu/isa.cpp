@@ -85,6 +85,7 @@ KernelTable complete(const KernelTable& device, const KernelTable& processor) {
   table.isa = device.isa, table.on_device = true;
   table.batch_norm = device.batch_norm;
   table.cross_entropy = device.cross_entropy;
+  table.linear = device.linear;
   return table;
 }
 #endif

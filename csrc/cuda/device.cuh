@@ -38,11 +38,31 @@ __device__ __forceinline__ T* shared_memory() {
 
 // ---- launching -----------------------------------------------------------------------------------------------------
 
+#if !defined(DLKERNELS_SIMT)
+inline void check(cudaError_t error) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
+}
+#endif
+
+inline constexpr int64_t kSharedBytesOfAnyKernel = 48 << 10;  // more has to be asked for
+
 struct Launch {
   int64_t blocks;
   int threads;
   int64_t shared_bytes = 0;
 };
+
+// What the grid of a kernel is cut by. The simulator's four are as many as make its tests take every path.
+inline int64_t processors() {
+#if defined(DLKERNELS_SIMT)
+  return 4;
+#else
+  int device = 0, count = 0;
+  check(cudaGetDevice(&device));
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  return count;
+#endif
+}
 
 // Runs kernel(arguments...) on the caller's stream; no blocks, no launch. Blocks lie along x, which alone may be long.
 template <class... Parameters, class... Arguments>
@@ -59,8 +79,11 @@ void launch(Launch shape, void (*kernel)(Parameters...), const Arguments&... arg
   config.blockDim = dim3(static_cast<unsigned>(shape.threads));
   config.dynamicSmemBytes = static_cast<size_t>(shape.shared_bytes);
   config.stream = static_cast<cudaStream_t>(Place::current().stream);
-  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
-  if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
+  if (shape.shared_bytes > kSharedBytesOfAnyKernel) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(shape.shared_bytes)));
+  }
+  check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
 #endif
 }
 

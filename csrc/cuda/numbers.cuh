@@ -76,4 +76,18 @@ struct alignas(16) Pack {
   T elements[size];
 };
 
+// The first `count` of two neighbours, in one store where their address allows it.
+template <class Scalar>
+__device__ __forceinline__ void store_pair(Scalar* out, const Scalar (&values)[2], int count) {
+  struct alignas(2 * sizeof(Scalar)) Pair {
+    Scalar first, second;
+  };
+  if (count == 2 && reinterpret_cast<uintptr_t>(out) % sizeof(Pair) == 0) {
+    *reinterpret_cast<Pair*>(out) = {values[0], values[1]};
+    return;
+  }
+  out[0] = values[0];
+  if (count == 2) out[1] = values[1];
+}
+
 }  // namespace dlkernels::DLKERNELS_ISA

@@ -14,6 +14,7 @@ const KernelTable table = [] {
   kernels.on_device = true;
   kernels.batch_norm = batch_norm_kernels();
   kernels.cross_entropy = cross_entropy_kernels();
+  kernels.linear = linear_kernels();
   return kernels;
 }();
 

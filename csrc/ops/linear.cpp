@@ -3,6 +3,7 @@
 
 #include <ATen/ATen.h>
 
+#include "ops/device.h"
 #include "ops/second_order.h"
 
 namespace dlkernels::ops {
@@ -41,7 +42,7 @@ void check_backward(const Tensor& grad_output, const Tensor& input, const Tensor
               at::IntArrayRef(expected));
 }
 
-// ---- the CPU kernels ---------------------------------------------------------------------------------------------
+// ---- the kernels -------------------------------------------------------------------------------------------------
 
 // [rows, features]: a view where the strides allow it.
 Tensor as_rows(const Tensor& tensor) {
@@ -52,12 +53,12 @@ Tensor as_rows(const Tensor& tensor) {
 
 // product = a b^T + bias.
 void multiply(const Tensor& a, const Tensor& b, bool along_depth, const Tensor& bias, const Tensor& product) {
-  kernels().linear.product({kernel_dtype(a, kName, "input"), a.size(0), b.size(0), a.size(1), a.const_data_ptr(),
+  KernelsOn(a)->linear.product({kernel_dtype(a, kName, "input"), a.size(0), b.size(0), a.size(1), a.const_data_ptr(),
                             a.stride(0), a.stride(1), b.const_data_ptr(), b.stride(0), b.stride(1), along_depth,
                             data_or_null(bias), product.mutable_data_ptr()});
 }
 
-Tensor linear_cpu(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
+Tensor linear_kernel(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
   kernel_dtype(input, kName, "input");
   const Tensor plain_bias = value_or_undefined(bias);
   check_arguments(input, weight, plain_bias);
@@ -69,7 +70,7 @@ Tensor linear_cpu(const Tensor& input, const Tensor& weight, const OptionalTenso
   return output;
 }
 
-BackwardResult linear_backward_cpu(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
+BackwardResult linear_backward_kernel(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
                                    Mask output_mask) {
   const DType dtype = kernel_dtype(input, kName, "input");
   check_backward(grad_output, input, weight);
@@ -85,7 +86,7 @@ BackwardResult linear_backward_cpu(const Tensor& grad_output, const Tensor& inpu
   }
   if (output_mask[2]) {
     grad_bias = at::empty({weight.size(0)}, weight.options());
-    kernels().linear.sum({dtype, grad_rows.size(0), grad_rows.size(1), grad_rows.const_data_ptr(), grad_rows.stride(0),
+    KernelsOn(input)->linear.sum({dtype, grad_rows.size(0), grad_rows.size(1), grad_rows.const_data_ptr(), grad_rows.stride(0),
                           grad_rows.stride(1), grad_bias.mutable_data_ptr()});
   }
   return {grad_input, grad_weight, grad_bias};
@@ -94,7 +95,7 @@ BackwardResult linear_backward_cpu(const Tensor& grad_output, const Tensor& inpu
 // ---- autograd ----------------------------------------------------------------------------------------------------
 
 BackwardResult linear_backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight, Mask output_mask) {
-  static const auto op = find_operator<decltype(linear_backward_cpu)>("dlkernels::linear_backward");
+  static const auto op = find_operator<decltype(linear_backward_kernel)>("dlkernels::linear_backward");
   return op.call(grad_output, input, weight, output_mask);
 }
 
@@ -188,7 +189,7 @@ Tensor linear_autocast(const Tensor& input, const Tensor& weight, const Optional
 }  // namespace
 
 Tensor linear(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
-  static const auto op = find_operator<decltype(linear_cpu)>("dlkernels::linear");
+  static const auto op = find_operator<decltype(linear_kernel)>("dlkernels::linear");
   return op.call(input, weight, bias);
 }
 
@@ -204,8 +205,12 @@ Tensor linear_functional(const Tensor& input, const Tensor& weight, const Option
 }
 
 TORCH_LIBRARY_IMPL(dlkernels, CPU, m) {
-  m.impl("linear", &linear_cpu);
-  m.impl("linear_backward", &linear_backward_cpu);
+  m.impl("linear", &linear_kernel);
+  m.impl("linear_backward", &linear_backward_kernel);
+}
+TORCH_LIBRARY_IMPL(dlkernels, CUDA, m) {
+  m.impl("linear", &linear_kernel);
+  m.impl("linear_backward", &linear_backward_kernel);
 }
 TORCH_LIBRARY_IMPL(dlkernels, Autograd, m) {
   m.impl("linear", &linear_autograd);

@@ -67,17 +67,27 @@ struct Context {
 
 enum class State { ready, at_barrier, in_exchange, done };
 
+struct Copy {
+  unsigned char* shared;
+  const unsigned char* global;
+  int bytes;
+  int group;
+};
+constexpr int kCopyBytes = 16;
+
 struct Fiber {
   Context context;
   Thread thread;
   State state = State::ready;
   std::source_location where;
+  std::vector<Copy> copies;
+  int groups = 0;  // of copies, committed so far
 };
 
 // The lanes of a warp leave their values in one of two sets of slots in turn: who still reads the last exchange reads
 // the other set.
 struct Warp {
-  uint64_t slots[2][kWarp];
+  alignas(16) unsigned char slots[2][kWarp][kLaneBytes];
   uint64_t exchanges = 0;
   unsigned arrived = 0;
 };
@@ -144,11 +154,11 @@ class Block {
     if (error_) throw Abandoned();
   }
 
-  uint64_t exchange(uint64_t value, int source, std::source_location where) {
+  const unsigned char* exchange(const void* mine, size_t bytes, std::source_location where) {
     const unsigned index = running->thread.thread.x;
     Warp& warp = warps_[index / kWarp];
-    uint64_t (&slots)[kWarp] = warp.slots[warp.exchanges % 2];
-    slots[index % kWarp] = value;
+    unsigned char (&slots)[kWarp][kLaneBytes] = warp.slots[warp.exchanges % 2];
+    std::memcpy(slots[index % kWarp], mine, bytes);
     if (++warp.arrived == kWarp) {
       warp.arrived = 0;
       ++warp.exchanges;
@@ -163,8 +173,13 @@ class Block {
     } else {
       wait(State::in_exchange, where);
     }
-    if (source < 0 || source >= static_cast<int>(kWarp)) fail("lane " + std::to_string(source) + " does not exist");
-    return slots[source];
+    return slots[0];
+  }
+
+  void check_shared(const unsigned char* address, const char* what) const {
+    const uintptr_t at = reinterpret_cast<uintptr_t>(address);
+    if (at % kCopyBytes != 0) fail(std::string(what) + " at an address that is no multiple of 16");
+    if (address < data_ || address + kCopyBytes > data_ + data_bytes_) fail(std::string(what) + " outside of shared memory");
   }
 
  private:
@@ -290,8 +305,43 @@ void synchronize_block(std::source_location where) {
   running_block->wait(State::at_barrier, where);
 }
 
-uint64_t exchange(uint64_t value, int source, std::source_location where) {
-  return running_block->exchange(value, source, where);
+const unsigned char* exchange(const void* mine, size_t bytes, std::source_location where) {
+  return running_block->exchange(mine, bytes, where);
+}
+
+void load_matrices(uint32_t (&words)[4], const void* row, bool transposed, std::source_location where) {
+  running_block->check_shared(static_cast<const unsigned char*>(row), "a matrix");
+  const Given<const unsigned char*> rows(static_cast<const unsigned char*>(row), where);
+  for (int m = 0; m < 4; ++m) {
+    if (!transposed) {
+      std::memcpy(&words[m], rows[m * 8 + lane() / 4] + lane() % 4 * 4, 4);
+      continue;
+    }
+    uint16_t halves[2];
+    for (int i = 0; i < 2; ++i) std::memcpy(&halves[i], rows[m * 8 + lane() % 4 * 2 + i] + lane() / 4 * 2, 2);
+    std::memcpy(&words[m], halves, 4);
+  }
+}
+
+void copy_later(void* shared, const void* global, int bytes) {
+  auto* to = static_cast<unsigned char*>(shared);
+  running_block->check_shared(to, "a copy");
+  if (reinterpret_cast<uintptr_t>(global) % kCopyBytes != 0) fail("a copy from an address that is no multiple of 16");
+  std::memset(to, kPoison, kCopyBytes);
+  running->copies.push_back({to, static_cast<const unsigned char*>(global), bytes, running->groups});
+}
+
+void commit_copies() {
+  ++running->groups;
+}
+
+void wait_for_copies(int but_for_groups) {
+  std::erase_if(running->copies, [&](const Copy& copy) {
+    if (copy.group >= running->groups - but_for_groups) return false;
+    std::memset(copy.shared, 0, kCopyBytes);
+    std::memcpy(copy.shared, copy.global, static_cast<size_t>(copy.bytes));
+    return true;
+  });
 }
 
 void run(const LaunchShape& shape, const std::function<void()>& body) {

@@ -45,22 +45,73 @@ struct LaunchShape {
 void run(const LaunchShape& shape, const std::function<void()>& body);
 
 void synchronize_block(std::source_location where);
-// Waits for all 32 lanes of the warp; returns what lane `source` gave.
-uint64_t exchange(uint64_t value, int source, std::source_location where);
 
-template <class T>
-T exchange_value(T value, int source, std::source_location where) {
-  static_assert(sizeof(T) <= sizeof(uint64_t));
-  uint64_t bits = 0;
-  std::memcpy(&bits, &value, sizeof value);
-  bits = exchange(bits, source, where);
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
+// ---- what the lanes of a warp do together --------------------------------------------------------------------------
 
 inline int lane() {
   return static_cast<int>(current().thread.x % 32);
 }
+
+inline constexpr size_t kLaneBytes = 64;  // that a lane can give in one exchange
+
+// Waits for all 32 lanes of the warp; returns what they gave, kLaneBytes from lane to lane. It is valid until the
+// warp's next but one exchange.
+const unsigned char* exchange(const void* mine, size_t bytes, std::source_location where);
+
+// What every lane of the warp gave.
+template <class T>
+class Given {
+ public:
+  Given(const T& mine, std::source_location where) : values_(exchange(&mine, sizeof mine, where)) {
+    static_assert(sizeof(T) <= kLaneBytes);
+  }
+  const T& operator[](int lane) const { return *reinterpret_cast<const T*>(values_ + lane * kLaneBytes); }
+
+ private:
+  const unsigned char* values_;
+};
+
+// sum + value as the matrix units have it: rounded towards zero.
+inline float add_rounded_towards_zero(float sum, double value) {
+  const double exact = double{sum} + value;
+  const float rounded = static_cast<float>(exact);
+  if (!(fabs(exact) < INFINITY)) return rounded;
+  return fabs(double{rounded}) > fabs(exact) ? nextafterf(rounded, 0.0f) : rounded;
+}
+inline double add_rounded_towards_zero(double sum, double value) {
+  return sum + value;
+}
+
+// c += left right^T for 16 rows of left and 8 of right, the fragments of mma.sync: lane l has words l % 4 and l % 4 + 4
+// of rows l / 4 and, of left, l / 4 + 8, and columns 2 (l % 4) and the next of c. value(word, i) is number i of a word.
+template <int kPerWord, class Sum, class Word, class Value>
+void multiply_add(Sum (&c)[4], const Word (&left)[4], const Word (&right)[2], Value&& value,
+                  std::source_location where) {
+  struct Words {
+    Word left[4], right[2];
+  } mine = {{left[0], left[1], left[2], left[3]}, {right[0], right[1]}};
+  const Given<Words> given(mine, where);
+  for (int i = 0; i < 4; ++i) {
+    const int row = lane() / 4, column = lane() % 4 * 2 + i % 2;
+    double sum = 0;
+    for (int word = 0; word < 8; ++word) {
+      const Word a = given[row * 4 + word % 4].left[i / 2 + word / 4 * 2];
+      const Word b = given[column * 4 + word % 4].right[word / 4];
+      for (int j = 0; j < kPerWord; ++j) sum += double{value(a, j)} * double{value(b, j)};
+    }
+    c[i] = add_rounded_towards_zero(c[i], sum);
+  }
+}
+
+// Lane l gets word l % 4 of row l / 4 of each of four matrices of eight rows of 16 bytes; lane 8 m + r names row r of
+// matrix m. Transposed: numbers l / 4 of rows 2 (l % 4) and the next.
+void load_matrices(uint32_t (&words)[4], const void* row, bool transposed, std::source_location where);
+
+// ---- copies that run beside the thread: seen at the latest moment, and their place poisoned before it ----------------
+
+void copy_later(void* shared, const void* global, int bytes);  // 16 bytes, zero beyond the first `bytes`
+void commit_copies();
+void wait_for_copies(int but_for_groups);
 
 }  // namespace simt
 
@@ -76,9 +127,9 @@ inline void __syncthreads(Where where = Where::current()) {
 }
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int lane_mask, int = 32, Where where = Where::current()) {
-  return ::simt::exchange_value(value, ::simt::lane() ^ lane_mask, where);
+  return ::simt::Given<T>(value, where)[(::simt::lane() ^ lane_mask) % 32];
 }
 template <class T>
 T __shfl_sync(unsigned, T value, int source, int = 32, Where where = Where::current()) {
-  return ::simt::exchange_value(value, source, where);
+  return ::simt::Given<T>(value, where)[source % 32];
 }

@@ -15,7 +15,7 @@ from dlkernels import functional as F
 from ..cases import Case, all_cases, call, gradients, random_like
 from ..test_accuracy import test_values_and_gradients_match_torch as check_against_torch
 
-COLUMNS = ("batch_norm", "cross_entropy")  # those that csrc/cuda has
+COLUMNS = ("batch_norm", "cross_entropy", "linear")  # those that csrc/cuda has
 CASES = [case for case in all_cases() if case.column in COLUMNS]
 SCHEDULES = ("forward", "reverse", "random", "warp_ahead")
 
@@ -93,3 +93,37 @@ def test_nonfinite_logits_give_what_torch_gives(value: float, everywhere: bool) 
     torch.testing.assert_close(
         actual, torch.nn.functional.cross_entropy(logits, target, reduction="none"), equal_nan=True
     )
+
+
+SIZES = [(1, 1, 1), (5, 3, 0), (64, 64, 64), (70, 130, 33), (260, 257, 40), (64, 72, 1100)]  # small, large, in slices
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("aligned", [True, False], ids=["chunks", "elements"])
+def test_products_of_every_size_and_layout(size: tuple[int, int, int], aligned: bool, dtype: torch.dtype) -> None:
+    rows, columns, depth = size
+    generator = torch.Generator().manual_seed(rows)
+
+    def matrix(lines: int, length: int) -> Tensor:
+        stride = (length + 7) // 8 * 8 if aligned else length + 1
+        storage = torch.randn(lines, stride + 8, generator=generator).to(dtype)
+        return storage[:, 8 if aligned else 3 :][:, :length]
+
+    tolerance = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
+    for left in (matrix(rows, depth), matrix(depth, rows).t()):
+        for right in (matrix(columns, depth), matrix(depth, columns).t()):
+            product, exact = F.linear(left, right), left.double() @ right.double().t()
+            assert (product.double() - exact).norm() <= tolerance * exact.norm() + 1e-30
+
+
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan"), torch.finfo(torch.float32).max], ids=str)
+def test_products_with_extreme_numbers_give_what_torch_gives(value: float) -> None:
+    """The parts of a split number must not turn infinity into NaN, nor the largest numbers into infinity."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = torch.randn(70, 40, generator=generator), torch.randn(70, 40, generator=generator)
+    right[:5] = right[:5].sign()  # numbers that have no small part
+    left[3, 7] = left[66, 39] = value
+    left[3, 8:] = 0
+    right /= 8  # the largest number stays finite
+    actual, expected = F.linear(left, right), torch.nn.functional.linear(left, right)
+    torch.testing.assert_close(actual, expected, equal_nan=True)
