@@ -86,6 +86,7 @@ KernelTable complete(const KernelTable& device, const KernelTable& processor) {
   table.batch_norm = device.batch_norm;
   table.cross_entropy = device.cross_entropy;
   table.linear = device.linear;
+  table.conv2d = device.conv2d;
   return table;
 }
 #endif

@@ -3,8 +3,8 @@
 //
 // Operands whose lines begin at multiples of 16 bytes are copied in chunks, any others element by element.
 #include "cpu/linear.h"
+#include "cuda/column_sums.cuh"
 #include "cuda/product.cuh"
-#include "cuda/reduce.cuh"
 
 namespace dlkernels::DLKERNELS_ISA {
 namespace {
@@ -51,9 +51,7 @@ struct Matrix {
     if constexpr (kAlongDepth) return {data, rows, depth, row_stride};
     return {data, depth, rows, depth_stride};
   }
-  MatrixElements<Scalar> elements() const {
-    return {data, rows, depth, row_stride, depth_stride, lies_along_depth()};
-  }
+  MatrixElements<Scalar> elements() const { return {data, rows, depth, row_stride, depth_stride, lies_along_depth()}; }
 };
 
 template <class Scalar>
@@ -75,48 +73,17 @@ void product_typed(const LinearProductArgs& args) {
 
 // ---- sums over rows ------------------------------------------------------------------------------------------------
 
-constexpr int kThreads = 256, kWarps = kThreads / kWarpSize;
-constexpr int64_t kPartRows = 1024;  // that a block adds
-
-// A lane has a column, a warp every eighth row of the part.
 template <class Scalar>
-__global__ void __launch_bounds__(kThreads, 1)
-    sum_parts(LinearSumArgs args, accumulate_t<Scalar>* partials) {
-  using T = accumulate_t<Scalar>;
-  const int64_t column_blocks = ceil_div(args.columns, kWarpSize), part = blockIdx.x / column_blocks;
-  const int warp = static_cast<int>(threadIdx.x) / kWarpSize, lane = static_cast<int>(threadIdx.x) % kWarpSize;
-  const int64_t column = blockIdx.x % column_blocks * kWarpSize + lane;
-  const int64_t end = (part + 1) * kPartRows < args.rows ? (part + 1) * kPartRows : args.rows;
-  T sum = T(0);
-  if (column < args.columns) {
-    const Scalar* values = static_cast<const Scalar*>(args.values) + column * args.column_stride;
-    for (int64_t row = part * kPartRows + warp; row < end; row += kWarps) sum += widen(values[row * args.row_stride]);
-  }
-  T* sums = shared_memory<T>();
-  sums[threadIdx.x] = sum;
-  __syncthreads();
-  if (warp != 0 || column >= args.columns) return;
-  for (int w = 1; w < kWarps; ++w) sum += sums[w * kWarpSize + lane];
-  partials[part * args.columns + column] = sum;
-}
-
-template <class Scalar>
-__global__ void __launch_bounds__(kThreads, 1)
-    add_parts(LinearSumArgs args, const accumulate_t<Scalar>* partials, int64_t parts) {
-  const int64_t column = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  if (column >= args.columns) return;
-  accumulate_t<Scalar> sum = 0;
-  for (int64_t part = 0; part < parts; ++part) sum += partials[part * args.columns + column];
-  static_cast<Scalar*>(args.sums)[column] = narrow<Scalar>(sum);
-}
+struct StoreSum {
+  Scalar* sums;
+  __device__ void operator()(int64_t column, Scalar sum) const { sums[column] = sum; }
+};
 
 template <class Scalar>
 void sum_typed(const LinearSumArgs& args) {
-  using T = accumulate_t<Scalar>;
-  const int64_t parts = ceil_div(args.rows, kPartRows);
-  T* partials = workspace<T>(parts * args.columns);
-  launch({parts * ceil_div(args.columns, kWarpSize), kThreads, kThreads * sizeof(T)}, sum_parts<Scalar>, args, partials);
-  launch({ceil_div(args.columns, kThreads), kThreads}, add_parts<Scalar>, args, partials, parts);
+  sum_columns(Columns<Scalar>{static_cast<const Scalar*>(args.values), args.rows, args.columns, args.row_stride,
+                              args.column_stride, Divider(args.rows > 0 ? args.rows : 1)},
+              StoreSum<Scalar>{static_cast<Scalar*>(args.sums)});
 }
 
 void product(const LinearProductArgs& args) {

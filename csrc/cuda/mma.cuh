@@ -19,7 +19,7 @@ inline constexpr int kUnitWords = 8;    // depth of a unit product
 inline constexpr int kUnitRows = 16;    // of the left operand
 inline constexpr int kUnitColumns = 8;  // rows of the right operand
 template <class Scalar>
-inline constexpr int kUnitDepth = kUnitWords* int{sizeof(Word<Scalar>) / sizeof(Scalar)};
+inline constexpr int kUnitDepth = kUnitWords * int{sizeof(Word<Scalar>) / sizeof(Scalar)};
 
 // Lane l holds words l % 4 and l % 4 + 4 of its rows: l / 4 and, of the left operand, l / 4 + 8.
 template <class Scalar>
@@ -62,7 +62,8 @@ inline void multiply_add_unit(T (&c)[4], const W (&left)[4], const W (&right)[2]
 #else
 
 template <class Scalar>
-__device__ __forceinline__ void multiply_add_unit(float (&c)[4], const uint32_t (&left)[4], const uint32_t (&right)[2]) {
+__device__ __forceinline__ void multiply_add_unit(float (&c)[4], const uint32_t (&left)[4],
+                                                  const uint32_t (&right)[2]) {
   if constexpr (std::is_same_v<Scalar, bfloat16>) {
     asm volatile(
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"

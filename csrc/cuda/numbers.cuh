@@ -68,6 +68,37 @@ __device__ __forceinline__ float16 narrow<float16>(float value) {
 #endif
 }
 
+// ---- dividing by what is known before the launch -------------------------------------------------------------------
+
+// Quotients of numbers below 2^31 by multiplication (Granlund and Montgomery 1994), of larger ones by division.
+class Divider {
+ public:
+  explicit Divider(int64_t divisor) : divisor_(divisor) {
+    if (divisor <= 1 || divisor > kLargest) return;
+    int bits = 1;
+    while ((int64_t{1} << bits) < divisor) ++bits;
+    shift_ = 31 + bits;
+    factor_ = ((uint64_t{1} << shift_) + static_cast<uint64_t>(divisor) - 1) / static_cast<uint64_t>(divisor);
+  }
+  __device__ __forceinline__ int64_t quotient(int64_t number) const {
+    if (factor_ == 0 || number > kLargest) return divisor_ == 1 ? number : number / divisor_;
+    return static_cast<int64_t>(static_cast<uint64_t>(number) * factor_ >> shift_);
+  }
+  __device__ __forceinline__ int64_t divisor() const { return divisor_; }
+
+ private:
+  static constexpr int64_t kLargest = 0x7fffffff;
+  int64_t divisor_;
+  uint64_t factor_ = 0;  // ceil(2^shift / divisor), below 2^32
+  int shift_ = 0;
+};
+
+struct Division {
+  int64_t quotient, remainder;
+  __device__ __forceinline__ Division(int64_t number, const Divider& divider)
+      : quotient(divider.quotient(number)), remainder(number - quotient * divider.divisor()) {}
+};
+
 // ---- reading and writing 16 bytes at once --------------------------------------------------------------------------
 
 template <class T>

@@ -32,8 +32,11 @@ struct MatrixLines {
   static constexpr bool along_depth = kAlongDepth, in_chunks = true;
   const Scalar* data;
   int64_t lines, length, stride;  // stride: numbers from line to line
+  int64_t group_stride = 0;       // numbers from one group's matrix to the next
 
-  __device__ __forceinline__ const MatrixLines& of_group(int64_t) const { return *this; }
+  __device__ __forceinline__ MatrixLines of_group(int64_t group) const {
+    return {data + group * group_stride, lines, length, stride};
+  }
 
   struct Line {
     const Scalar* data;
@@ -48,7 +51,9 @@ struct MatrixLines {
   }
   __device__ __forceinline__ Along along(int64_t place) const {
     const int64_t left = length - place;
-    return {left > 0 ? place : 0, static_cast<int>(left < 0 ? 0 : left < Pack<Scalar>::size ? left : Pack<Scalar>::size)};
+    return {left > 0 ? place : 0, static_cast<int>(left < 0                    ? 0
+                                                   : left < Pack<Scalar>::size ? left
+                                                                               : Pack<Scalar>::size)};
   }
   __device__ __forceinline__ Chunk<Scalar> chunk(const Line& line, const Along& along) const {
     return {line.data + along.offset, line.exists ? along.count : 0};
@@ -94,14 +99,18 @@ class Loader<Source, kRows, kThreads, true> {
   // Begins to copy the tile at depth k; the caller commits.
   __device__ __forceinline__ void load(int64_t k, Scalar* tile) const {
     const auto along = [&] {
-      if constexpr (Source::along_depth) return source_.along(k + chunk_of_thread() * Place::chunk_size);
-      else return fixed_[0];
+      if constexpr (Source::along_depth)
+        return source_.along(k + chunk_of_thread() * Place::chunk_size);
+      else
+        return fixed_[0];
     }();
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const auto line = [&] {
-        if constexpr (Source::along_depth) return fixed_[i];
-        else return source_.line(k + line_of(i));
+        if constexpr (Source::along_depth)
+          return fixed_[i];
+        else
+          return source_.line(k + line_of(i));
       }();
       const Chunk<Scalar> chunk = source_.chunk(line, along);
       copy_chunk(tile + Place::chunk_offset(line_of(i), chunk_of_thread()), chunk.data, chunk.count);
@@ -265,7 +274,7 @@ __global__ void __launch_bounds__(Shape::threads, 1)
     product.template add<LeftTile, RightTile>(stage, stage + LeftTile::size);
   }
 
-  product.for_each_pair([&](int row, int column, const T (&values)[2]) {
+  product.for_each_pair([&](int row, int column, const T(&values)[2]) {
     const int64_t i = first_row + row, j = first_column + column;
     if (i >= plan.rows || j >= plan.columns) return;
     const int count = j + 1 < plan.columns ? 2 : 1;
@@ -281,7 +290,8 @@ __global__ void __launch_bounds__(256, 1) add_slices(ProductPlan plan, Sink sink
   const int64_t index = int64_t{blockIdx.x} * 256 + threadIdx.x;
   if (index >= size) return;
   T sum[2] = {T(0), T(0)};
-  for (int64_t slice = 0; slice < plan.slices; ++slice) sum[0] += static_cast<const T*>(plan.partials)[slice * size + index];
+  for (int64_t slice = 0; slice < plan.slices; ++slice)
+    sum[0] += static_cast<const T*>(plan.partials)[slice * size + index];
   sink(index / plan.columns / plan.rows, index / plan.columns % plan.rows, index % plan.columns, sum, 1);
 }
 
@@ -291,7 +301,8 @@ __global__ void __launch_bounds__(256, 1) add_slices(ProductPlan plan, Sink sink
 template <class Scalar, class Shape>
 ProductPlan plan_product(int64_t rows, int64_t columns, int64_t depth, int64_t groups) {
   constexpr int64_t kFewestSteps = 8;
-  ProductPlan plan{rows, columns, depth, groups, ceil_div(rows, Shape::rows), ceil_div(columns, Shape::columns), 1, depth};
+  ProductPlan plan{rows, columns, depth, groups, ceil_div(rows, Shape::rows), ceil_div(columns, Shape::columns),
+                   1,    depth};
   const int64_t tiles = plan.blocks(), steps = ceil_div(depth, kTileDepth<Scalar>);
   if (tiles == 0 || steps < 2 * kFewestSteps) return plan;
   const int64_t wanted = processors() / tiles, most = steps / kFewestSteps;

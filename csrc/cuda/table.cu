@@ -15,6 +15,7 @@ const KernelTable table = [] {
   kernels.batch_norm = batch_norm_kernels();
   kernels.cross_entropy = cross_entropy_kernels();
   kernels.linear = linear_kernels();
+  kernels.conv2d = conv2d_kernels();
   return kernels;
 }();
 

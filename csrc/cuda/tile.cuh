@@ -42,10 +42,10 @@ __device__ __forceinline__ void copy_chunk(Scalar* shared, const Scalar* global,
 #if defined(DLKERNELS_SIMT)
   ::simt::copy_later(shared, global, bytes);
 #else
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
-                   static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
-               "l"(global), "r"(bytes)
-               : "memory");
+  asm volatile(
+      "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+      "l"(global), "r"(bytes)
+      : "memory");
 #endif
 }
 
@@ -114,7 +114,8 @@ __device__ __forceinline__ void load_quarters(const typename Tile::Scalar* tile,
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
       const int upper_row = kRowsFirst ? q % 2 : q / 2, upper_depth = kRowsFirst ? q / 2 : q % 2;
-      words[q] = tile[Tile::offset(first_row + upper_row * 8 + lane / 4, unit * kUnitDepth<Scalar> + upper_depth * 4 + lane % 4)];
+      words[q] = tile[Tile::offset(first_row + upper_row * 8 + lane / 4,
+                                   unit * kUnitDepth<Scalar> + upper_depth * 4 + lane % 4)];
     }
   }
 }

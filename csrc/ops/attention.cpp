@@ -11,6 +11,7 @@
 #include <limits>
 #include <mutex>
 
+#include "ops/device.h"
 #include "ops/second_order.h"
 
 namespace dlkernels::ops {
@@ -184,7 +185,7 @@ struct Operands {
   }
 };
 
-// ---- the CPU kernel ----------------------------------------------------------------------------------------------
+// ---- the kernels ----------------------------------------------------------------------------------------------------
 
 bool is_rounded(const Tensor& tensor) {
   return accumulate_type(tensor.scalar_type()) != tensor.scalar_type();
@@ -196,9 +197,9 @@ uint64_t draw_seed() {
   return at::check_generator<at::CPUGeneratorImpl>(generator)->random64();
 }
 
-ForwardResult attention_cpu(const Tensor& query, const Tensor& key, const Tensor& value,
-                            const OptionalTensor& attn_mask, double dropout_p, bool is_causal,
-                            std::optional<double> scale, bool enable_gqa) {
+ForwardResult attention_kernel(const Tensor& query, const Tensor& key, const Tensor& value,
+                               const OptionalTensor& attn_mask, double dropout_p, bool is_causal,
+                               std::optional<double> scale, bool enable_gqa) {
   const Operands operands(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa);
   const AttentionSizes& sizes = operands.sizes;
   const auto options = query.options().memory_format(std::nullopt);
@@ -211,12 +212,12 @@ ForwardResult attention_cpu(const Tensor& query, const Tensor& key, const Tensor
   Tensor dropout_seed = at::zeros({}, options.dtype(at::kLong));
   const uint64_t seed = dropout_p > 0 ? draw_seed() : 0;
   *dropout_seed.mutable_data_ptr<int64_t>() = static_cast<int64_t>(seed);
-  kernels().attention.forward({kernel_dtype(query, kName, "query"), sizes, as_argument<const void*>(operands.query),
-                               as_argument<const void*>(operands.key), as_argument<const void*>(operands.value),
-                               as_mask_argument<const void*>(operands.mask, query.scalar_type()), is_causal,
-                               operands.scale, dropout_p, seed, as_argument<void*>(output),
-                               is_half ? as_argument<void*>(exact_output) : AttentionTensor<void*>{},
-                               statistics.mutable_data_ptr()});
+  KernelsOn(query)->attention.forward(
+      {kernel_dtype(query, kName, "query"), sizes, as_argument<const void*>(operands.query),
+       as_argument<const void*>(operands.key), as_argument<const void*>(operands.value),
+       as_mask_argument<const void*>(operands.mask, query.scalar_type()), is_causal, operands.scale, dropout_p, seed,
+       as_argument<void*>(output), is_half ? as_argument<void*>(exact_output) : AttentionTensor<void*>{},
+       statistics.mutable_data_ptr()});
   if (operands.has_heads) return {output, exact_output, statistics, dropout_seed};
   return {output.squeeze(0), is_half ? exact_output.squeeze(0) : exact_output, statistics.squeeze(1), dropout_seed};
 }
@@ -237,20 +238,21 @@ bool is_summed(const Operands& operands, const Tensor& query, const Tensor& key,
          operands.value.numel() != value.numel();
 }
 
-BackwardResult attention_backward_cpu(const Tensor& grad_output, const Tensor& query, const Tensor& key,
-                                      const Tensor& value, const OptionalTensor& attn_mask, const Tensor& output,
-                                      const Tensor& exact_output, const Tensor& statistics, const Tensor& dropout_seed,
-                                      double dropout_p, bool is_causal, std::optional<double> scale, bool enable_gqa,
-                                      std::array<bool, 4> output_mask) {
+BackwardResult attention_backward_kernel(const Tensor& grad_output, const Tensor& query, const Tensor& key,
+                                         const Tensor& value, const OptionalTensor& attn_mask, const Tensor& output,
+                                         const Tensor& exact_output, const Tensor& statistics,
+                                         const Tensor& dropout_seed, double dropout_p, bool is_causal,
+                                         std::optional<double> scale, bool enable_gqa,
+                                         std::array<bool, 4> output_mask) {
   const Operands operands(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa);
   if (is_rounded(query) && is_summed(operands, query, key, value)) {  // rounded once, after the sums
     auto wide = [](const Tensor& t) { return t.to(at::kFloat); };
     auto narrow = [&](const Tensor& t) { return t.defined() ? t.to(query.scalar_type()) : t; };
     const bool cast_mask = operands.mask.defined() && operands.mask.scalar_type() == query.scalar_type();
     auto [grad_query, grad_key, grad_value, grad_mask] =
-        attention_backward_cpu(wide(grad_output), wide(query), wide(key), wide(value),
-                               cast_mask ? OptionalTensor(wide(*attn_mask)) : attn_mask, exact_output, exact_output,
-                               statistics, dropout_seed, dropout_p, is_causal, scale, enable_gqa, output_mask);
+        attention_backward_kernel(wide(grad_output), wide(query), wide(key), wide(value),
+                                  cast_mask ? OptionalTensor(wide(*attn_mask)) : attn_mask, exact_output, exact_output,
+                                  statistics, dropout_seed, dropout_p, is_causal, scale, enable_gqa, output_mask);
     return {narrow(grad_query), narrow(grad_key), narrow(grad_value), cast_mask ? narrow(grad_mask) : grad_mask};
   }
   const AttentionSizes& sizes = operands.sizes;
@@ -277,7 +279,7 @@ BackwardResult attention_backward_cpu(const Tensor& grad_output, const Tensor& q
     grad_mask = at::empty(attn_mask->sizes(), attn_mask->options().memory_format(std::nullopt));
     grad_mask_view = grad_mask.expand(operands.mask.sizes());
   }
-  kernels().attention.backward(
+  KernelsOn(query)->attention.backward(
       {kernel_dtype(query, kName, "query"), sizes, as_argument<const void*>(grad_view),
        as_argument<const void*>(operands.query), as_argument<const void*>(operands.key),
        as_argument<const void*>(operands.value), as_argument<const void*>(output_view),
@@ -467,13 +469,17 @@ ForwardResult attention_autocast(const Tensor& query, const Tensor& key, const T
 
 ForwardResult attention(const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& attn_mask,
                         double dropout_p, bool is_causal, std::optional<double> scale, bool enable_gqa) {
-  static const auto op = find_operator<decltype(attention_cpu)>("dlkernels::attention");
+  static const auto op = find_operator<decltype(attention_kernel)>("dlkernels::attention");
   return op.call(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa);
 }
 
 TORCH_LIBRARY_IMPL(dlkernels, CPU, m) {
-  m.impl("attention", &attention_cpu);
-  m.impl("attention_backward", &attention_backward_cpu);
+  m.impl("attention", &attention_kernel);
+  m.impl("attention_backward", &attention_backward_kernel);
+}
+TORCH_LIBRARY_IMPL(dlkernels, CUDA, m) {
+  m.impl("attention", &attention_kernel);
+  m.impl("attention_backward", &attention_backward_kernel);
 }
 TORCH_LIBRARY_IMPL(dlkernels, Autograd, m) {
   m.impl("attention", &attention_autograd);

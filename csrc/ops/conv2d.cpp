@@ -4,6 +4,7 @@
 
 #include <ATen/ATen.h>
 
+#include "ops/device.h"
 #include "ops/second_order.h"
 
 namespace dlkernels::ops {
@@ -65,7 +66,7 @@ void check_shapes(const Tensor& input, const Tensor& weight, const Tensor& bias,
               "). Kernel size can't be greater than actual input size");
 }
 
-// ---- the CPU kernel ----------------------------------------------------------------------------------------------
+// ---- the kernels ----------------------------------------------------------------------------------------------------
 
 at::MemoryFormat memory_format_of(const Tensor& input, const Tensor& weight) {
   const bool channels_last = input.suggest_memory_format() == at::MemoryFormat::ChannelsLast ||
@@ -99,8 +100,8 @@ at::MemoryFormat memory_format_of(const Conv2dGeometry& g) {
   return g.channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
 }
 
-Tensor conv2d_cpu(const Tensor& input, const Tensor& weight, const OptionalTensor& optional_bias,
-                  at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
+Tensor conv2d_kernel(const Tensor& input, const Tensor& weight, const OptionalTensor& optional_bias,
+                     at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
   const Tensor bias = value_or_undefined(optional_bias);
   check_types(input, weight, bias);
   check_numbers(stride, padding, dilation, groups);
@@ -112,14 +113,14 @@ Tensor conv2d_cpu(const Tensor& input, const Tensor& weight, const OptionalTenso
   const Tensor dense_bias = bias.defined() ? bias.contiguous() : bias;
   g.input_image_stride = dense_input.stride(0);
   g.output_image_stride = output.stride(0);
-  kernels().conv2d.forward({kernel_dtype(input, kName, "input"), g, dense_input.const_data_ptr(),
-                            weight.const_data_ptr(), data_or_null(dense_bias), output.mutable_data_ptr()});
+  KernelsOn(input)->conv2d.forward({kernel_dtype(input, kName, "input"), g, dense_input.const_data_ptr(),
+                                    weight.const_data_ptr(), data_or_null(dense_bias), output.mutable_data_ptr()});
   return output;
 }
 
-BackwardResult conv2d_backward_cpu(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
-                                   at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
-                                   int64_t groups, Mask output_mask) {
+BackwardResult conv2d_backward_kernel(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
+                                      at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+                                      int64_t groups, Mask output_mask) {
   check_types(input, weight, Tensor());
   check_numbers(stride, padding, dilation, groups);
   check_shapes(input, weight, Tensor(), padding, dilation, groups);
@@ -149,9 +150,10 @@ BackwardResult conv2d_backward_cpu(const Tensor& grad_output, const Tensor& inpu
   if (grad_weight.defined()) {
     for (int i = 0; i < 4; ++i) g.grad_weight_strides[i] = grad_weight.stride(i);
   }
-  kernels().conv2d.backward({kernel_dtype(input, kName, "input"), g, dense_grad_output.const_data_ptr(),
-                             dense_input.const_data_ptr(), weight.const_data_ptr(), mutable_data_or_null(grad_input),
-                             mutable_data_or_null(grad_weight), mutable_data_or_null(grad_bias)});
+  KernelsOn(input)->conv2d.backward({kernel_dtype(input, kName, "input"), g, dense_grad_output.const_data_ptr(),
+                                     dense_input.const_data_ptr(), weight.const_data_ptr(),
+                                     mutable_data_or_null(grad_input), mutable_data_or_null(grad_weight),
+                                     mutable_data_or_null(grad_bias)});
   return {grad_input, grad_weight, grad_bias};
 }
 
@@ -360,8 +362,12 @@ Tensor conv2d_functional(const Tensor& input, const Tensor& weight, const Option
 }
 
 TORCH_LIBRARY_IMPL(dlkernels, CPU, m) {
-  m.impl("conv2d", &conv2d_cpu);
-  m.impl("conv2d_backward", &conv2d_backward_cpu);
+  m.impl("conv2d", &conv2d_kernel);
+  m.impl("conv2d_backward", &conv2d_backward_kernel);
+}
+TORCH_LIBRARY_IMPL(dlkernels, CUDA, m) {
+  m.impl("conv2d", &conv2d_kernel);
+  m.impl("conv2d_backward", &conv2d_backward_kernel);
 }
 TORCH_LIBRARY_IMPL(dlkernels, Autograd, m) {
   m.impl("conv2d", &conv2d_autograd);

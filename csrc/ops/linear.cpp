@@ -54,8 +54,8 @@ Tensor as_rows(const Tensor& tensor) {
 // product = a b^T + bias.
 void multiply(const Tensor& a, const Tensor& b, bool along_depth, const Tensor& bias, const Tensor& product) {
   KernelsOn(a)->linear.product({kernel_dtype(a, kName, "input"), a.size(0), b.size(0), a.size(1), a.const_data_ptr(),
-                            a.stride(0), a.stride(1), b.const_data_ptr(), b.stride(0), b.stride(1), along_depth,
-                            data_or_null(bias), product.mutable_data_ptr()});
+                                a.stride(0), a.stride(1), b.const_data_ptr(), b.stride(0), b.stride(1), along_depth,
+                                data_or_null(bias), product.mutable_data_ptr()});
 }
 
 Tensor linear_kernel(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
@@ -71,7 +71,7 @@ Tensor linear_kernel(const Tensor& input, const Tensor& weight, const OptionalTe
 }
 
 BackwardResult linear_backward_kernel(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
-                                   Mask output_mask) {
+                                      Mask output_mask) {
   const DType dtype = kernel_dtype(input, kName, "input");
   check_backward(grad_output, input, weight);
   const Tensor grad_rows = as_rows(grad_output);
@@ -86,8 +86,8 @@ BackwardResult linear_backward_kernel(const Tensor& grad_output, const Tensor& i
   }
   if (output_mask[2]) {
     grad_bias = at::empty({weight.size(0)}, weight.options());
-    KernelsOn(input)->linear.sum({dtype, grad_rows.size(0), grad_rows.size(1), grad_rows.const_data_ptr(), grad_rows.stride(0),
-                          grad_rows.stride(1), grad_bias.mutable_data_ptr()});
+    KernelsOn(input)->linear.sum({dtype, grad_rows.size(0), grad_rows.size(1), grad_rows.const_data_ptr(),
+                                  grad_rows.stride(0), grad_rows.stride(1), grad_bias.mutable_data_ptr()});
   }
   return {grad_input, grad_weight, grad_bias};
 }

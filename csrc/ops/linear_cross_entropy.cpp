@@ -5,6 +5,7 @@
 #include <ATen/ATen.h>
 
 #include "ops/cross_entropy.h"
+#include "ops/device.h"
 #include "ops/linear.h"
 #include "ops/second_order.h"
 
@@ -68,7 +69,7 @@ void check_arguments(const Tensor& input, const Tensor& linear_weight, const Ten
   check_targets(kName, logits_shape(input, linear_weight), target, type_of(target), weight, loss);
 }
 
-// ---- the CPU kernel ----------------------------------------------------------------------------------------------
+// ---- the kernels ----------------------------------------------------------------------------------------------------
 
 // The kernels take any stride between rows.
 Tensor dense_rows(const Tensor& tensor) {
@@ -108,10 +109,10 @@ struct Operands {
   }
 };
 
-ForwardResult linear_cross_entropy_cpu(const Tensor& input, const Tensor& linear_weight,
-                                       const OptionalTensor& linear_bias, const Tensor& target,
-                                       const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
-                                       double label_smoothing, bool wide_loss) {
+ForwardResult linear_cross_entropy_kernel(const Tensor& input, const Tensor& linear_weight,
+                                          const OptionalTensor& linear_bias, const Tensor& target,
+                                          const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
+                                          double label_smoothing, bool wide_loss) {
   check_arguments(input, linear_weight, value_or_undefined(linear_bias), target, value_or_undefined(weight),
                   {reduction, ignore_index, label_smoothing}, wide_loss);
   const Operands operands(input, linear_weight, value_or_undefined(linear_bias), target, value_or_undefined(weight),
@@ -125,7 +126,7 @@ ForwardResult linear_cross_entropy_cpu(const Tensor& input, const Tensor& linear
   Tensor statistics = at::empty({3, shape.rows}, options);
   Tensor divisor = at::empty({}, options.dtype(at::kDouble));
   double totals[2] = {0, 0};
-  kernels().linear_cross_entropy.forward(
+  KernelsOn(input)->linear_cross_entropy.forward(
       {shape, reduction == kNone ? loss.mutable_data_ptr() : nullptr, statistics.mutable_data_ptr(), totals});
   *divisor.mutable_data_ptr<double>() = reduction == kMean ? totals[1] : 1.0;
   if (reduction == kMean) loss.fill_(totals[0] / totals[1]);
@@ -133,11 +134,12 @@ ForwardResult linear_cross_entropy_cpu(const Tensor& input, const Tensor& linear
   return {wide_loss ? loss : loss.to(input.scalar_type()), statistics, divisor};
 }
 
-BackwardResult linear_cross_entropy_backward_cpu(const Tensor& grad_loss, const Tensor& input,
-                                                 const Tensor& linear_weight, const OptionalTensor& linear_bias,
-                                                 const Tensor& target, const OptionalTensor& weight,
-                                                 const Tensor& statistics, const Tensor& divisor, int64_t ignore_index,
-                                                 double label_smoothing, std::array<bool, 4> output_mask) {
+BackwardResult linear_cross_entropy_backward_kernel(const Tensor& grad_loss, const Tensor& input,
+                                                    const Tensor& linear_weight, const OptionalTensor& linear_bias,
+                                                    const Tensor& target, const OptionalTensor& weight,
+                                                    const Tensor& statistics, const Tensor& divisor,
+                                                    int64_t ignore_index, double label_smoothing,
+                                                    std::array<bool, 4> output_mask) {
   const Operands operands(input, linear_weight, value_or_undefined(linear_bias), target, value_or_undefined(weight),
                           ignore_index, label_smoothing);
   const Tensor dense_grad_loss = grad_loss.to(accumulate_type(input.scalar_type())).contiguous();
@@ -150,11 +152,11 @@ BackwardResult linear_cross_entropy_backward_cpu(const Tensor& grad_loss, const 
   const BackwardResult grads = {like(output_mask[0], input), like(output_mask[1], linear_weight),
                                 like(output_mask[2], value_or_undefined(linear_bias)), like(output_mask[3], target)};
   const auto& [grad_input, grad_linear_weight, grad_linear_bias, grad_target] = grads;
-  kernels().linear_cross_entropy.backward({operands.shape, statistics.const_data_ptr(),
-                                           dense_grad_loss.const_data_ptr(), per_row && grad_loss.numel() > 1 ? 1 : 0,
-                                           *divisor.const_data_ptr<double>(), mutable_data_or_null(grad_input),
-                                           mutable_data_or_null(grad_linear_weight),
-                                           mutable_data_or_null(grad_linear_bias), mutable_data_or_null(grad_target)});
+  KernelsOn(input)->linear_cross_entropy.backward(
+      {operands.shape, statistics.const_data_ptr(), dense_grad_loss.const_data_ptr(),
+       per_row && grad_loss.numel() > 1 ? 1 : 0, *divisor.const_data_ptr<double>(), mutable_data_or_null(grad_input),
+       mutable_data_or_null(grad_linear_weight), mutable_data_or_null(grad_linear_bias),
+       mutable_data_or_null(grad_target)});
   return grads;
 }
 
@@ -296,14 +298,18 @@ ForwardResult linear_cross_entropy_autocast(const Tensor& input, const Tensor& l
 ForwardResult linear_cross_entropy(const Tensor& input, const Tensor& linear_weight, const OptionalTensor& linear_bias,
                                    const Tensor& target, const OptionalTensor& weight, int64_t reduction,
                                    int64_t ignore_index, double label_smoothing, bool wide_loss) {
-  static const auto op = find_operator<decltype(linear_cross_entropy_cpu)>("dlkernels::linear_cross_entropy");
+  static const auto op = find_operator<decltype(linear_cross_entropy_kernel)>("dlkernels::linear_cross_entropy");
   return op.call(input, linear_weight, linear_bias, target, weight, reduction, ignore_index, label_smoothing,
                  wide_loss);
 }
 
 TORCH_LIBRARY_IMPL(dlkernels, CPU, m) {
-  m.impl("linear_cross_entropy", &linear_cross_entropy_cpu);
-  m.impl("linear_cross_entropy_backward", &linear_cross_entropy_backward_cpu);
+  m.impl("linear_cross_entropy", &linear_cross_entropy_kernel);
+  m.impl("linear_cross_entropy_backward", &linear_cross_entropy_backward_kernel);
+}
+TORCH_LIBRARY_IMPL(dlkernels, CUDA, m) {
+  m.impl("linear_cross_entropy", &linear_cross_entropy_kernel);
+  m.impl("linear_cross_entropy_backward", &linear_cross_entropy_backward_kernel);
 }
 TORCH_LIBRARY_IMPL(dlkernels, Autograd, m) {
   m.impl("linear_cross_entropy", &linear_cross_entropy_autograd);

@@ -5,6 +5,7 @@
 
 #include <ATen/ATen.h>
 
+#include "ops/device.h"
 #include "ops/linear.h"
 #include "ops/second_order.h"
 
@@ -102,7 +103,7 @@ void check_layer(const Tensor& input, const Tensor& h0, const Tensor& c0, const 
   if (packed) check_batch_sizes(batch_sizes, input.size(0), batch);
 }
 
-// ---- the CPU kernels ---------------------------------------------------------------------------------------------
+// ---- the kernels ----------------------------------------------------------------------------------------------------
 
 Tensor dense(const Tensor& tensor) {
   return tensor.defined() ? tensor.contiguous() : tensor;
@@ -157,8 +158,8 @@ struct Operands {
   }
 };
 
-CellResult lstm_cell_cpu(const Tensor& input, const Tensor& hx, const Tensor& cx, const Tensor& w_ih,
-                         const Tensor& w_hh, const OptionalTensor& b_ih, const OptionalTensor& b_hh) {
+CellResult lstm_cell_kernel(const Tensor& input, const Tensor& hx, const Tensor& cx, const Tensor& w_ih,
+                            const Tensor& w_hh, const OptionalTensor& b_ih, const OptionalTensor& b_hh) {
   check_cell(input, hx, cx, w_ih, w_hh, value_or_undefined(b_ih), value_or_undefined(b_hh));
   const Operands operands(input, hx, cx, w_ih, w_hh, b_ih, b_hh, {}, {}, false);
   const LstmLayer& layer = operands.layer;
@@ -169,14 +170,14 @@ CellResult lstm_cell_cpu(const Tensor& input, const Tensor& hx, const Tensor& cx
   Tensor gates = at::empty({layer.batch, 4 * layer.hidden_size}, wide);
   const bool rounds = wide.dtype() != options.dtype();  // the kernel keeps cells in the type of the sums
   const Tensor cells = rounds ? at::empty(c.sizes(), wide) : c;
-  kernels().lstm.forward({layer, h.mutable_data_ptr(), nullptr, rounds ? c.mutable_data_ptr() : nullptr,
-                          gates.mutable_data_ptr(), cells.mutable_data_ptr()});
+  KernelsOn(input)->lstm.forward({layer, h.mutable_data_ptr(), nullptr, rounds ? c.mutable_data_ptr() : nullptr,
+                                  gates.mutable_data_ptr(), cells.mutable_data_ptr()});
   return {h, c, gates};
 }
 
-LayerResult lstm_layer_cpu(const Tensor& input, const Tensor& h0, const Tensor& c0, const Tensor& w_ih,
-                           const Tensor& w_hh, const OptionalTensor& b_ih, const OptionalTensor& b_hh,
-                           const OptionalTensor& w_hr, const OptionalTensor& batch_sizes, bool reverse) {
+LayerResult lstm_layer_kernel(const Tensor& input, const Tensor& h0, const Tensor& c0, const Tensor& w_ih,
+                              const Tensor& w_hh, const OptionalTensor& b_ih, const OptionalTensor& b_hh,
+                              const OptionalTensor& w_hr, const OptionalTensor& batch_sizes, bool reverse) {
   check_layer(input, h0, c0, w_ih, w_hh, value_or_undefined(b_ih), value_or_undefined(b_hh), value_or_undefined(w_hr),
               value_or_undefined(batch_sizes));
   const Operands operands(input, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reverse);
@@ -189,8 +190,8 @@ LayerResult lstm_layer_cpu(const Tensor& input, const Tensor& h0, const Tensor& 
   Tensor h_n = at::empty(h0.sizes(), options), c_n = at::empty(c0.sizes(), options);
   Tensor gates = at::empty({layer.rows, 4 * layer.hidden_size}, wide);
   Tensor cells = at::empty({layer.rows, layer.hidden_size}, wide);
-  kernels().lstm.forward({layer, output.mutable_data_ptr(), h_n.mutable_data_ptr(), c_n.mutable_data_ptr(),
-                          gates.mutable_data_ptr(), cells.mutable_data_ptr()});
+  KernelsOn(input)->lstm.forward({layer, output.mutable_data_ptr(), h_n.mutable_data_ptr(), c_n.mutable_data_ptr(),
+                                  gates.mutable_data_ptr(), cells.mutable_data_ptr()});
   return {output, h_n, c_n, gates, cells};
 }
 
@@ -198,9 +199,10 @@ Tensor empty_when(bool wanted, const Tensor& like) {
   return wanted ? at::empty(like.sizes(), like.options()) : Tensor();
 }
 
-CellGrads lstm_cell_backward_cpu(const Tensor& grad_h, const Tensor& grad_c, const Tensor& input, const Tensor& hx,
-                                 const Tensor& cx, const Tensor& w_ih, const Tensor& w_hh, const OptionalTensor& b_ih,
-                                 const OptionalTensor& b_hh, const Tensor& gates, std::array<bool, 6> output_mask) {
+CellGrads lstm_cell_backward_kernel(const Tensor& grad_h, const Tensor& grad_c, const Tensor& input, const Tensor& hx,
+                                    const Tensor& cx, const Tensor& w_ih, const Tensor& w_hh,
+                                    const OptionalTensor& b_ih, const OptionalTensor& b_hh, const Tensor& gates,
+                                    std::array<bool, 6> output_mask) {
   const Operands operands(input, hx, cx, w_ih, w_hh, b_ih, b_hh, {}, {}, false);
   const Tensor dense_grad_h = grad_h.contiguous(), dense_grad_c = grad_c.contiguous(), dense_gates = gates.contiguous();
   check_shape(kCell, "grad_h", grad_h, hx.sizes());
@@ -210,20 +212,20 @@ CellGrads lstm_cell_backward_cpu(const Tensor& grad_h, const Tensor& grad_c, con
   Tensor grad_cx = empty_when(output_mask[2], operands.c0), grad_w_ih = empty_when(output_mask[3], operands.w_ih);
   Tensor grad_w_hh = empty_when(output_mask[4], operands.w_hh);
   Tensor grad_bias = output_mask[5] ? at::empty({w_ih.size(0)}, w_ih.options()) : Tensor();
-  kernels().lstm.backward({operands.layer, dense_grad_h.const_data_ptr(), nullptr, dense_grad_c.const_data_ptr(),
-                           nullptr, dense_gates.const_data_ptr(), nullptr, mutable_data_or_null(grad_input),
-                           mutable_data_or_null(grad_hx), mutable_data_or_null(grad_cx),
-                           mutable_data_or_null(grad_w_ih), mutable_data_or_null(grad_w_hh),
-                           mutable_data_or_null(grad_bias), nullptr});
+  KernelsOn(input)->lstm.backward({operands.layer, dense_grad_h.const_data_ptr(), nullptr,
+                                   dense_grad_c.const_data_ptr(), nullptr, dense_gates.const_data_ptr(), nullptr,
+                                   mutable_data_or_null(grad_input), mutable_data_or_null(grad_hx),
+                                   mutable_data_or_null(grad_cx), mutable_data_or_null(grad_w_ih),
+                                   mutable_data_or_null(grad_w_hh), mutable_data_or_null(grad_bias), nullptr});
   return {grad_input, grad_hx, grad_cx, grad_w_ih, grad_w_hh, grad_bias};
 }
 
-LayerGrads lstm_layer_backward_cpu(const Tensor& grad_output, const Tensor& grad_h_n, const Tensor& grad_c_n,
-                                   const Tensor& input, const Tensor& h0, const Tensor& c0, const Tensor& w_ih,
-                                   const Tensor& w_hh, const OptionalTensor& b_ih, const OptionalTensor& b_hh,
-                                   const OptionalTensor& w_hr, const OptionalTensor& batch_sizes, bool reverse,
-                                   const Tensor& output, const Tensor& gates, const Tensor& cells,
-                                   std::array<bool, 7> output_mask) {
+LayerGrads lstm_layer_backward_kernel(const Tensor& grad_output, const Tensor& grad_h_n, const Tensor& grad_c_n,
+                                      const Tensor& input, const Tensor& h0, const Tensor& c0, const Tensor& w_ih,
+                                      const Tensor& w_hh, const OptionalTensor& b_ih, const OptionalTensor& b_hh,
+                                      const OptionalTensor& w_hr, const OptionalTensor& batch_sizes, bool reverse,
+                                      const Tensor& output, const Tensor& gates, const Tensor& cells,
+                                      std::array<bool, 7> output_mask) {
   const Operands operands(input, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reverse);
   const LstmLayer& layer = operands.layer;
   check_shape(kLayer, "grad_output", grad_output, output.sizes());
@@ -239,12 +241,12 @@ LayerGrads lstm_layer_backward_cpu(const Tensor& grad_output, const Tensor& grad
   Tensor grad_w_hh = empty_when(output_mask[4], operands.w_hh);
   Tensor grad_bias = output_mask[5] ? at::empty({w_ih.size(0)}, w_ih.options()) : Tensor();
   Tensor grad_w_hr = empty_when(output_mask[6] && operands.w_hr.defined(), operands.w_hr);
-  kernels().lstm.backward({layer, dense_grad_output.const_data_ptr(), dense_grad_h_n.const_data_ptr(),
-                           dense_grad_c_n.const_data_ptr(), dense_output.const_data_ptr(), dense_gates.const_data_ptr(),
-                           dense_cells.const_data_ptr(), mutable_data_or_null(grad_input),
-                           mutable_data_or_null(grad_h0), mutable_data_or_null(grad_c0),
-                           mutable_data_or_null(grad_w_ih), mutable_data_or_null(grad_w_hh),
-                           mutable_data_or_null(grad_bias), mutable_data_or_null(grad_w_hr)});
+  KernelsOn(input)->lstm.backward(
+      {layer, dense_grad_output.const_data_ptr(), dense_grad_h_n.const_data_ptr(), dense_grad_c_n.const_data_ptr(),
+       dense_output.const_data_ptr(), dense_gates.const_data_ptr(), dense_cells.const_data_ptr(),
+       mutable_data_or_null(grad_input), mutable_data_or_null(grad_h0), mutable_data_or_null(grad_c0),
+       mutable_data_or_null(grad_w_ih), mutable_data_or_null(grad_w_hh), mutable_data_or_null(grad_bias),
+       mutable_data_or_null(grad_w_hr)});
   return {grad_input, grad_h0, grad_c0, grad_w_ih, grad_w_hh, grad_bias, grad_w_hr};
 }
 
@@ -253,7 +255,7 @@ LayerGrads lstm_layer_backward_cpu(const Tensor& grad_output, const Tensor& grad
 CellGrads lstm_cell_backward(const Tensor& grad_h, const Tensor& grad_c, const Tensor& input, const Tensor& hx,
                              const Tensor& cx, const Tensor& w_ih, const Tensor& w_hh, const OptionalTensor& b_ih,
                              const OptionalTensor& b_hh, const Tensor& gates, std::array<bool, 6> output_mask) {
-  static const auto op = find_operator<decltype(lstm_cell_backward_cpu)>("dlkernels::lstm_cell_backward");
+  static const auto op = find_operator<decltype(lstm_cell_backward_kernel)>("dlkernels::lstm_cell_backward");
   return op.call(grad_h, grad_c, input, hx, cx, w_ih, w_hh, b_ih, b_hh, gates, output_mask);
 }
 
@@ -263,7 +265,7 @@ LayerGrads lstm_layer_backward(const Tensor& grad_output, const Tensor& grad_h_n
                                const OptionalTensor& w_hr, const OptionalTensor& batch_sizes, bool reverse,
                                const Tensor& output, const Tensor& gates, const Tensor& cells,
                                std::array<bool, 7> output_mask) {
-  static const auto op = find_operator<decltype(lstm_layer_backward_cpu)>("dlkernels::lstm_layer_backward");
+  static const auto op = find_operator<decltype(lstm_layer_backward_kernel)>("dlkernels::lstm_layer_backward");
   return op.call(grad_output, grad_h_n, grad_c_n, input, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reverse,
                  output, gates, cells, output_mask);
 }
@@ -591,22 +593,28 @@ LayerResult lstm_layer_autocast(const Tensor& input, const Tensor& h0, const Ten
 
 CellResult lstm_cell(const Tensor& input, const Tensor& hx, const Tensor& cx, const Tensor& w_ih, const Tensor& w_hh,
                      const OptionalTensor& b_ih, const OptionalTensor& b_hh) {
-  static const auto op = find_operator<decltype(lstm_cell_cpu)>("dlkernels::lstm_cell");
+  static const auto op = find_operator<decltype(lstm_cell_kernel)>("dlkernels::lstm_cell");
   return op.call(input, hx, cx, w_ih, w_hh, b_ih, b_hh);
 }
 
 LayerResult lstm_layer(const Tensor& input, const Tensor& h0, const Tensor& c0, const Tensor& w_ih, const Tensor& w_hh,
                        const OptionalTensor& b_ih, const OptionalTensor& b_hh, const OptionalTensor& w_hr,
                        const OptionalTensor& batch_sizes, bool reverse) {
-  static const auto op = find_operator<decltype(lstm_layer_cpu)>("dlkernels::lstm_layer");
+  static const auto op = find_operator<decltype(lstm_layer_kernel)>("dlkernels::lstm_layer");
   return op.call(input, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reverse);
 }
 
 TORCH_LIBRARY_IMPL(dlkernels, CPU, m) {
-  m.impl("lstm_cell", &lstm_cell_cpu);
-  m.impl("lstm_cell_backward", &lstm_cell_backward_cpu);
-  m.impl("lstm_layer", &lstm_layer_cpu);
-  m.impl("lstm_layer_backward", &lstm_layer_backward_cpu);
+  m.impl("lstm_cell", &lstm_cell_kernel);
+  m.impl("lstm_cell_backward", &lstm_cell_backward_kernel);
+  m.impl("lstm_layer", &lstm_layer_kernel);
+  m.impl("lstm_layer_backward", &lstm_layer_backward_kernel);
+}
+TORCH_LIBRARY_IMPL(dlkernels, CUDA, m) {
+  m.impl("lstm_cell", &lstm_cell_kernel);
+  m.impl("lstm_cell_backward", &lstm_cell_backward_kernel);
+  m.impl("lstm_layer", &lstm_layer_kernel);
+  m.impl("lstm_layer_backward", &lstm_layer_backward_kernel);
 }
 TORCH_LIBRARY_IMPL(dlkernels, Autograd, m) {
   m.impl("lstm_cell", &lstm_cell_autograd);

@@ -179,7 +179,8 @@ class Block {
   void check_shared(const unsigned char* address, const char* what) const {
     const uintptr_t at = reinterpret_cast<uintptr_t>(address);
     if (at % kCopyBytes != 0) fail(std::string(what) + " at an address that is no multiple of 16");
-    if (address < data_ || address + kCopyBytes > data_ + data_bytes_) fail(std::string(what) + " outside of shared memory");
+    if (address < data_ || address + kCopyBytes > data_ + data_bytes_)
+      fail(std::string(what) + " outside of shared memory");
   }
 
  private:

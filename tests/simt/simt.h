@@ -107,7 +107,8 @@ void multiply_add(Sum (&c)[4], const Word (&left)[4], const Word (&right)[2], Va
 // matrix m. Transposed: numbers l / 4 of rows 2 (l % 4) and the next.
 void load_matrices(uint32_t (&words)[4], const void* row, bool transposed, std::source_location where);
 
-// ---- copies that run beside the thread: seen at the latest moment, and their place poisoned before it ----------------
+// ---- copies that run beside the thread: seen at the latest moment, and their place poisoned before it
+// ----------------
 
 void copy_later(void* shared, const void* global, int bytes);  // 16 bytes, zero beyond the first `bytes`
 void commit_copies();
