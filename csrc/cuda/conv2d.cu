@@ -46,9 +46,9 @@ struct Weights {
 };
 
 template <class Scalar>
-__global__ void __launch_bounds__(kLayoutThreads, 1)
+__global__ void __launch_bounds__(kLayOutThreads, 1)
     lay_out_weights(Weights<Scalar> weights, int64_t padded, Scalar* out) {
-  const int64_t index = int64_t{blockIdx.x} * kLayoutThreads + threadIdx.x;
+  const int64_t index = int64_t{blockIdx.x} * kLayOutThreads + threadIdx.x;
   const int64_t channel = index % padded, tap = index / padded % (weights.taps.rows * weights.taps.columns);
   const int64_t row = index / padded / (weights.taps.rows * weights.taps.columns);  // of all groups
   if (row >= weights.groups * weights.rows) return;
@@ -74,7 +74,7 @@ MatrixLines<Scalar, true> weight_rows(const Weights<Scalar>& weights, int64_t pa
   const int64_t count = weights.groups * weights.rows * depth;
   Scalar* data = workspace<Scalar>(count);
   if (depth > 0)
-    launch({ceil_div(count, kLayoutThreads), kLayoutThreads}, lay_out_weights<Scalar>, weights, padded, data);
+    launch({ceil_div(count, kLayOutThreads), kLayOutThreads}, lay_out_weights<Scalar>, weights, padded, data);
   return {data, weights.rows, depth, depth, weights.rows * depth};
 }
 

@@ -2,15 +2,10 @@
 #pragma once
 
 #include "cpu/conv2d.h"
+#include "cuda/lay_out.cuh"
 #include "cuda/product.cuh"
 
 namespace dlkernels::DLKERNELS_ISA {
-
-inline constexpr int kLayoutThreads = 256;
-
-inline int64_t round_up(int64_t value, int64_t step) {
-  return ceil_div(value, step) * step;
-}
 
 // ---- images with their channels side by side -----------------------------------------------------------------------
 
@@ -32,54 +27,17 @@ struct GivenImages {
   bool channels_last;
 };
 
-// A block lays out 32 pixels x 32 channels: lanes read along whichever is dense, and write along the channels.
-template <class Scalar>
-__global__ void __launch_bounds__(kLayoutThreads, 1)
-    lay_out_images(GivenImages<Scalar> given, int64_t padded, Scalar* out) {
-  constexpr int kSide = 32, kWarps = kLayoutThreads / kWarpSize, kPitch = kSide + 1;
-  const int64_t pixels = given.H * given.W, channels = given.C / given.groups, width = given.groups * padded;
-  const int64_t channel_blocks = ceil_div(width, kSide), pixel_blocks = ceil_div(pixels, kSide);
-  const int64_t channel_begin = blockIdx.x % channel_blocks * kSide;
-  const int64_t pixel_begin = blockIdx.x / channel_blocks % pixel_blocks * kSide;
-  const int64_t image = blockIdx.x / channel_blocks / pixel_blocks;
-  const int warp = static_cast<int>(threadIdx.x) / kWarpSize, lane = static_cast<int>(threadIdx.x) % kWarpSize;
-  Scalar* square = shared_memory<Scalar>();  // [pixel][channel]
-  for (int i = warp; i < kSide; i += kWarps) {
-    const int pixel_in = given.channels_last ? i : lane, channel_in = given.channels_last ? lane : i;
-    const int64_t pixel = pixel_begin + pixel_in, place = channel_begin + channel_in;
-    const int64_t channel = place / padded * channels + place % padded;
-    Scalar value{};
-    if (pixel < pixels && place < width && place % padded < channels) {
-      value = given.data[image * given.image_stride +
-                         (given.channels_last ? pixel * given.C + channel : channel * pixels + pixel)];
-    }
-    square[pixel_in * kPitch + channel_in] = value;
-  }
-  __syncthreads();
-  for (int i = warp; i < kSide; i += kWarps) {
-    const int64_t pixel = pixel_begin + i, place = channel_begin + lane;
-    if (pixel < pixels && place < width) out[(image * pixels + pixel) * width + place] = square[i * kPitch + lane];
-  }
-}
-
-template <class Scalar>
-bool is_aligned(const Scalar* data, int64_t stride) {
-  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride % Pack<Scalar>::size == 0;
-}
-
 template <class Scalar>
 Images<Scalar> side_by_side(const GivenImages<Scalar>& given) {
-  const int64_t channels = given.C / given.groups;
+  const int64_t channels = given.C / given.groups, pixels = given.H * given.W;
   Images<Scalar> images = {given.data, given.N, given.H, given.W, given.groups, channels, channels, given.image_stride};
   if (given.channels_last && channels % Pack<Scalar>::size == 0 && is_aligned(given.data, given.image_stride)) {
     return images;
   }
-  images.padded = round_up(channels, Pack<Scalar>::size);
-  images.image_stride = given.H * given.W * images.pixel_stride();
-  Scalar* data = workspace<Scalar>(given.N * images.image_stride);
-  const int64_t blocks = given.N * ceil_div(given.H * given.W, 32) * ceil_div(images.pixel_stride(), 32);
-  launch({blocks, kLayoutThreads, 32 * 33 * sizeof(Scalar)}, lay_out_images<Scalar>, given, images.padded, data);
-  images.data = data;
+  images.padded = whole_chunks<Scalar>(channels);
+  images.image_stride = pixels * images.pixel_stride();
+  images.data = lay_out(Strided<Scalar>{given.data, given.N, pixels, given.groups, channels, given.image_stride,
+                                        given.channels_last ? given.C : 1, given.channels_last ? 1 : pixels});
   return images;
 }
 
@@ -94,7 +52,7 @@ struct Walk {
 template <class Scalar_, bool kAlongDepth>
 struct Patches {
   using Scalar = Scalar_;
-  static constexpr bool along_depth = kAlongDepth, in_chunks = true;
+  static constexpr bool along_depth = kAlongDepth;
   const Scalar* data;
   int64_t image_stride, row_stride, pixel_stride;
   int H, W;

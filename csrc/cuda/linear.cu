@@ -1,9 +1,10 @@
 // Linear layer: y = x W^T + b, and its gradients dx = dy W and dW = dy^T x, which are the same product of other
 // operands (product.cuh); db is the sum of dy over its rows.
 //
-// Operands whose lines begin at multiples of 16 bytes are copied in chunks, any others element by element.
+// Operands are read where they lie if their lines begin at multiples of 16 bytes; any others are laid out like that.
 #include "cpu/linear.h"
 #include "cuda/column_sums.cuh"
+#include "cuda/lay_out.cuh"
 #include "cuda/product.cuh"
 
 namespace dlkernels::DLKERNELS_ISA {
@@ -38,20 +39,16 @@ struct Matrix {
   int64_t rows, depth, row_stride, depth_stride;
 
   bool lies_along_depth() const { return depth_stride == 1 || depth <= 1; }
-  bool lies_along_rows() const { return row_stride == 1 || rows <= 1; }
-  bool has_aligned_lines(int64_t line_stride) const {
-    return reinterpret_cast<uintptr_t>(data) % 16 == 0 && line_stride * static_cast<int64_t>(sizeof(Scalar)) % 16 == 0;
-  }
-  bool in_chunks(bool along_depth) const {
-    return along_depth ? lies_along_depth() && has_aligned_lines(row_stride)
-                       : lies_along_rows() && has_aligned_lines(depth_stride);
-  }
+
+  // Lines along the depth, or along the rows, in a workspace where the matrix has none at aligned addresses.
   template <bool kAlongDepth>
-  MatrixLines<Scalar, kAlongDepth> chunks() const {
-    if constexpr (kAlongDepth) return {data, rows, depth, row_stride};
-    return {data, depth, rows, depth_stride};
+  MatrixLines<Scalar, kAlongDepth> lines() const {
+    const int64_t count = kAlongDepth ? rows : depth, length = kAlongDepth ? depth : rows;
+    const int64_t line_stride = kAlongDepth ? row_stride : depth_stride, step = kAlongDepth ? depth_stride : row_stride;
+    if ((step == 1 || length <= 1) && is_aligned(data, line_stride)) return {data, count, length, line_stride};
+    return {lay_out(Strided<Scalar>{data, 1, count, 1, length, 0, line_stride, step}), count, length,
+            whole_chunks<Scalar>(length)};
   }
-  MatrixElements<Scalar> elements() const { return {data, rows, depth, row_stride, depth_stride, lies_along_depth()}; }
 };
 
 template <class Scalar>
@@ -65,10 +62,13 @@ void product_typed(const LinearProductArgs& args) {
   auto run = [&](const auto& left, const auto& right) {
     multiply(args.rows, args.columns, args.depth, 1, left, right, sink);
   };
-  if (a.in_chunks(true) && b.in_chunks(true)) return run(a.template chunks<true>(), b.template chunks<true>());
-  if (a.in_chunks(true) && b.in_chunks(false)) return run(a.template chunks<true>(), b.template chunks<false>());
-  if (a.in_chunks(false) && b.in_chunks(false)) return run(a.template chunks<false>(), b.template chunks<false>());
-  run(a.elements(), b.elements());
+  if (b.lies_along_depth()) {
+    run(a.template lines<true>(), b.template lines<true>());
+  } else if (a.lies_along_depth()) {
+    run(a.template lines<true>(), b.template lines<false>());
+  } else {
+    run(a.template lines<false>(), b.template lines<false>());
+  }
 }
 
 // ---- sums over rows ------------------------------------------------------------------------------------------------

@@ -12,12 +12,11 @@
 namespace dlkernels::DLKERNELS_ISA {
 
 // ---- sources -------------------------------------------------------------------------------------------------------
-// A source of chunks has
+// A source has
 //   Scalar, along_depth      the type, and whether a line is a row (or else a position of the depth)
 //   Line line(int64_t)       what is known of a line, Along along(int64_t) what is known of a place in all lines
 //   chunk(Line, Along)       a pointer to 16 bytes, and how many numbers from there are in the matrix
-// A source of elements has Scalar, neighbours_along_depth (the direction in which neighbouring lanes read) and
-// element(row, k): a pointer, null outside. of_group(g) is the source of one of several products.
+// of_group(g) is the source of one of several products.
 
 template <class Scalar>
 struct Chunk {
@@ -29,7 +28,7 @@ struct Chunk {
 template <class Scalar_, bool kAlongDepth>
 struct MatrixLines {
   using Scalar = Scalar_;
-  static constexpr bool along_depth = kAlongDepth, in_chunks = true;
+  static constexpr bool along_depth = kAlongDepth;
   const Scalar* data;
   int64_t lines, length, stride;  // stride: numbers from line to line
   int64_t group_stride = 0;       // numbers from one group's matrix to the next
@@ -60,29 +59,11 @@ struct MatrixLines {
   }
 };
 
-// A matrix of any strides.
-template <class Scalar_>
-struct MatrixElements {
-  using Scalar = Scalar_;
-  static constexpr bool in_chunks = false;
-  const Scalar* data;
-  int64_t rows, depth, row_stride, depth_stride;
-  bool neighbours_along_depth;
-
-  __device__ __forceinline__ const MatrixElements& of_group(int64_t) const { return *this; }
-  __device__ __forceinline__ const Scalar* element(int64_t row, int64_t k) const {
-    return row < rows && k < depth ? data + row * row_stride + k * depth_stride : nullptr;
-  }
-};
-
 // ---- loading a tile of a source ------------------------------------------------------------------------------------
-
-template <class Source, int kRows, int kThreads, bool kInChunks = Source::in_chunks>
-class Loader;
 
 // What a thread knows of its lines, or of its place in them, stays the same from tile to tile along the depth.
 template <class Source, int kRows, int kThreads>
-class Loader<Source, kRows, kThreads, true> {
+class Loader {
  public:
   using Scalar = typename Source::Scalar;
   using Place = Tile<Scalar, kRows, Source::along_depth>;
@@ -129,30 +110,6 @@ class Loader<Source, kRows, kThreads, true> {
   std::conditional_t<Source::along_depth, decltype(std::declval<Source>().line(0)),
                      decltype(std::declval<Source>().along(0))>
       fixed_[Source::along_depth ? kCount : 1];
-};
-
-// Element by element, at any stride and address.
-template <class Source, int kRows, int kThreads>
-class Loader<Source, kRows, kThreads, false> {
- public:
-  using Scalar = typename Source::Scalar;
-  using Place = Tile<Scalar, kRows, true>;
-
-  __device__ Loader(const Source& source, int64_t first_row) : source_(source), first_row_(first_row) {}
-
-  __device__ __forceinline__ void load(int64_t first_depth, Scalar* tile) const {
-#pragma unroll 4
-    for (int i = static_cast<int>(threadIdx.x); i < Place::size; i += kThreads) {
-      const int row = source_.neighbours_along_depth ? i / Place::depth : i % kRows;
-      const int k = source_.neighbours_along_depth ? i % Place::depth : i / kRows;
-      const Scalar* element = source_.element(first_row_ + row, first_depth + k);
-      tile[Place::offset(row, k)] = element == nullptr ? Scalar{} : *element;
-    }
-  }
-
- private:
-  const Source& source_;
-  int64_t first_row_;
 };
 
 // ---- the kernel ----------------------------------------------------------------------------------------------------
@@ -326,7 +283,7 @@ template <class Left, class Right, class Sink>
 void multiply(int64_t rows, int64_t columns, int64_t depth, int64_t groups, const Left& left, const Right& right,
               const Sink& sink) {
   using Scalar = typename Left::Scalar;
-  if constexpr (Left::in_chunks && Right::in_chunks && sizeof(Scalar) < 8) {
+  if constexpr (sizeof(Scalar) < 8) {
     const int64_t tiles = groups * ceil_div(rows, LargeProduct::rows) * ceil_div(columns, LargeProduct::columns);
     if (tiles >= processors()) {
       return multiply_as<LargeProduct>(plan_product<Scalar, LargeProduct>(rows, columns, depth, groups), left, right,
