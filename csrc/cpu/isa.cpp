@@ -87,6 +87,7 @@ KernelTable complete(const KernelTable& device, const KernelTable& processor) {
   table.cross_entropy = device.cross_entropy;
   table.linear = device.linear;
   table.conv2d = device.conv2d;
+  table.linear_cross_entropy = device.linear_cross_entropy;
   return table;
 }
 #endif

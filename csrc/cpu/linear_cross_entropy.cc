@@ -304,13 +304,20 @@ T finish_row(const Problem<Scalar>& p, int64_t row, const Partials<T>& all, T ta
   return loss;
 }
 
+template <class T>
+void finish_loss(const LinearCrossEntropyForwardArgs& args, double loss_total, double weight_total) {
+  *args.divisor = args.reduction == LossReduction::mean ? weight_total : 1.0;
+  if (args.reduction != LossReduction::none) *static_cast<T*>(args.loss) = static_cast<T>(loss_total / *args.divisor);
+}
+
 template <class Scalar>
 void forward_typed(const LinearCrossEntropyForwardArgs& args) {
   using T = accumulate_t<Scalar>;
   const Problem<Scalar> p{args.shape};
   const int64_t rows = p.shape.rows, classes = p.shape.classes;
-  args.totals[0] = args.totals[1] = 0;
-  if (rows == 0) return;
+  T* out = static_cast<T*>(args.loss);
+  double loss_total = 0, weight_total = 0;
+  if (rows == 0) return finish_loss<T>(args, loss_total, weight_total);
   const Scratch<T> packed_input(p.packed_input_size());
   pack_input(p, packed_input.data());
 
@@ -335,13 +342,13 @@ void forward_typed(const LinearCrossEntropyForwardArgs& args) {
       join(all, i, load(other.maximum + i), load(other.sum + i), load(other.share_sum + i), load(other.mass + i));
     }
   }
-  T* losses = static_cast<T*>(args.losses);
   for (int64_t row = 0; row < rows; ++row) {
     const T loss = finish_row(p, row, all, target_logits[row], static_cast<T*>(args.statistics));
-    if (losses != nullptr) losses[row] = loss;
-    args.totals[0] += loss;
-    if (p.counts(row)) args.totals[1] += p.has_probabilities() ? T(1) : p.class_weight(p.shape.target[row]);
+    if (args.reduction == LossReduction::none) out[row] = loss;
+    loss_total += loss;
+    if (p.counts(row)) weight_total += p.has_probabilities() ? T(1) : p.class_weight(p.shape.target[row]);
   }
+  finish_loss<T>(args, loss_total, weight_total);
 }
 
 // ---- backward -------------------------------------------------------------------------------------------------------
@@ -359,7 +366,7 @@ struct RowConstants {
     const int64_t rows = p.shape.rows;
     const T* statistics = static_cast<const T*>(args.statistics);
     const T* grad_loss = static_cast<const T*>(args.grad_loss);
-    const T divisor = static_cast<T>(args.divisor);
+    const T divisor = static_cast<T>(*args.divisor);
     for (int64_t row = 0; row < rows; ++row) {
       maximum[row] = statistics[row];
       log_sum[row] = statistics[rows + row];

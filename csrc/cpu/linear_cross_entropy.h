@@ -2,7 +2,7 @@
 // the element type of the layer, A the type sums are carried in (float, or double for double).
 #pragma once
 
-#include "types.h"
+#include "cross_entropy.h"
 
 namespace dlkernels {
 
@@ -24,9 +24,10 @@ struct LinearCrossEntropyShape {
 
 struct LinearCrossEntropyForwardArgs {
   LinearCrossEntropyShape shape;
-  void* losses;      // A [rows], or null when only the totals are wanted
+  LossReduction reduction;
+  void* loss;        // A [rows] with LossReduction::none, else A [1]
   void* statistics;  // A [3][rows]: the row's largest logit, log(sum(exp(x - maximum))), and the mass of its target
-  double* totals;    // [2]: sum of the losses, sum of the rows' weights
+  double* divisor;   // [1]: what the sum of the losses was divided by: the sum of the rows' weights for a mean, else 1
 };
 
 struct LinearCrossEntropyBackwardArgs {
@@ -34,7 +35,7 @@ struct LinearCrossEntropyBackwardArgs {
   const void* statistics;    // as forward left it
   const void* grad_loss;     // A [rows] or A [1]
   int64_t grad_loss_stride;  // 1 or 0
-  double divisor;            // the loss was divided by this (mean), or 1
+  const double* divisor;     // [1], as forward left it
   void* grad_input;          // T [rows][features], or null
   void* grad_linear_weight;  // T [classes][features], or null
   void* grad_linear_bias;    // T [classes], or null

@@ -50,15 +50,23 @@ __global__ void __launch_bounds__(kSumThreads, 1) sum_parts(Columns<Scalar> valu
   partials[part * values.columns + column] = sum;
 }
 
-template <class Scalar, class Store>
+template <class Store>
 __global__ void __launch_bounds__(kSumThreads, 1)
     add_parts(const double* partials, int64_t parts, int64_t columns, Store store) {
   const int64_t column = int64_t{blockIdx.x} * kSumThreads + threadIdx.x;
   if (column >= columns) return;
   double sum = 0;
   for (int64_t part = 0; part < parts; ++part) sum += partials[part * columns + column];
-  store(column, narrow<Scalar>(static_cast<accumulate_t<Scalar>>(sum)));
+  store(column, sum);
 }
+
+template <class Scalar>
+struct StoreSums {
+  Scalar* sums;
+  __device__ void operator()(int64_t column, double sum) const {
+    sums[column] = narrow<Scalar>(static_cast<accumulate_t<Scalar>>(sum));
+  }
+};
 
 // store(column, sum)
 template <class Scalar, class Store>
@@ -67,8 +75,8 @@ void sum_columns(const Columns<Scalar>& values, const Store& store) {
   double* partials = workspace<double>(parts * values.columns);
   launch({parts * ceil_div(values.columns, kWarpSize), kSumThreads, kSumThreads * sizeof(double)}, sum_parts<Scalar>,
          values, partials);
-  launch({ceil_div(values.columns, kSumThreads), kSumThreads}, add_parts<Scalar, Store>, partials, parts,
-         values.columns, store);
+  launch({ceil_div(values.columns, kSumThreads), kSumThreads}, add_parts<Store>, partials, parts, values.columns,
+         store);
 }
 
 }  // namespace dlkernels::DLKERNELS_ISA

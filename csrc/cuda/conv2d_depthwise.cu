@@ -160,9 +160,10 @@ struct TapSink {
   Scalar* data;
   int64_t K, kernel_W;
   int64_t strides[4];
-  __device__ void operator()(int64_t column, Scalar sum) const {
+  __device__ void operator()(int64_t column, double sum) const {
     const int64_t tap = column / K;
-    data[column % K * strides[0] + tap / kernel_W * strides[2] + tap % kernel_W * strides[3]] = sum;
+    data[column % K * strides[0] + tap / kernel_W * strides[2] + tap % kernel_W * strides[3]] =
+        narrow<Scalar>(static_cast<accumulate_t<Scalar>>(sum));
   }
 };
 
@@ -196,8 +197,8 @@ void weight_gradient_typed(const Conv2dBackwardArgs& args) {
          outputs_of(g), static_cast<const Scalar*>(args.grad_output), static_cast<const Scalar*>(args.input), partials);
   TapSink<Scalar> sink = {static_cast<Scalar*>(args.grad_weight), g.K, g.kernel_W, {}};
   for (int i = 0; i < 4; ++i) sink.strides[i] = g.grad_weight_strides[i];
-  launch({ceil_div(taps * g.K, kSumThreads), kSumThreads}, add_parts<Scalar, TapSink<Scalar>>, partials, parts,
-         taps * g.K, sink);
+  launch({ceil_div(taps * g.K, kSumThreads), kSumThreads}, add_parts<TapSink<Scalar>>, partials, parts, taps * g.K,
+         sink);
 }
 
 }  // namespace

@@ -50,8 +50,9 @@ template <class Scalar>
 struct BiasSink {
   Scalar* data;
   int64_t channels, padded;
-  __device__ void operator()(int64_t column, Scalar sum) const {
-    if (column % padded < channels) data[column / padded * channels + column % padded] = sum;
+  __device__ void operator()(int64_t column, double sum) const {
+    if (column % padded >= channels) return;
+    data[column / padded * channels + column % padded] = narrow<Scalar>(static_cast<accumulate_t<Scalar>>(sum));
   }
 };
 

@@ -15,8 +15,7 @@
 //
 // Memory-bound: 4 bytes an element forward and 8 backward in float32.
 #include "cpu/cross_entropy.h"
-#include "cuda/numbers.cuh"
-#include "cuda/reduce.cuh"
+#include "cuda/loss.cuh"
 
 namespace dlkernels::DLKERNELS_ISA {
 namespace {
@@ -24,47 +23,29 @@ namespace {
 constexpr int kThreads = 256;  // of a block that is no single team
 template <int kWarps>
 constexpr int kTeamThreads = kWarps == 1 ? kThreads : kWarps * kWarpSize;
-constexpr int64_t kRowsPerPartial = 8192;  // rows of a block's part of the totals
 
 // ---- typed view of the arguments -----------------------------------------------------------------------------------
 
 template <class Scalar>
-struct Problem {
+struct Problem : Targets<accumulate_t<Scalar>> {
   using T = accumulate_t<Scalar>;
-  int64_t outer, classes, inner, rows, outer_stride;
+  int64_t inner, rows, outer_stride;
   const Scalar* logits;
-  const int64_t* target;
   const Scalar* probabilities;
-  const T* weight;
-  int64_t ignore_index;
-  T smoothing, uniform;  // uniform: what smoothing gives to every class
 
   explicit Problem(const CrossEntropyShape& shape)
-      : outer(shape.outer),
-        classes(shape.classes),
+      : Targets<T>{shape.target,
+                   static_cast<const T*>(shape.weight),
+                   shape.classes,
+                   shape.ignore_index,
+                   static_cast<T>(shape.label_smoothing),
+                   static_cast<T>(shape.label_smoothing) / static_cast<T>(shape.classes)},
         inner(shape.inner),
         rows(shape.outer * shape.inner),
         outer_stride(shape.logits_outer_stride),
         logits(static_cast<const Scalar*>(shape.logits)),
-        target(shape.target),
-        probabilities(static_cast<const Scalar*>(shape.target_probabilities)),
-        weight(static_cast<const T*>(shape.weight)),
-        ignore_index(shape.ignore_index),
-        smoothing(static_cast<T>(shape.label_smoothing)),
-        uniform(smoothing / static_cast<T>(shape.classes)) {}
-
-  __device__ bool ignored(int64_t row) const { return probabilities == nullptr && target[row] == ignore_index; }
-  // A target that is no class gives NaN: there is no way to raise from here.
-  __device__ bool valid(int64_t y) const { return y >= 0 && y < classes; }
-  __device__ T class_weight(int64_t c) const { return weight == nullptr ? T(1) : weight[c]; }
-  // w_c ((1 - eps) q_c + eps / C) for a target that is probabilities, q_c 0 for the rest of a smoothed one-hot one.
-  __device__ T share(T q, int64_t c) const { return ((T(1) - smoothing) * q + uniform) * class_weight(c); }
+        probabilities(static_cast<const Scalar*>(shape.target_probabilities)) {}
 };
-
-template <class T>
-__device__ T not_a_number() {
-  return static_cast<T>(NAN);
-}
 
 // ---- one row of classes side by side -------------------------------------------------------------------------------
 
@@ -109,13 +90,6 @@ __device__ __forceinline__ void store_pack(Scalar* out, const T (&values)[size])
   for (int e = 0; e < size; ++e) out[e] = narrow<Scalar>(values[e]);
 }
 
-struct Greater {
-  template <class T>
-  __device__ __forceinline__ T operator()(T a, T b) const {
-    return a > b ? a : b;
-  }
-};
-
 template <class T>
 struct Statistics {
   T maximum, log_sum;
@@ -156,7 +130,7 @@ __device__ T row_loss(const Problem<Scalar>& p, int64_t row, Statistics<T> stati
   }
   if (p.probabilities != nullptr) return loss;
   const int64_t y = p.target[row];
-  if (!p.valid(y)) return not_a_number<T>();
+  if (!p.valid(row)) return not_a_number<T>();
   const T log_p = (widen(x[y]) - statistics.maximum) - statistics.log_sum;
   return loss - (T(1) - p.smoothing) * p.class_weight(y) * log_p;
 }
@@ -203,7 +177,7 @@ __global__ void __launch_bounds__(kTeamThreads<kWarps>, 1)
   if (row >= p.rows) return;
   const Scalar* x = p.logits + row * p.outer_stride;
   const int64_t first = row * p.classes, y = p.target == nullptr ? -1 : p.target[row];
-  const bool ignored = p.ignored(row), valid = p.target == nullptr || p.valid(y);
+  const bool ignored = p.ignored(row), valid = p.valid(row);
   const T scale = valid ? widen(grad_loss[row * grad_loss_stride]) / static_cast<T>(*divisor) : not_a_number<T>();
   const T mass = ignored || !valid ? T(0) : target_mass<Scalar, kWarps>(p, row, shared_memory<T>());
   const T maximum = maxima[row], log_sum = log_sums[row];
@@ -251,7 +225,7 @@ struct Column {
     return p.share(p.probabilities != nullptr ? widen(p.probabilities[first + c * p.inner]) : static_cast<T>(c == y),
                    c);
   }
-  __device__ bool valid() const { return p.target == nullptr || p.valid(y); }
+  __device__ bool valid() const { return p.valid(row); }
 };
 
 template <class Scalar>
@@ -305,57 +279,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
-// ---- totals: per block of rows, and then of all --------------------------------------------------------------------
-
-struct Totals {
-  double loss, weight;
-};
-
-__device__ inline Totals reduce_totals(Totals mine) {
-  using Block = Team<kThreads / kWarpSize>;
-  double* exchange = shared_memory<double>();
-  return {Block::reduce(mine.loss, Add(), exchange), Block::reduce(mine.weight, Add(), exchange)};
-}
-
-template <class Scalar>
-__global__ void __launch_bounds__(kThreads, 1)
-    sum_rows(Problem<Scalar> p, const accumulate_t<Scalar>* losses, Totals* partials) {
-  const int64_t begin = blockIdx.x * kRowsPerPartial;
-  const int64_t end = begin + kRowsPerPartial < p.rows ? begin + kRowsPerPartial : p.rows;
-  Totals totals = {0, 0};
-  for (int64_t row = begin + threadIdx.x; row < end; row += kThreads) {
-    totals.loss += losses[row];
-    if (p.probabilities != nullptr) {
-      totals.weight += 1;
-    } else if (!p.ignored(row) && p.valid(p.target[row])) {
-      totals.weight += p.class_weight(p.target[row]);
-    }
-  }
-  totals = reduce_totals(totals);
-  if (threadIdx.x == 0) partials[blockIdx.x] = totals;
-}
-
-template <class Scalar>
-__global__ void __launch_bounds__(kThreads, 1)
-    finish_totals(const Totals* partials, int64_t count, bool is_mean, Scalar* loss, double* divisor) {
-  Totals totals = {0, 0};
-  for (int64_t i = threadIdx.x; i < count; i += kThreads) {
-    totals.loss += partials[i].loss;
-    totals.weight += partials[i].weight;
-  }
-  totals = reduce_totals(totals);
-  if (threadIdx.x != 0) return;
-  *divisor = is_mean ? totals.weight : 1.0;
-  if (loss != nullptr) *loss = narrow<Scalar>(static_cast<accumulate_t<Scalar>>(totals.loss / *divisor));
-}
-
-template <class Scalar>
-__global__ void __launch_bounds__(kThreads, 1)
-    narrow_losses(const accumulate_t<Scalar>* losses, int64_t rows, Scalar* out) {
-  const int64_t row = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  if (row < rows) out[row] = narrow<Scalar>(losses[row]);
-}
-
 // ---- launchers -----------------------------------------------------------------------------------------------------
 
 // run(std::integral_constant<int, warps>(), launch): short rows take a warp, long ones a block.
@@ -384,14 +307,8 @@ void forward_typed(const CrossEntropyForwardArgs& args) {
   } else {
     launch({ceil_div(p.rows, kThreads), kThreads}, column_forward<Scalar>, p, maxima, log_sums, losses);
   }
-  Scalar* loss = static_cast<Scalar*>(args.loss);
-  const bool per_row = args.reduction == LossReduction::none;
-  if (per_row) launch({ceil_div(p.rows, kThreads), kThreads}, narrow_losses<Scalar>, losses, p.rows, loss);
-  const int64_t partial_count = ceil_div(p.rows, kRowsPerPartial), exchange = kThreads / kWarpSize * sizeof(double);
-  Totals* partials = workspace<Totals>(partial_count);
-  launch({partial_count, kThreads, exchange}, sum_rows<Scalar>, p, losses, partials);
-  launch({1, kThreads, exchange}, finish_totals<Scalar>, partials, partial_count, args.reduction == LossReduction::mean,
-         per_row ? nullptr : loss, args.divisor);
+  reduce_losses(static_cast<const Targets<T>&>(p), losses, p.rows, args.reduction, static_cast<Scalar*>(args.loss),
+                args.divisor);
 }
 
 template <class Scalar>

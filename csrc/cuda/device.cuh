@@ -64,6 +64,13 @@ inline int64_t processors() {
 #endif
 }
 
+// Elements of an intermediate result that a call holds at a time; the simulator's few make several parts of it.
+#if defined(DLKERNELS_SIMT)
+inline constexpr int64_t kHeldElements = 1 << 11;
+#else
+inline constexpr int64_t kHeldElements = 1 << 25;
+#endif
+
 // Runs kernel(arguments...) on the caller's stream; no blocks, no launch. Blocks lie along x, which alone may be long.
 template <class... Parameters, class... Arguments>
 void launch(Launch shape, void (*kernel)(Parameters...), const Arguments&... arguments) {

@@ -74,16 +74,10 @@ void product_typed(const LinearProductArgs& args) {
 // ---- sums over rows ------------------------------------------------------------------------------------------------
 
 template <class Scalar>
-struct StoreSum {
-  Scalar* sums;
-  __device__ void operator()(int64_t column, Scalar sum) const { sums[column] = sum; }
-};
-
-template <class Scalar>
 void sum_typed(const LinearSumArgs& args) {
   sum_columns(Columns<Scalar>{static_cast<const Scalar*>(args.values), args.rows, args.columns, args.row_stride,
                               args.column_stride, Divider(args.rows > 0 ? args.rows : 1)},
-              StoreSum<Scalar>{static_cast<Scalar*>(args.sums)});
+              StoreSums<Scalar>{static_cast<Scalar*>(args.sums)});
 }
 
 void product(const LinearProductArgs& args) {

@@ -16,6 +16,7 @@ const KernelTable table = [] {
   kernels.cross_entropy = cross_entropy_kernels();
   kernels.linear = linear_kernels();
   kernels.conv2d = conv2d_kernels();
+  kernels.linear_cross_entropy = linear_cross_entropy_kernels();
   return kernels;
 }();
 

@@ -118,19 +118,16 @@ ForwardResult linear_cross_entropy_kernel(const Tensor& input, const Tensor& lin
   const Operands operands(input, linear_weight, value_or_undefined(linear_bias), target, value_or_undefined(weight),
                           ignore_index, label_smoothing);
   const LinearCrossEntropyShape& shape = operands.shape;
-  if (shape.target != nullptr) check_target_range(operands.target, shape.classes, ignore_index);
+  // On other devices looking would wait for them: there a target that is no class gives NaN.
+  if (shape.target != nullptr && input.is_cpu()) check_target_range(operands.target, shape.classes, ignore_index);
 
   const at::ScalarType wide = accumulate_type(input.scalar_type());
   const auto options = input.options().memory_format(std::nullopt).dtype(wide);
   Tensor loss = at::empty(reduction == kNone ? input.sizes().slice(0, input.dim() - 1) : at::IntArrayRef(), options);
   Tensor statistics = at::empty({3, shape.rows}, options);
   Tensor divisor = at::empty({}, options.dtype(at::kDouble));
-  double totals[2] = {0, 0};
-  KernelsOn(input)->linear_cross_entropy.forward(
-      {shape, reduction == kNone ? loss.mutable_data_ptr() : nullptr, statistics.mutable_data_ptr(), totals});
-  *divisor.mutable_data_ptr<double>() = reduction == kMean ? totals[1] : 1.0;
-  if (reduction == kMean) loss.fill_(totals[0] / totals[1]);
-  if (reduction == kSum) loss.fill_(totals[0]);
+  KernelsOn(input)->linear_cross_entropy.forward({shape, static_cast<LossReduction>(reduction), loss.mutable_data_ptr(),
+                                                  statistics.mutable_data_ptr(), divisor.mutable_data_ptr<double>()});
   return {wide_loss ? loss : loss.to(input.scalar_type()), statistics, divisor};
 }
 
@@ -154,7 +151,7 @@ BackwardResult linear_cross_entropy_backward_kernel(const Tensor& grad_loss, con
   const auto& [grad_input, grad_linear_weight, grad_linear_bias, grad_target] = grads;
   KernelsOn(input)->linear_cross_entropy.backward(
       {operands.shape, statistics.const_data_ptr(), dense_grad_loss.const_data_ptr(),
-       per_row && grad_loss.numel() > 1 ? 1 : 0, *divisor.const_data_ptr<double>(), mutable_data_or_null(grad_input),
+       per_row && grad_loss.numel() > 1 ? 1 : 0, divisor.const_data_ptr<double>(), mutable_data_or_null(grad_input),
        mutable_data_or_null(grad_linear_weight), mutable_data_or_null(grad_linear_bias),
        mutable_data_or_null(grad_target)});
   return grads;
