@@ -88,6 +88,7 @@ KernelTable complete(const KernelTable& device, const KernelTable& processor) {
   table.linear = device.linear;
   table.conv2d = device.conv2d;
   table.linear_cross_entropy = device.linear_cross_entropy;
+  table.lstm = device.lstm;
   return table;
 }
 #endif

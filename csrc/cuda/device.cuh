@@ -50,6 +50,7 @@ struct Launch {
   int64_t blocks;
   int threads;
   int64_t shared_bytes = 0;
+  bool together = false;  // all blocks are on the device at once, and may wait for one another
 };
 
 // What the grid of a kernel is cut by. The simulator's four are as many as make its tests take every path.
@@ -71,13 +72,48 @@ inline constexpr int64_t kHeldElements = 1 << 11;
 inline constexpr int64_t kHeldElements = 1 << 25;
 #endif
 
+#if !defined(DLKERNELS_SIMT)
+template <class Kernel>
+void allow_shared_memory(Kernel* kernel, int64_t bytes) {
+  if (bytes <= kSharedBytesOfAnyKernel) return;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+}
+#endif
+
+// The shared memory that a block can have.
+inline int64_t most_shared_bytes() {
+#if defined(DLKERNELS_SIMT)
+  return kSharedBytesOfAnyKernel;
+#else
+  int device = 0, bytes = 0;
+  check(cudaGetDevice(&device));
+  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  return bytes;
+#endif
+}
+
+// How many blocks of a kernel can be on the device at once.
+template <class... Parameters>
+int64_t blocks_at_once(void (*kernel)(Parameters...), int threads, int64_t shared_bytes) {
+#if defined(DLKERNELS_SIMT)
+  static_cast<void>(kernel), static_cast<void>(threads), static_cast<void>(shared_bytes);
+  return processors();
+#else
+  int of_processor = 0;
+  allow_shared_memory(kernel, shared_bytes);
+  check(
+      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&of_processor, kernel, threads, static_cast<size_t>(shared_bytes)));
+  return of_processor * processors();
+#endif
+}
+
 // Runs kernel(arguments...) on the caller's stream; no blocks, no launch. Blocks lie along x, which alone may be long.
 template <class... Parameters, class... Arguments>
 void launch(Launch shape, void (*kernel)(Parameters...), const Arguments&... arguments) {
   if (shape.blocks == 0) return;
   if (shape.blocks > 0x7fffffff) throw std::runtime_error("CUDA: more than 2^31 blocks in a launch");
 #if defined(DLKERNELS_SIMT)
-  ::simt::run(
+  (shape.together ? ::simt::run_together : ::simt::run)(
       {{static_cast<unsigned>(shape.blocks), 1, 1}, {static_cast<unsigned>(shape.threads), 1, 1}, shape.shared_bytes},
       [&] { kernel(static_cast<Parameters>(arguments)...); });
 #else
@@ -86,10 +122,12 @@ void launch(Launch shape, void (*kernel)(Parameters...), const Arguments&... arg
   config.blockDim = dim3(static_cast<unsigned>(shape.threads));
   config.dynamicSmemBytes = static_cast<size_t>(shape.shared_bytes);
   config.stream = static_cast<cudaStream_t>(Place::current().stream);
-  if (shape.shared_bytes > kSharedBytesOfAnyKernel) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(shape.shared_bytes)));
-  }
+  allow_shared_memory(kernel, shape.shared_bytes);
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeCooperative;
+  attribute.val.cooperative = 1;
+  config.attrs = &attribute;
+  config.numAttrs = shape.together ? 1 : 0;
   check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
 #endif
 }
@@ -101,5 +139,57 @@ template <class T>
 T* workspace(int64_t count) {
   return static_cast<T*>(Place::current().allocate(count * static_cast<int64_t>(sizeof(T))));
 }
+
+// A copy of numbers of the processor, valid as long as a workspace; the numbers may go once this returns.
+template <class T>
+T* copy_to_device(const T* numbers, int64_t count) {
+  T* copy = workspace<T>(count);
+#if defined(DLKERNELS_SIMT)
+  memcpy(copy, numbers, static_cast<size_t>(count) * sizeof(T));
+#else
+  check(cudaMemcpyAsync(copy, numbers, static_cast<size_t>(count) * sizeof(T), cudaMemcpyHostToDevice,
+                        static_cast<cudaStream_t>(Place::current().stream)));
+#endif
+  return copy;
+}
+
+// ---- barriers of a grid --------------------------------------------------------------------------------------------
+
+// Where all blocks of a launch `together` meet, any number of times. Memory written before is seen by all after.
+class GridBarrier {
+ public:
+  // On the caller's stream.
+  static GridBarrier create() {
+    GridBarrier barrier;
+    barrier.arrived_ = workspace<unsigned>(1);
+#if !defined(DLKERNELS_SIMT)
+    check(cudaMemsetAsync(barrier.arrived_, 0, sizeof(unsigned), static_cast<cudaStream_t>(Place::current().stream)));
+#endif
+    return barrier;
+  }
+
+#if defined(DLKERNELS_SIMT)
+  void meet(Where where = Where::current()) { ::simt::synchronize_grid(where); }
+#else
+  __device__ void meet() {
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      expected_ += gridDim.x;
+      __threadfence();
+      atomicAdd(arrived_, 1u);
+      unsigned arrived;
+      do {
+        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(arrived) : "l"(arrived_) : "memory");
+      } while (static_cast<int>(arrived - expected_) < 0);  // the counter may wrap around
+      __threadfence();
+    }
+    __syncthreads();
+  }
+#endif
+
+ private:
+  unsigned* arrived_ = nullptr;
+  unsigned expected_ = 0;
+};
 
 }  // namespace dlkernels::DLKERNELS_ISA

@@ -69,4 +69,18 @@ const Scalar* lay_out(const Strided<Scalar>& from) {
   return out;
 }
 
+// Lines of `length` numbers at multiples of 16 bytes: where they are, or laid out.
+template <class Scalar>
+struct Lines {
+  const Scalar* data;
+  int64_t stride;
+
+  Lines(const void* from, int64_t count, int64_t length, int64_t line_stride, int64_t step = 1)
+      : data(static_cast<const Scalar*>(from)), stride(line_stride) {
+    if ((step == 1 || length <= 1) && is_aligned(data, stride)) return;
+    data = lay_out(Strided<Scalar>{data, 1, count, 1, length, 0, stride, step});
+    stride = whole_chunks<Scalar>(length);
+  }
+};
+
 }  // namespace dlkernels::DLKERNELS_ISA

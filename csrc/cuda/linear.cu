@@ -12,26 +12,6 @@ namespace {
 
 // ---- the product ---------------------------------------------------------------------------------------------------
 
-template <class Scalar>
-struct AddBias {
-  const Scalar* bias;
-  Scalar* product;
-  int64_t columns;
-
-  template <class T>
-  __device__ __forceinline__ void operator()(int64_t, int64_t row, int64_t column, const T (&values)[2],
-                                             int count) const {
-    Scalar* out = product + row * columns + column;
-    Scalar results[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const bool has_bias = bias != nullptr && i < count;
-      results[i] = narrow<Scalar>(has_bias ? values[i] + widen(bias[column + i]) : values[i]);
-    }
-    store_pair(out, results, count);
-  }
-};
-
 // A matrix of any strides, as it was given.
 template <class Scalar>
 struct Matrix {
@@ -45,9 +25,8 @@ struct Matrix {
   MatrixLines<Scalar, kAlongDepth> lines() const {
     const int64_t count = kAlongDepth ? rows : depth, length = kAlongDepth ? depth : rows;
     const int64_t line_stride = kAlongDepth ? row_stride : depth_stride, step = kAlongDepth ? depth_stride : row_stride;
-    if ((step == 1 || length <= 1) && is_aligned(data, line_stride)) return {data, count, length, line_stride};
-    return {lay_out(Strided<Scalar>{data, 1, count, 1, length, 0, line_stride, step}), count, length,
-            whole_chunks<Scalar>(length)};
+    const Lines<Scalar> laid(data, count, length, line_stride, step);
+    return {laid.data, count, length, laid.stride};
   }
 };
 
@@ -57,8 +36,8 @@ void product_typed(const LinearProductArgs& args) {
                             args.a_column_stride};
   const Matrix<Scalar> b = {static_cast<const Scalar*>(args.b), args.columns, args.depth, args.b_row_stride,
                             args.b_column_stride};
-  const AddBias<Scalar> sink = {static_cast<const Scalar*>(args.bias), static_cast<Scalar*>(args.product),
-                                args.columns};
+  const StoreRows<Scalar> sink = {static_cast<Scalar*>(args.product), args.columns,
+                                  static_cast<const Scalar*>(args.bias)};
   auto run = [&](const auto& left, const auto& right) {
     multiply(args.rows, args.columns, args.depth, 1, left, right, sink);
   };

@@ -208,34 +208,6 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 // ---- sinks of the products -----------------------------------------------------------------------------------------
 
-template <class Scalar>
-struct StoreLogits {
-  ClassChunk<accumulate_t<Scalar>> chunk;
-  const Scalar* bias;
-
-  template <class T>
-  __device__ __forceinline__ void operator()(int64_t, int64_t row, int64_t c, const T (&values)[2], int count) const {
-    T results[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      results[i] = bias != nullptr && i < count ? values[i] + widen(bias[chunk.first + c + i]) : values[i];
-    }
-    store_pair(chunk.logits + row * chunk.pitch + c, results, count);
-  }
-};
-
-template <class Scalar>
-struct StoreRows {
-  Scalar* out;
-  int64_t columns;
-
-  template <class T>
-  __device__ __forceinline__ void operator()(int64_t, int64_t row, int64_t c, const T (&values)[2], int count) const {
-    const Scalar results[2] = {narrow<Scalar>(values[0]), narrow<Scalar>(values[1])};
-    store_pair(out + row * columns + c, results, count);
-  }
-};
-
 template <class T>
 struct AddRows {
   T* out;
@@ -281,8 +253,8 @@ template <class Scalar>
 struct Layer {
   using T = accumulate_t<Scalar>;
   int64_t rows, features, classes;
-  const Scalar *input, *weight, *bias;
-  int64_t input_stride, weight_stride;
+  Lines<Scalar> input, weight;
+  const Scalar* bias;
   int64_t chunk_classes;
   T* logits;
 
@@ -290,13 +262,9 @@ struct Layer {
       : rows(shape.rows),
         features(shape.features),
         classes(shape.classes),
-        input(static_cast<const Scalar*>(shape.input)),
-        weight(static_cast<const Scalar*>(shape.linear_weight)),
-        bias(static_cast<const Scalar*>(shape.linear_bias)),
-        input_stride(shape.input_row_stride),
-        weight_stride(shape.linear_weight_row_stride) {
-    align(input, input_stride, rows);
-    align(weight, weight_stride, classes);
+        input(shape.input, rows, features, shape.input_row_stride),
+        weight(shape.linear_weight, classes, features, shape.linear_weight_row_stride),
+        bias(static_cast<const Scalar*>(shape.linear_bias)) {
     const int64_t most = kHeldElements / (rows > 0 ? rows : 1) / kFewestClasses * kFewestClasses;
     chunk_classes = most < kFewestClasses ? kFewestClasses : most;
     if (chunk_classes > classes) chunk_classes = classes;
@@ -310,18 +278,11 @@ struct Layer {
     for (int64_t first = 0; first < classes; first += chunk_classes) {
       const int64_t count = first + chunk_classes < classes ? chunk_classes : classes - first;
       const ClassChunk<T> chunk = {logits, first, count, pitch()};
-      multiply(rows, count, features, 1, MatrixLines<Scalar, true>{input, rows, features, input_stride},
-               MatrixLines<Scalar, true>{weight + first * weight_stride, count, features, weight_stride},
-               StoreLogits<Scalar>{chunk, bias});
+      multiply(rows, count, features, 1, MatrixLines<Scalar, true>{input.data, rows, features, input.stride},
+               MatrixLines<Scalar, true>{weight.data + first * weight.stride, count, features, weight.stride},
+               StoreRows<T, Scalar>{logits, pitch(), bias == nullptr ? nullptr : bias + first});
       body(chunk);
     }
-  }
-
- private:
-  void align(const Scalar*& data, int64_t& stride, int64_t lines) const {
-    if (is_aligned(data, stride)) return;
-    data = lay_out(Strided<Scalar>{data, 1, lines, 1, features, 0, stride, 1});
-    stride = whole_chunks<Scalar>(features);
   }
 };
 
@@ -374,13 +335,13 @@ void backward_typed(const LinearCrossEntropyBackwardArgs& args) {
     }
     if (args.grad_linear_weight != nullptr) {
       multiply(chunk.count, features, p.rows, 1, MatrixLines<Scalar, false>{rounded, p.rows, chunk.count, chunk.pitch},
-               MatrixLines<Scalar, false>{layer.input, p.rows, features, layer.input_stride},
+               MatrixLines<Scalar, false>{layer.input.data, p.rows, features, layer.input.stride},
                StoreRows<Scalar>{static_cast<Scalar*>(args.grad_linear_weight) + chunk.first * features, features});
     }
     if (args.grad_input != nullptr) {
       multiply(p.rows, features, chunk.count, 1, MatrixLines<Scalar, true>{rounded, p.rows, chunk.count, chunk.pitch},
-               MatrixLines<Scalar, false>{layer.weight + chunk.first * layer.weight_stride, chunk.count, features,
-                                          layer.weight_stride},
+               MatrixLines<Scalar, false>{layer.weight.data + chunk.first * layer.weight.stride, chunk.count, features,
+                                          layer.weight.stride},
                AddRows<T>{grad_input, features, chunk.first == 0});
     }
   });

@@ -59,6 +59,27 @@ struct MatrixLines {
   }
 };
 
+// ---- a sink: rows of a matrix, and a number added to every column ---------------------------------------------------
+
+template <class Out, class Bias = Out>
+struct StoreRows {
+  Out* out;
+  int64_t stride;
+  const Bias* bias = nullptr;  // of a column
+
+  template <class T>
+  __device__ __forceinline__ void operator()(int64_t, int64_t row, int64_t column, const T (&values)[2],
+                                             int count) const {
+    Out results[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const bool has_bias = bias != nullptr && i < count;
+      results[i] = narrow<Out>(has_bias ? values[i] + widen(bias[column + i]) : values[i]);
+    }
+    store_pair(out + row * stride + column, results, count);
+  }
+};
+
 // ---- loading a tile of a source ------------------------------------------------------------------------------------
 
 // What a thread knows of its lines, or of its place in them, stays the same from tile to tile along the depth.

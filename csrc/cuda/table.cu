@@ -17,6 +17,7 @@ const KernelTable table = [] {
   kernels.linear = linear_kernels();
   kernels.conv2d = conv2d_kernels();
   kernels.linear_cross_entropy = linear_cross_entropy_kernels();
+  kernels.lstm = lstm_kernels();
   return kernels;
 }();
 

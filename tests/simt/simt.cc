@@ -65,7 +65,9 @@ struct Context {
 
 // ---- a block -------------------------------------------------------------------------------------------------------
 
-enum class State { ready, at_barrier, in_exchange, done };
+enum class State { ready, at_barrier, in_exchange, at_grid_barrier, done };
+// Of a block that cannot go on by itself.
+enum class Stop { done, at_grid_barrier };
 
 struct Copy {
   unsigned char* shared;
@@ -131,19 +133,33 @@ class Block {
     for (unsigned char* stack : stacks_) stacks.free.push_back(stack);
   }
 
-  void run(const LaunchShape& shape, Index block) {
+  void start(const LaunchShape& shape, Index block) {
     for (size_t i = 0; i < fibers_.size(); ++i) {
       Fiber& fiber = fibers_[i];
       fiber.thread = {{static_cast<unsigned>(i), 0, 0}, block, shape.threads, shape.blocks, data_};
       stacks_.push_back(stacks.take());
       fiber.context.prepare(stacks_.back(), &Block::enter);
     }
+  }
+
+  // Runs as far as the block comes without the others of its grid.
+  Stop advance() {
+    for (Fiber& fiber : fibers_) {
+      if (fiber.state == State::at_grid_barrier) fiber.state = State::ready;
+    }
     running_block = this;
     while (step()) {
     }
     running_block = nullptr;
     if (error_) std::rethrow_exception(error_);
+    if (fibers_[0].state == State::at_grid_barrier) return Stop::at_grid_barrier;
     check_fence();
+    return Stop::done;
+  }
+  void leave() {
+    running_block = this;
+    blame("another block of the grid has failed");
+    running_block = nullptr;
   }
 
   void wait(State state, std::source_location where) {
@@ -244,17 +260,18 @@ class Block {
     for (const Fiber& fiber : fibers_) {
       if (fiber.state == State::done) ++done;
       if (fiber.state == State::in_exchange) return blame("a lane waits for its warp at " + describe(fiber.where));
-      if (fiber.state == State::at_barrier && waiting == nullptr) waiting = &fiber;
+      if (fiber.state != State::done && waiting == nullptr) waiting = &fiber;
     }
     if (waiting == nullptr) return false;
     for (const Fiber& fiber : fibers_) {
       if (fiber.state == State::done) {
         return blame(std::to_string(done) + " threads ended while others wait at " + describe(waiting->where));
       }
-      if (fiber.where.line() != waiting->where.line()) {
+      if (fiber.state != waiting->state || fiber.where.line() != waiting->where.line()) {
         return blame("threads wait at " + describe(waiting->where) + " and at " + describe(fiber.where));
       }
     }
+    if (waiting->state == State::at_grid_barrier) return false;
     for (Fiber& fiber : fibers_) fiber.state = State::ready;
     return true;
   }
@@ -345,17 +362,62 @@ void wait_for_copies(int but_for_groups) {
   });
 }
 
+void synchronize_grid(std::source_location where) {
+  running_block->wait(State::at_grid_barrier, where);
+}
+
+namespace {
+
+// The blocks of a grid in the order in which they run.
+std::vector<Index> blocks_of(const LaunchShape& shape, Schedule schedule) {
+  std::vector<Index> blocks;
+  for (unsigned z = 0; z < shape.blocks.z; ++z) {
+    for (unsigned y = 0; y < shape.blocks.y; ++y) {
+      for (unsigned x = 0; x < shape.blocks.x; ++x) blocks.push_back({x, y, z});
+    }
+  }
+  std::mt19937_64 random(blocks.size());
+  if (schedule == Schedule::reverse) std::reverse(blocks.begin(), blocks.end());
+  if (schedule == Schedule::random) std::shuffle(blocks.begin(), blocks.end(), random);
+  return blocks;
+}
+
+}  // namespace
+
 void run(const LaunchShape& shape, const std::function<void()>& body) {
   const Schedule schedule = schedule_in_use;
-  std::vector<uint64_t> blocks(uint64_t{shape.blocks.x} * shape.blocks.y * shape.blocks.z);
-  for (size_t i = 0; i < blocks.size(); ++i) blocks[i] = schedule == Schedule::reverse ? blocks.size() - 1 - i : i;
-  std::mt19937_64 random(blocks.size());
-  if (schedule == Schedule::random) std::shuffle(blocks.begin(), blocks.end(), random);
-  for (uint64_t b : blocks) {
-    const Index index = {static_cast<unsigned>(b % shape.blocks.x),
-                         static_cast<unsigned>(b / shape.blocks.x % shape.blocks.y),
-                         static_cast<unsigned>(b / shape.blocks.x / shape.blocks.y)};
-    Block(shape, body, schedule, random()).run(shape, index);
+  std::mt19937_64 random(shape.blocks.x);
+  for (const Index& index : blocks_of(shape, schedule)) {
+    Block block(shape, body, schedule, random());
+    block.start(shape, index);
+    if (block.advance() != Stop::done) {
+      block.leave();
+      fail("a block waits for the others of a grid whose blocks do not run together");
+    }
+  }
+}
+
+void run_together(const LaunchShape& shape, const std::function<void()>& body) {
+  const Schedule schedule = schedule_in_use;
+  std::mt19937_64 random(shape.blocks.x);
+  std::vector<std::unique_ptr<Block>> blocks;
+  for (const Index& index : blocks_of(shape, schedule)) {
+    blocks.push_back(std::make_unique<Block>(shape, body, schedule, random()));
+    blocks.back()->start(shape, index);
+  }
+  size_t next = 0;
+  try {
+    for (bool any = !blocks.empty(); any;) {
+      size_t waiting = 0;
+      for (next = 0; next < blocks.size(); ++next) waiting += blocks[next]->advance() == Stop::at_grid_barrier ? 1 : 0;
+      if (waiting != 0 && waiting != blocks.size()) fail("some blocks ended while others wait for the grid");
+      any = waiting != 0;
+    }
+  } catch (...) {
+    for (size_t i = 0; i < blocks.size(); ++i) {
+      if (i != next) blocks[i]->leave();
+    }
+    throw;
   }
 }
 

@@ -43,7 +43,10 @@ struct LaunchShape {
 };
 // Runs body once for every thread. Throws std::logic_error for what a kernel must not do.
 void run(const LaunchShape& shape, const std::function<void()>& body);
+// The same with all blocks at once, which may wait for one another.
+void run_together(const LaunchShape& shape, const std::function<void()>& body);
 
+void synchronize_grid(std::source_location where);
 void synchronize_block(std::source_location where);
 
 // ---- what the lanes of a warp do together --------------------------------------------------------------------------
