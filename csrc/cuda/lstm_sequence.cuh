@@ -76,7 +76,7 @@ struct StepWeight {
     if (!gates) return all().line(column);
     const int64_t block = column / kStepColumns, unit = block * kStepUnits + column % kStepUnits;
     const int64_t gate = column % kStepColumns / kStepUnits;
-    return unit < columns ? Line{data + (gate * columns + unit) * stride, true} : Line{data, false};
+    return {unit < columns ? data + (gate * columns + unit) * stride : nullptr};
   }
   __device__ __forceinline__ Along along(int64_t place) const { return all().along(place); }
   __device__ __forceinline__ Chunk<Scalar> chunk(const Line& line, const Along& along) const {

@@ -38,15 +38,14 @@ struct MatrixLines {
   }
 
   struct Line {
-    const Scalar* data;
-    bool exists;
+    const Scalar* data;  // null where there is none
   };
   struct Along {
     int64_t offset;
     int count;
   };
   __device__ __forceinline__ Line line(int64_t index) const {
-    return {index < lines ? data + index * stride : data, index < lines};
+    return {index < lines ? data + index * stride : nullptr};
   }
   __device__ __forceinline__ Along along(int64_t place) const {
     const int64_t left = length - place;
@@ -55,7 +54,7 @@ struct MatrixLines {
                                                                                : Pack<Scalar>::size)};
   }
   __device__ __forceinline__ Chunk<Scalar> chunk(const Line& line, const Along& along) const {
-    return {line.data + along.offset, line.exists ? along.count : 0};
+    return {line.data + along.offset, line.data == nullptr ? 0 : along.count};
   }
 };
 

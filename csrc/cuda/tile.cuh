@@ -35,7 +35,8 @@ struct Tile {
 
 // ---- copies of 16 bytes that run beside the thread -----------------------------------------------------------------
 
-// `count` numbers from global memory, zeros after them. The address is a multiple of 16 bytes and readable for all.
+// `count` numbers from global memory, zeros after them. The address is a multiple of 16 bytes, and any where there are
+// none.
 template <class Scalar>
 __device__ __forceinline__ void copy_chunk(Scalar* shared, const Scalar* global, int count) {
   const int bytes = count * static_cast<int>(sizeof(Scalar));
@@ -90,18 +91,18 @@ __device__ __forceinline__ void load_matrices(uint32_t (&words)[4], const void* 
 #endif
 }
 
-// The words of sixteen rows and one unit of depth, in quarters of eight rows and four words. kRowsFirst: quarters 0 and
-// 1 are the two halves of the rows; otherwise those of the depth.
+// The words of sixteen rows and one group of depth, in quarters of eight rows and four words. kRowsFirst: quarters 0
+// and 1 are the two halves of the rows; otherwise those of the depth.
 template <class Tile, bool kRowsFirst>
-__device__ __forceinline__ void load_quarters(const typename Tile::Scalar* tile, int first_row, int unit,
+__device__ __forceinline__ void load_quarters(const typename Tile::Scalar* tile, int first_row, int group,
                                               Word<typename Tile::Scalar> (&words)[4]) {
   using Scalar = typename Tile::Scalar;
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   if constexpr (sizeof(Scalar) == 2 || (sizeof(Scalar) == 4 && Tile::along_depth)) {
     const int quarter = lane / 8, upper_row = kRowsFirst ? quarter % 2 : quarter / 2,
               upper_depth = kRowsFirst ? quarter / 2 : quarter % 2;
-    constexpr int half_depth = kUnitDepth<Scalar> / 2;
-    const int row = first_row + upper_row * 8, k = unit * kUnitDepth<Scalar> + upper_depth * half_depth;
+    constexpr int half_depth = kGroupDepth<Scalar> / 2;
+    const int row = first_row + upper_row * 8, k = group * kGroupDepth<Scalar> + upper_depth * half_depth;
     uint32_t bits[4];
     if constexpr (Tile::along_depth) {
       load_matrices<false>(bits, tile + Tile::offset(row + lane % 8, k));
@@ -115,7 +116,7 @@ __device__ __forceinline__ void load_quarters(const typename Tile::Scalar* tile,
     for (int q = 0; q < 4; ++q) {
       const int upper_row = kRowsFirst ? q % 2 : q / 2, upper_depth = kRowsFirst ? q / 2 : q % 2;
       words[q] = tile[Tile::offset(first_row + upper_row * 8 + lane / 4,
-                                   unit * kUnitDepth<Scalar> + upper_depth * 4 + lane % 4)];
+                                   group * kGroupDepth<Scalar> + upper_depth * 4 + lane % 4)];
     }
   }
 }
@@ -123,8 +124,15 @@ __device__ __forceinline__ void load_quarters(const typename Tile::Scalar* tile,
 template <class Tile>
 __device__ __forceinline__ LeftFragment<typename Tile::Scalar> load_left(const typename Tile::Scalar* tile,
                                                                          int first_row, int unit) {
-  LeftFragment<typename Tile::Scalar> fragment;
-  load_quarters<Tile, true>(tile, first_row, unit, fragment.words);
+  using Scalar = typename Tile::Scalar;
+  LeftFragment<Scalar> fragment;
+#pragma unroll
+  for (int g = 0; g < kUnitGroups<Scalar>; ++g) {
+    Word<Scalar> words[4];
+    load_quarters<Tile, true>(tile, first_row, unit * kUnitGroups<Scalar> + g, words);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) fragment.words[g * 4 + i] = words[i];
+  }
   return fragment;
 }
 
@@ -132,10 +140,14 @@ __device__ __forceinline__ LeftFragment<typename Tile::Scalar> load_left(const t
 template <class Tile>
 __device__ __forceinline__ void load_right(const typename Tile::Scalar* tile, int first_row, int unit,
                                            RightFragment<typename Tile::Scalar> (&fragments)[2]) {
-  Word<typename Tile::Scalar> words[4];
-  load_quarters<Tile, false>(tile, first_row, unit, words);
+  using Scalar = typename Tile::Scalar;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) fragments[i / 2].words[i % 2] = words[i];
+  for (int g = 0; g < kUnitGroups<Scalar>; ++g) {
+    Word<Scalar> words[4];
+    load_quarters<Tile, false>(tile, first_row, unit * kUnitGroups<Scalar> + g, words);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) fragments[i / 2].words[g * 2 + i % 2] = words[i];
+  }
 }
 
 }  // namespace dlkernels::DLKERNELS_ISA
