@@ -64,7 +64,7 @@ struct AttentionForwardArgs {
   bool is_causal;                       // row i sees keys 0 .. i
   double scale;                         // of the scores
   double dropout_p;                     // of the probabilities, in [0, 1]
-  uint64_t dropout_seed;                // read where dropout_p > 0
+  const uint64_t* dropout_seed;         // [1], read where dropout_p > 0
   AttentionTensor<void*> output;        // [..., heads, L, E_v]; aliases nothing
   AttentionTensor<void*> exact_output;  // as output, in float32; data null for float32 and float64
   void* statistics;                     // [2, batches, heads, L], contiguous, of the type that sums have: each row's
@@ -81,7 +81,7 @@ struct AttentionBackwardArgs {
   bool is_causal;
   double scale;
   double dropout_p;
-  uint64_t dropout_seed;
+  const uint64_t* dropout_seed;
   AttentionTensor<void*> grad_query;  // [..., heads, L, E]; data null where it is not wanted
   AttentionTensor<void*> grad_key;    // [..., kv_heads, S, E]; data null where it is not wanted
   AttentionTensor<void*> grad_value;  // [..., kv_heads, S, E_v]; data null where it is not wanted

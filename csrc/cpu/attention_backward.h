@@ -204,7 +204,7 @@ class BackwardBlocks {
   void load_keep(int64_t batch, int64_t head, const Keys& keys, const Queries& queries) {
     const T factor = args_.dropout_p < 1 ? static_cast<T>(1 / (1 - args_.dropout_p)) : T(0);
     for (int64_t q = 0; q < queries.count; ++q) {
-      draw_keep_row(args_.dropout_seed, args_.dropout_p, batch * args_.sizes.heads + head, queries.begin + q,
+      draw_keep_row(*args_.dropout_seed, args_.dropout_p, batch * args_.sizes.heads + head, queries.begin + q,
                     keys.begin, keys.count, keep_row_.data());
       for (int64_t k = 0; k < keys.count; ++k) keep_[k * kStride + q] = keep_row_[k] * factor;
     }

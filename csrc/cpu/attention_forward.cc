@@ -178,7 +178,7 @@ class ForwardTask {
     }
     const T shift = row_max == -kInfinity<T> ? T(0) : row_max;  // nothing seen but -inf: exp(-inf - 0) is 0, not NaN
     if (args_.dropout_p > 0) {
-      draw_keep_row(args_.dropout_seed, args_.dropout_p, batch_ * args_.sizes.heads + head(row), position(row),
+      draw_keep_row(*args_.dropout_seed, args_.dropout_p, batch_ * args_.sizes.heads + head(row), position(row),
                     key_begin, keys, keep_.data());
       row_sum_[row] += exponentiate_row<true>(scores, whole, keys, scale, shift, weights);
     } else {

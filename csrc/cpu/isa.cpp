@@ -89,6 +89,7 @@ KernelTable complete(const KernelTable& device, const KernelTable& processor) {
   table.conv2d = device.conv2d;
   table.linear_cross_entropy = device.linear_cross_entropy;
   table.lstm = device.lstm;
+  table.attention = device.attention;
   return table;
 }
 #endif

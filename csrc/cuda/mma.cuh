@@ -69,13 +69,11 @@ template <class Scalar>
 __device__ __forceinline__ void multiply_add_unit(float (&c)[4], const uint32_t (&left)[4],
                                                   const uint32_t (&right)[2]) {
   if constexpr (std::is_same_v<Scalar, bfloat16>) {
-    asm(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(right[0]), "r"(right[1]));
   } else {
-    asm(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(right[0]), "r"(right[1]));
   }
@@ -87,8 +85,8 @@ __device__ __forceinline__ void multiply_add_unit(double (&c)[4], const double (
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     asm("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0,%1}, {%2}, {%3}, {%0,%1};"
-                 : "+d"(c[i % 2 * 2]), "+d"(c[i % 2 * 2 + 1])
-                 : "d"(left[i]), "d"(right[i / 2]));
+        : "+d"(c[i % 2 * 2]), "+d"(c[i % 2 * 2 + 1])
+        : "d"(left[i]), "d"(right[i / 2]));
   }
 }
 

@@ -18,6 +18,7 @@ const KernelTable table = [] {
   kernels.conv2d = conv2d_kernels();
   kernels.linear_cross_entropy = linear_cross_entropy_kernels();
   kernels.lstm = lstm_kernels();
+  kernels.attention = attention_kernels();
   return kernels;
 }();
 

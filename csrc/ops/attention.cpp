@@ -4,12 +4,10 @@
 #include "ops/attention.h"
 
 #include <ATen/ATen.h>
-#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/ExpandUtils.h>
 
 #include <cmath>
 #include <limits>
-#include <mutex>
 
 #include "ops/device.h"
 #include "ops/second_order.h"
@@ -191,10 +189,13 @@ bool is_rounded(const Tensor& tensor) {
   return accumulate_type(tensor.scalar_type()) != tensor.scalar_type();
 }
 
-uint64_t draw_seed() {
-  at::Generator generator = at::detail::getDefaultCPUGenerator();
-  std::lock_guard<std::mutex> lock(generator.mutex());
-  return at::check_generator<at::CPUGeneratorImpl>(generator)->random64();
+// A seed from torch's generator of the device, in its memory: nothing waits for it, and graphs draw it anew.
+Tensor draw_seed(const at::TensorOptions& options, bool is_needed) {
+  Tensor seed = at::zeros({}, options.dtype(at::kLong));
+  return is_needed ? seed.random_() : seed;
+}
+uint64_t const* seed_of(const Tensor& seed) {
+  return reinterpret_cast<const uint64_t*>(seed.const_data_ptr<int64_t>());
 }
 
 ForwardResult attention_kernel(const Tensor& query, const Tensor& key, const Tensor& value,
@@ -209,15 +210,13 @@ ForwardResult attention_kernel(const Tensor& query, const Tensor& key, const Ten
   at::DimVector statistics_shape(output.sizes().slice(0, output.dim() - 1));
   statistics_shape.insert(statistics_shape.begin(), 2);
   Tensor statistics = at::empty(statistics_shape, options.dtype(accumulate_type(query.scalar_type())));
-  Tensor dropout_seed = at::zeros({}, options.dtype(at::kLong));
-  const uint64_t seed = dropout_p > 0 ? draw_seed() : 0;
-  *dropout_seed.mutable_data_ptr<int64_t>() = static_cast<int64_t>(seed);
+  const Tensor dropout_seed = draw_seed(options, dropout_p > 0);
   KernelsOn(query)->attention.forward(
       {kernel_dtype(query, kName, "query"), sizes, as_argument<const void*>(operands.query),
        as_argument<const void*>(operands.key), as_argument<const void*>(operands.value),
-       as_mask_argument<const void*>(operands.mask, query.scalar_type()), is_causal, operands.scale, dropout_p, seed,
-       as_argument<void*>(output), is_half ? as_argument<void*>(exact_output) : AttentionTensor<void*>{},
-       statistics.mutable_data_ptr()});
+       as_mask_argument<const void*>(operands.mask, query.scalar_type()), is_causal, operands.scale, dropout_p,
+       seed_of(dropout_seed), as_argument<void*>(output),
+       is_half ? as_argument<void*>(exact_output) : AttentionTensor<void*>{}, statistics.mutable_data_ptr()});
   if (operands.has_heads) return {output, exact_output, statistics, dropout_seed};
   return {output.squeeze(0), is_half ? exact_output.squeeze(0) : exact_output, statistics.squeeze(1), dropout_seed};
 }
@@ -285,9 +284,9 @@ BackwardResult attention_backward_kernel(const Tensor& grad_output, const Tensor
        as_argument<const void*>(operands.value), as_argument<const void*>(output_view),
        as_argument<const void*>(exact_output_view), dense_statistics.const_data_ptr(),
        as_mask_argument<const void*>(operands.mask, query.scalar_type()), is_causal, operands.scale, dropout_p,
-       static_cast<uint64_t>(*dropout_seed.const_data_ptr<int64_t>()), as_argument<void*>(grad_query),
-       as_argument<void*>(grad_key), as_argument<void*>(grad_value),
-       as_mask_argument<void*>(grad_mask_view, query.scalar_type()), wants_mask ? grad_mask.numel() : 0});
+       seed_of(dropout_seed), as_argument<void*>(grad_query), as_argument<void*>(grad_key),
+       as_argument<void*>(grad_value), as_mask_argument<void*>(grad_mask_view, query.scalar_type()),
+       wants_mask ? grad_mask.numel() : 0});
   return {reduced_to(grad_query, query), reduced_to(grad_key, key), reduced_to(grad_value, value), grad_mask};
 }
 

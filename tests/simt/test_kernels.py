@@ -15,7 +15,7 @@ from dlkernels import functional as F
 from ..cases import Case, all_cases, call, gradients, random_like
 from ..test_accuracy import test_values_and_gradients_match_torch as check_against_torch
 
-COLUMNS = ("batch_norm", "cross_entropy", "linear", "conv2d", "linear_cross_entropy", "lstm")  # those that csrc/cuda has
+COLUMNS = ("batch_norm", "cross_entropy", "linear", "conv2d", "linear_cross_entropy", "lstm", "attention")  # those that csrc/cuda has
 CASES = [case for case in all_cases() if case.column in COLUMNS]
 SCHEDULES = ("forward", "reverse", "random", "warp_ahead")
 
