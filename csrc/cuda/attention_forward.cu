@@ -31,12 +31,12 @@ struct RowSoftmax {
 
   // Scores become weights; returns in `decay` what sums before have to be multiplied by.
   template <class Scalar>
-  __device__ void soften(const ScoreRules<Scalar>& rules, T (&scores)[kScoreTiles][4], T (&decay)[2]) {
+  __device__ void soften(const ScoreRules<Scalar>& rules, Scores<Scalar>& scores, T (&decay)[2]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       T largest = maximum[half];
 #pragma unroll
-      for (int j = 0; j < kScoreTiles; ++j) {
+      for (int j = 0; j < kScoreTiles<Scalar>; ++j) {
 #pragma unroll
         for (int i = half * 2; i < half * 2 + 2; ++i) {
           const ScorePlace at(rules.block, j, i);
@@ -52,7 +52,7 @@ struct RowSoftmax {
       sum[half] *= decay[half];
       const uint32_t kept = rules.kept_of_row(ScorePlace(rules.block, 0, half * 2).row);
 #pragma unroll
-      for (int j = 0; j < kScoreTiles; ++j) {
+      for (int j = 0; j < kScoreTiles<Scalar>; ++j) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           T& weight = scores[j][half * 2 + e];
@@ -66,14 +66,15 @@ struct RowSoftmax {
 };
 
 template <class Pass, class Scalar = typename Pass::Scalar>
-__global__ void __launch_bounds__(kAttentionThreads, 1) attend(AttentionArgs<Scalar> args) {
+__global__ void __launch_bounds__(kAttentionThreads, 1) attend(const __grid_constant__ AttentionArgs<Scalar> args) {
   using T = accumulate_t<Scalar>;
   const AttentionSizes& sizes = args.sizes;
   const int64_t row_blocks = ceil_div(sizes.query_length, kAttentionBlock);
   const int64_t part = blockIdx.x % args.column_parts, place = blockIdx.x / args.column_parts;
-  const int64_t head = place % sizes.heads, batch = place / sizes.heads % sizes.batches;
+  const int head = static_cast<int>(place % sizes.heads);
+  const int batch = static_cast<int>(place / sizes.heads % sizes.batches);
   const int64_t row_block = row_blocks - 1 - place / sizes.heads / sizes.batches;
-  const ScoreBlock first = {batch, head, head / args.group(), row_block * kAttentionBlock, 0};
+  const ScoreBlock first = {batch, head, static_cast<int>(head / args.group()), row_block * kAttentionBlock, 0};
   const int64_t past_rows = first.first_row + kAttentionBlock;
   const int64_t seen = args.is_causal && past_rows < sizes.key_length ? past_rows : sizes.key_length;
 
@@ -81,10 +82,10 @@ __global__ void __launch_bounds__(kAttentionThreads, 1) attend(AttentionArgs<Sca
   RowSoftmax<T> rows;
   auto block_of = [&](int64_t i) {
     ScoreBlock block = first;
-    block.first_column = i * kAttentionBlock;
+    block.first_column = i * kScoreColumns<Scalar>;
     return block;
   };
-  pass.run(ceil_div(seen, kAttentionBlock), part * (Pass::columns / Pass::Slab::depth), block_of,
+  pass.run(ceil_div(seen, kScoreColumns<Scalar>), part * (Pass::columns / Pass::Slab::depth), block_of,
            [&](const ScoreBlock& block, auto& scores, auto&) {
              T decay[2];
              rows.soften(ScoreRules<Scalar>(args, block), scores, decay);

@@ -23,9 +23,9 @@ __device__ __forceinline__ QueryStatistics<accumulate_t<Scalar>> statistics_of(c
 }
 
 // Scores become the weights of a pass: dS scale, dS (of a mask), or what dropout leaves of P.
-template <class Pass, class Scalar, class T, int kSecondTiles>
-__device__ void weigh(const AttentionArgs<Scalar>& args, const ScoreBlock& block, T (&scores)[kScoreTiles][4],
-                      const T (&second)[kSecondTiles][4]) {
+template <class Pass, class Scalar, int kSecondTiles, class T = accumulate_t<Scalar>>
+__device__ void weigh(const AttentionArgs<Scalar>& args, const ScoreBlock& block, Scores<Scalar>& scores,
+                      const accumulate_t<Scalar> (&second)[kSecondTiles][4]) {
   const ScoreRules<Scalar> rules(args, block);
   const T scale = Pass::pass == AttentionPass::mask ? T(1) : args.scale;
   auto weight = [&](int j, int i, int64_t query, int64_t key, const QueryStatistics<T>& of_query, bool kept) {
@@ -46,7 +46,7 @@ __device__ void weigh(const AttentionArgs<Scalar>& args, const ScoreBlock& block
       const QueryStatistics<T> of_query = statistics_of(args, block, query);
       const uint32_t kept = rules.kept_of_row(query);
 #pragma unroll
-      for (int j = 0; j < kScoreTiles; ++j) {
+      for (int j = 0; j < kScoreTiles<Scalar>; ++j) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const int i = half * 2 + e;
@@ -56,7 +56,7 @@ __device__ void weigh(const AttentionArgs<Scalar>& args, const ScoreBlock& block
     }
   } else {
 #pragma unroll
-    for (int j = 0; j < kScoreTiles; ++j) {
+    for (int j = 0; j < kScoreTiles<Scalar>; ++j) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const int64_t query = ScorePlace(block, j, e).column;
@@ -88,6 +88,96 @@ __global__ void __launch_bounds__(256, 1)
     sum += widen(gradient[c]) * widen(out[c]);
   sum = reduce_warp(sum, Add());
   if (threadIdx.x % kWarpSize == 0) dots[line] = sum;
+}
+
+// ---- a gradient from a pass ----------------------------------------------------------------------------------------
+
+// The blocks of scores of a block of keys: all query blocks, of each head that shares them.
+template <int kQueries>
+struct QueryBlocks {
+  ScoreBlock first;
+  int64_t group, blocks, skipped;  // skipped: those whose queries come before all keys of a causal mask
+
+  __device__ QueryBlocks(const ScoreBlock& at, int64_t heads_of_group, int64_t query_length, bool is_causal)
+      : first(at), group(heads_of_group), skipped(is_causal ? at.first_row / kQueries : 0) {
+    const int64_t all = ceil_div(query_length, kQueries);
+    blocks = all > skipped ? all - skipped : 0;
+  }
+  __device__ int64_t count() const { return group * blocks; }
+  __device__ ScoreBlock operator()(int64_t i) const {
+    ScoreBlock block = first;
+    block.head = static_cast<int>(first.kv_head * group + i / blocks);
+    block.first_column = (skipped + i % blocks) * kQueries;
+    return block;
+  }
+};
+
+template <class Pass, class Scalar = typename Pass::Scalar>
+__device__ void store_result(const Pass& pass, const AttentionArgs<Scalar>& args, const ScoreBlock& first, int64_t head,
+                             int64_t rows, int64_t width, int64_t part) {
+  Scalar* out = head_of<Scalar>(args.sizes, args.result, first.batch, head);
+#pragma unroll
+  for (int t = 0; t < Pass::columns / kUnitColumns; ++t) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int64_t row = ScorePlace(first, 0, half * 2).row;
+      const int64_t column = part * Pass::columns + t * kUnitColumns + Lane().column;
+      if (row >= rows || column >= width) continue;
+      const auto* sums = pass.result[t / Pass::result_tiles][t % Pass::result_tiles] + half * 2;
+      store_pair(out + row * args.result.row_stride + column, {narrow<Scalar>(sums[0]), narrow<Scalar>(sums[1])},
+                 column + 1 < width ? 2 : 1);
+    }
+  }
+}
+
+template <class Pass, class Scalar = typename Pass::Scalar>
+__global__ void __launch_bounds__(kAttentionThreads, 1)
+    differentiate(const __grid_constant__ AttentionArgs<Scalar> args) {
+  const AttentionSizes& sizes = args.sizes;
+  constexpr bool of_queries = Pass::rows_are_queries;
+  const int64_t heads = of_queries ? sizes.heads : sizes.kv_heads;
+  const int64_t rows = of_queries ? sizes.query_length : sizes.key_length;
+  const int64_t row_blocks = ceil_div(rows, kAttentionBlock);
+  const int64_t part = blockIdx.x % args.column_parts, place = blockIdx.x / args.column_parts;
+  const int64_t turn = place / heads / sizes.batches;
+  const int head = static_cast<int>(place % heads), batch = static_cast<int>(place / heads % sizes.batches);
+  // Those that see most under a causal mask come first: late queries, and early keys.
+  const int64_t row_block = of_queries ? row_blocks - 1 - turn : turn;
+  const ScoreBlock first = {batch, head, static_cast<int>(of_queries ? head / args.group() : head),
+                            row_block * kAttentionBlock, 0};
+  Pass pass(args);
+  auto body = [&](const ScoreBlock& block, auto& scores, auto& second) { weigh<Pass>(args, block, scores, second); };
+  const int64_t first_slab = part * (Pass::columns / Pass::Slab::depth);
+  if constexpr (of_queries) {
+    const int64_t past_rows = first.first_row + kAttentionBlock;
+    const int64_t seen = args.is_causal && past_rows < sizes.key_length ? past_rows : sizes.key_length;
+    auto block_of = [&](int64_t i) {
+      ScoreBlock block = first;
+      block.first_column = i * kScoreColumns<Scalar>;
+      return block;
+    };
+    pass.run(ceil_div(seen, kScoreColumns<Scalar>), first_slab, block_of, body);
+  } else {
+    const QueryBlocks<kScoreColumns<Scalar>> blocks(first, args.group(), sizes.query_length, args.is_causal);
+    pass.run(blocks.count(), first_slab, blocks, body);
+  }
+  store_result(pass, args, first, head, rows, Pass::pass == AttentionPass::value ? sizes.value_size : sizes.head_size,
+               part);
+}
+
+template <AttentionPass kPass, class Scalar>
+void launch_gradient(AttentionArgs<Scalar> args, const AttentionTensor<void*>& result) {
+  if (result.data == nullptr) return;
+  constexpr bool of_queries = kPass == AttentionPass::query;
+  const AttentionSizes& sizes = args.sizes;
+  args.result = result, args.keeps_rows = true;
+  const int64_t blocks = sizes.batches * (of_queries ? sizes.heads : sizes.kv_heads) *
+                         ceil_div(of_queries ? sizes.query_length : sizes.key_length, kAttentionBlock);
+  const int64_t columns = kPass == AttentionPass::value ? sizes.value_size : sizes.head_size;
+  with_column_slabs<Scalar>(columns, [&](auto slabs) {
+    using Pass = AttentionBlock<Scalar, kPass, slabs()>;
+    launch_pass<Pass>(args, blocks, columns, differentiate<Pass>);
+  });
 }
 
 template <class Scalar>

@@ -1,7 +1,8 @@
 // The gradient of attention's float mask: the scores' gradient, summed over what the mask is broadcast to.
 //
-// A block owns 64 x 64 elements of the mask, or as many as it has, and goes over every head that shares them and, where
-// rows or columns are broadcast, over all of these. It sums element by element, and along what is broadcast at the end.
+// A block owns a block of scores' worth of the mask, or as many as it has, and goes over every head that shares them
+// and, where rows or columns are broadcast, over all of these. It sums element by element, and along what is broadcast
+// at the end.
 #include "cuda/attention_gradient.cuh"
 #include "cuda/attention_parts.cuh"
 
@@ -54,15 +55,16 @@ __device__ void store_element(const AttentionMask<void*>& mask, int64_t offset, 
   }
 }
 
-// Sums [64][64], one row or column of them, or one number, where the mask is broadcast. `square` is shared.
-template <class Scalar, class T>
+// The sums of a block of scores, one row or column of them, or one number, where the mask is broadcast. `square` is
+// shared.
+template <class Scalar, class T = accumulate_t<Scalar>>
 __device__ void store_sums(const AttentionArgs<Scalar>& args, int64_t offset, int64_t first_row, int64_t first_column,
-                           const T (&sums)[kScoreTiles][4], T* square) {
-  constexpr int kPitch = kAttentionBlock + 1;
+                           const Scores<Scalar>& sums, T* square) {
+  constexpr int kColumns = kScoreColumns<Scalar>, kPitch = kColumns + 1;
   const AttentionMask<void*>& mask = args.grad_mask;
   __syncthreads();  // of the last slabs, which were here
 #pragma unroll
-  for (int j = 0; j < kScoreTiles; ++j) {
+  for (int j = 0; j < kScoreTiles<Scalar>; ++j) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const ScorePlace at({0, 0, 0, 0, 0}, j, i);
@@ -70,14 +72,14 @@ __device__ void store_sums(const AttentionArgs<Scalar>& args, int64_t offset, in
     }
   }
   __syncthreads();
-  const int rows = mask.row_stride == 0 ? 1 : kAttentionBlock, columns = mask.column_stride == 0 ? 1 : kAttentionBlock;
+  const int rows = mask.row_stride == 0 ? 1 : kAttentionBlock, columns = mask.column_stride == 0 ? 1 : kColumns;
   for (int place = static_cast<int>(threadIdx.x); place < rows * columns; place += kAttentionThreads) {
     const int row = place / columns, column = place % columns;
     if (rows > 1 && first_row + row >= args.sizes.query_length) continue;
     if (columns > 1 && first_column + column >= args.sizes.key_length) continue;
     T sum = T(0);
     for (int r = row; r < (rows > 1 ? row + 1 : kAttentionBlock); ++r) {
-      for (int c = column; c < (columns > 1 ? column + 1 : kAttentionBlock); ++c) sum += square[r * kPitch + c];
+      for (int c = column; c < (columns > 1 ? column + 1 : kColumns); ++c) sum += square[r * kPitch + c];
     }
     store_element<Scalar>(
         mask, offset + (first_row + row) * mask.row_stride + (first_column + column) * mask.column_stride, sum);
@@ -86,33 +88,34 @@ __device__ void store_sums(const AttentionArgs<Scalar>& args, int64_t offset, in
 
 template <class Pass, class Scalar = typename Pass::Scalar>
 __global__ void __launch_bounds__(kAttentionThreads, 1)
-    sum_score_gradients(AttentionArgs<Scalar> args, MaskHeads heads) {
-  using T = accumulate_t<Scalar>;
+    sum_score_gradients(const __grid_constant__ AttentionArgs<Scalar> args, const __grid_constant__ MaskHeads heads) {
   const int64_t row_blocks = ceil_div(args.sizes.query_length, kAttentionBlock);
-  const int64_t column_blocks = ceil_div(args.sizes.key_length, kAttentionBlock);
+  const int64_t column_blocks = ceil_div(args.sizes.key_length, kScoreColumns<Scalar>);
   const bool all_rows = args.grad_mask.row_stride == 0, all_columns = args.grad_mask.column_stride == 0;
   const int64_t own_rows = all_rows ? 1 : row_blocks, own_columns = all_columns ? 1 : column_blocks;
   const int64_t column = blockIdx.x % own_columns, row = blockIdx.x / own_columns % own_rows;
   const int64_t owned = blockIdx.x / own_columns / own_rows;
   const int64_t turns_of_rows = all_rows ? row_blocks : 1, turns_of_columns = all_columns ? column_blocks : 1;
   Pass pass(args);
-  T sums[kScoreTiles][4] = {};
+  Scores<Scalar> sums = {};
   auto block_of = [&](int64_t i) {
     const int64_t place = heads.place(owned, i / turns_of_columns / turns_of_rows), head = place % args.sizes.heads;
-    return ScoreBlock{place / args.sizes.heads, head, head / args.group(),
+    return ScoreBlock{static_cast<int>(place / args.sizes.heads), static_cast<int>(head),
+                      static_cast<int>(head / args.group()),
                       (row + i / turns_of_columns % turns_of_rows) * kAttentionBlock,
-                      (column + i % turns_of_columns) * kAttentionBlock};
+                      (column + i % turns_of_columns) * kScoreColumns<Scalar>};
   };
   pass.run(heads.shared * turns_of_rows * turns_of_columns, 0, block_of,
            [&](const ScoreBlock& block, auto& scores, auto& second) {
              weigh<Pass>(args, block, scores, second);
 #pragma unroll
-             for (int j = 0; j < kScoreTiles; ++j) {
+             for (int j = 0; j < kScoreTiles<Scalar>; ++j) {
 #pragma unroll
                for (int i = 0; i < 4; ++i) sums[j][i] += scores[j][i];
              }
            });
-  store_sums(args, heads.offset(owned), row * kAttentionBlock, column * kAttentionBlock, sums, shared_memory<T>());
+  store_sums(args, heads.offset(owned), row * kAttentionBlock, column * kScoreColumns<Scalar>, sums,
+             shared_memory<accumulate_t<Scalar>>());
 }
 
 }  // namespace
@@ -126,8 +129,8 @@ void attention_mask_gradient(const AttentionArgs<Scalar>& common, const Attentio
   const AttentionSizes& sizes = args.sizes;
   const MaskHeads heads(sizes, gradient);
   const int64_t rows = gradient.row_stride == 0 ? 1 : ceil_div(sizes.query_length, kAttentionBlock);
-  const int64_t columns = gradient.column_stride == 0 ? 1 : ceil_div(sizes.key_length, kAttentionBlock);
-  const int64_t square_bytes = kAttentionBlock * (kAttentionBlock + 1) * sizeof(accumulate_t<Scalar>);
+  const int64_t columns = gradient.column_stride == 0 ? 1 : ceil_div(sizes.key_length, kScoreColumns<Scalar>);
+  const int64_t square_bytes = kAttentionBlock * (kScoreColumns<Scalar> + 1) * sizeof(accumulate_t<Scalar>);
   const int64_t ring_bytes = Pass::shared_bytes(sizes, false);
   launch({heads.owned * rows * columns, kAttentionThreads, ring_bytes > square_bytes ? ring_bytes : square_bytes},
          sum_score_gradients<Pass>, args, heads);

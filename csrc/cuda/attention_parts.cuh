@@ -1,5 +1,4 @@
-// The parts of attention that have files of their own (attention_forward.cu, attention_backward.cu,
-// attention_mask_gradient.cu).
+// The parts of attention that have files of their own: forward, and a gradient each.
 #pragma once
 
 #include "cpu/attention.h"
@@ -7,10 +6,14 @@
 namespace dlkernels::DLKERNELS_ISA {
 
 void attention_forward(const AttentionForwardArgs& args);
-void attention_backward(const AttentionBackwardArgs& args);  // the mask's gradient by the next
+void attention_backward(const AttentionBackwardArgs& args);  // by the next for some of the gradients
 
 template <class Scalar>
 struct AttentionArgs;
+template <class Scalar>
+void attention_key_gradient(const AttentionArgs<Scalar>& args, const AttentionTensor<void*>& gradient);
+template <class Scalar>
+void attention_value_gradient(const AttentionArgs<Scalar>& args, const AttentionTensor<void*>& gradient);
 template <class Scalar>
 void attention_mask_gradient(const AttentionArgs<Scalar>& args, const AttentionMask<void*>& gradient);
 

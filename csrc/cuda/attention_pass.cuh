@@ -1,5 +1,5 @@
-// What the passes of attention share. Each of them computes blocks of 64 x 64 scores, turns them into weights in
-// registers, and multiplies these with rows of one of the inputs:
+// What the passes of attention share. Each of them computes blocks of 64 x 64 scores (64 x 32 of float32 and float64),
+// turns them into weights in registers, and multiplies these with rows of one of the inputs:
 //
 //   pass      rows      columns   scores     second product   weights                    result
 //   forward   queries   keys      Q K^T                       P, under the maxima so far  P V
@@ -24,9 +24,15 @@ namespace dlkernels::DLKERNELS_ISA {
 
 enum class AttentionPass { forward, query, key, value, mask };
 
-inline constexpr int kAttentionBlock = 64;  // rows, and columns of scores, of a block
+inline constexpr int kAttentionBlock = 64;  // rows of a block
+template <class Scalar>                     // columns: fewer of those whose products take more registers
+inline constexpr int kScoreColumns = sizeof(Scalar) == 2 ? 64 : 32;
 inline constexpr int kAttentionThreads = kAttentionBlock / kUnitRows * kWarpSize;
-inline constexpr int kScoreTiles = kAttentionBlock / kUnitColumns;
+template <class Scalar>
+inline constexpr int kScoreTiles = kScoreColumns<Scalar> / kUnitColumns;
+// What a thread has of a block of scores.
+template <class Scalar>
+using Scores = accumulate_t<Scalar>[kScoreTiles<Scalar>][4];
 
 // ---- where things are ----------------------------------------------------------------------------------------------
 
@@ -71,7 +77,8 @@ struct AttentionArgs {
 
 // A block of scores: of a query head, from a row and a column on.
 struct ScoreBlock {
-  int64_t batch, head, kv_head, first_row, first_column;
+  int batch, head, kv_head;  // below 2^31, as blocks of a launch are
+  int64_t first_row, first_column;
 };
 
 // What is added to the score of a query and a key.
@@ -95,19 +102,22 @@ __device__ __forceinline__ accumulate_t<Scalar> mask_at(const AttentionMask<cons
 
 // Unit `unit` of the depth of sixteen rows of weights, which are where a product left them. float32 and float64: words
 // l % 4 and l % 4 + 4 of a group are columns 2 (l % 4) and the next; load_across() takes its lines in the same order.
-template <class Scalar, class T>
-__device__ __forceinline__ LeftFragment<Scalar> left_of_weights(const T (&weights)[kScoreTiles][4], int unit) {
+template <class Scalar>
+__device__ __forceinline__ LeftFragment<Scalar> left_of_weights(const Scores<Scalar>& weights, int unit) {
   LeftFragment<Scalar> fragment;
   if constexpr (sizeof(Scalar) == 2) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const T* pair = weights[unit * 2 + i / 2] + i % 2 * 2;
+      const float* pair = weights[unit * 2 + i / 2] + i % 2 * 2;
       fragment.words[i] = narrow<Scalar>(pair[0]).bits | uint32_t{narrow<Scalar>(pair[1]).bits} << 16;
     }
   } else {
 #pragma unroll
     for (int i = 0; i < 4 * kUnitGroups<Scalar>; ++i) {
       fragment.words[i] = weights[unit * kUnitGroups<Scalar> + i / 4][i % 2 * 2 + i % 4 / 2];
+#if !defined(DLKERNELS_SIMT)
+      if constexpr (sizeof(Scalar) == 4) asm volatile("" : "+f"(fragment.words[i]));  // split anew for every slab
+#endif
     }
   }
   return fragment;
@@ -118,7 +128,7 @@ template <class Slab>
 __device__ __forceinline__ void load_across(const typename Slab::Scalar* slab, int first, int unit,
                                             RightFragment<typename Slab::Scalar> (&fragments)[2]) {
   using Scalar = typename Slab::Scalar;
-  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  const int lane = hidden_lane();
   if constexpr (sizeof(Scalar) == 2) {
     uint32_t words[4];
     const int upper_element = lane / 16, upper_line = lane / 8 % 2;
@@ -144,7 +154,8 @@ class AttentionBlock {
  public:
   using Scalar = Scalar_;
   using T = accumulate_t<Scalar>;
-  using Slab = Tile<Scalar, kAttentionBlock, true>;
+  using Slab = Tile<Scalar, kScoreColumns<Scalar>, true>;
+  using RowSlab = Tile<Scalar, kAttentionBlock, true>;
   static constexpr AttentionPass pass = kPass;
   static constexpr bool rows_are_queries = kPass != AttentionPass::key && kPass != AttentionPass::value;
   static constexpr bool has_second =
@@ -156,7 +167,8 @@ class AttentionBlock {
     return ceil_div(sizes.head_size, Slab::depth) + (has_second ? ceil_div(sizes.value_size, Slab::depth) : 0);
   }
   static int64_t shared_bytes(const AttentionSizes& sizes, bool keeps_rows) {
-    return (keeps_rows ? stages + row_slabs(sizes) : 2 * stages) * Slab::size * static_cast<int64_t>(sizeof(Scalar));
+    return (stages * Slab::size + (keeps_rows ? row_slabs(sizes) : stages) * RowSlab::size) *
+           static_cast<int64_t>(sizeof(Scalar));
   }
 
   __device__ explicit AttentionBlock(const AttentionArgs<Scalar>& args)
@@ -193,7 +205,8 @@ class AttentionBlock {
       return stage(used_++);
     };
     for (int64_t i = 0; i < blocks; ++i) {
-      T scores[kScoreTiles][4] = {}, second[has_second ? kScoreTiles : 1][4] = {};
+      Scores<Scalar> scores = {};
+      T second[has_second ? kScoreTiles<Scalar> : 1][4] = {};
       for (int64_t part = 0; part < scores_slabs_; ++part) multiply_rows(next(), part, scores);
       if constexpr (has_second) {
         for (int64_t part = 0; part < second_slabs_; ++part) multiply_rows(next(), scores_slabs_ + part, second);
@@ -215,7 +228,7 @@ class AttentionBlock {
 
   __device__ int64_t parts() const { return scores_slabs_ + second_slabs_ + kColumnSlabs; }
   __device__ Scalar* stage(int64_t index) const {
-    return ring_ + index % stages * Slab::size * (args_.keeps_rows ? 1 : 2);
+    return ring_ + index % stages * (Slab::size + (args_.keeps_rows ? 0 : RowSlab::size));
   }
 
   __device__ Rows queries(const AttentionTensor<const void*>& tensor, const ScoreBlock& at, int64_t width) const {
@@ -238,16 +251,18 @@ class AttentionBlock {
     return operand(at, is_value, !rows_are_queries);
   }
 
+  template <int kLines = kScoreColumns<Scalar>>
   __device__ void load_slab(const Rows& lines, int64_t first_line, int64_t slab, Scalar* to) const {
-    Loader<Rows, kAttentionBlock, kAttentionThreads>(lines, first_line).load(slab * Slab::depth, to);
+    Loader<Rows, kLines, kAttentionThreads>(lines, first_line).load(slab * Slab::depth, to);
   }
   __device__ void load_row_slab(const ScoreBlock& at, int64_t part, Scalar* to) const {
     const bool is_second = part >= scores_slabs_;
-    load_slab(operand(at, is_second, rows_are_queries), at.first_row, is_second ? part - scores_slabs_ : part, to);
+    load_slab<kAttentionBlock>(operand(at, is_second, rows_are_queries), at.first_row,
+                               is_second ? part - scores_slabs_ : part, to);
   }
   __device__ void load_rows(const ScoreBlock& at) const {
     for (int64_t part = 0; part < scores_slabs_ + second_slabs_; ++part) {
-      load_row_slab(at, part, rows_ + part * Slab::size);
+      load_row_slab(at, part, rows_ + part * RowSlab::size);
     }
     commit_copies();
   }
@@ -263,14 +278,14 @@ class AttentionBlock {
     if (!args_.keeps_rows) load_row_slab(cursor.at, cursor.part, to + Slab::size);
   }
 
-  __device__ __forceinline__ void multiply_rows(const Scalar* slab, int64_t part, T (&sums)[kScoreTiles][4]) const {
-    const Scalar* left = args_.keeps_rows ? rows_ + part * Slab::size : slab + Slab::size;
+  __device__ __forceinline__ void multiply_rows(const Scalar* slab, int64_t part, Scores<Scalar>& sums) const {
+    const Scalar* left = args_.keeps_rows ? rows_ + part * RowSlab::size : slab + Slab::size;
     const int row = static_cast<int>(threadIdx.x) / kWarpSize * kUnitRows;
 #pragma unroll 1
     for (int unit = 0; unit < Slab::units; ++unit) {
-      const auto prepared_left = prepare(load_left<Slab>(left, row, unit));
+      const auto prepared_left = prepare(load_left<RowSlab>(left, row, unit));
 #pragma unroll
-      for (int j = 0; j < kScoreTiles; j += 2) {
+      for (int j = 0; j < kScoreTiles<Scalar>; j += 2) {
         RightFragment<Scalar> rights[2];
         load_right<Slab>(slab, j * kUnitColumns, unit, rights);
 #pragma unroll
@@ -279,10 +294,10 @@ class AttentionBlock {
     }
   }
 
-  __device__ __forceinline__ void multiply_weights(const Scalar* slab, const T (&weights)[kScoreTiles][4],
+  __device__ __forceinline__ void multiply_weights(const Scalar* slab, const Scores<Scalar>& weights,
                                                    T (&sums)[result_tiles][4]) const {
 #pragma unroll
-    for (int unit = 0; unit < kAttentionBlock / kUnitDepth<Scalar>; ++unit) {
+    for (int unit = 0; unit < kScoreColumns<Scalar> / kUnitDepth<Scalar>; ++unit) {
       const auto left = prepare(left_of_weights<Scalar>(weights, unit));
 #pragma unroll
       for (int j = 0; j < result_tiles; j += 2) {
@@ -334,19 +349,23 @@ struct ScoreRules {
     return scaled +
            mask_at<Scalar>(args.mask, mask_offset + query * args.mask.row_stride + key * args.mask.column_stride);
   }
-  __device__ uint64_t matrix() const { return static_cast<uint64_t>(block.batch * args.sizes.heads + block.head); }
+  __device__ uint64_t matrix() const {
+    return static_cast<uint64_t>(int64_t{block.batch} * args.sizes.heads + block.head);
+  }
 
   // Whether dropout leaves this thread's columns of a row, a bit for element e of tile j at 2 j + e.
   __device__ uint32_t kept_of_row(int64_t query) const {
     if (args.dropout_seed == nullptr) return 0xffffffffu;
     uint32_t bits = 0;
+    const bool upper = block.first_column % kPhiloxGroup != 0;  // of a group that two blocks share
     for (int i = 0; i < 4; ++i) {  // four columns of the first two tiles, each with those sixteen, 32 and 48 after it
       uint32_t words[4];
       const int lane = i / 2 * kUnitColumns + Lane().column + i % 2;
       philox(*args.dropout_seed, matrix(), static_cast<uint64_t>(query),
              static_cast<uint64_t>(block.first_column / kPhiloxGroup), static_cast<uint32_t>(lane), words);
-      for (int w = 0; w < 4; ++w) {
-        if (words[w] >= args.dropout_threshold) bits |= 1u << (4 * w + i);
+#pragma unroll
+      for (int w = 0; w < kScoreTiles<Scalar> / 2; ++w) {
+        if ((upper ? words[(w + 2) % 4] : words[w]) >= args.dropout_threshold) bits |= 1u << (4 * w + i);
       }
     }
     return bits;
@@ -423,11 +442,10 @@ AttentionArgs<Scalar> common_args(const Given& given, void* statistics) {
 template <class Scalar, class Run>
 void with_column_slabs(int64_t columns, Run&& run) {
   constexpr int kWide = sizeof(Scalar) == 8 ? 2 : static_cast<int>(sizeof(Scalar));
-  if (columns <= 64 && sizeof(Scalar) < 8) {
-    run(std::integral_constant<int, kWide / 2>());
-  } else {
-    run(std::integral_constant<int, kWide>());
+  if constexpr (sizeof(Scalar) < 8) {
+    if (columns <= 64) return run(std::integral_constant<int, kWide / 2>());
   }
+  run(std::integral_constant<int, kWide>());
 }
 
 // Launches kernel(args) over `blocks` blocks for each part of the result's columns, of which there are `columns`.

@@ -1,0 +1,17 @@
+// The gradient of attention's values (attention_backward.cu).
+#include "cuda/attention_gradient.cuh"
+#include "cuda/attention_parts.cuh"
+
+namespace dlkernels::DLKERNELS_ISA {
+
+template <class Scalar>
+void attention_value_gradient(const AttentionArgs<Scalar>& args, const AttentionTensor<void*>& gradient) {
+  launch_gradient<AttentionPass::value>(args, gradient);
+}
+
+template void attention_value_gradient(const AttentionArgs<float>&, const AttentionTensor<void*>&);
+template void attention_value_gradient(const AttentionArgs<double>&, const AttentionTensor<void*>&);
+template void attention_value_gradient(const AttentionArgs<bfloat16>&, const AttentionTensor<void*>&);
+template void attention_value_gradient(const AttentionArgs<float16>&, const AttentionTensor<void*>&);
+
+}  // namespace dlkernels::DLKERNELS_ISA
