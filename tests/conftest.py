@@ -22,13 +22,31 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=_C.available_isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs the test once on the kernels of every instruction set that this machine has."""
+def has_simulator() -> bool:
+    """Whether the build has the CUDA kernels on the host (``DLKERNELS_SIMT=1``)."""
     chosen = _C.isa()
-    assert _C.select_isa(request.param)
-    yield request.param
+    found = _C.select_isa("simt")
     _C.select_isa(chosen)
+    return found
+
+
+def run_on(kernels: str) -> Iterator[str]:
+    chosen = _C.isa()
+    assert _C.select_isa(kernels)
+    yield kernels
+    _C.select_isa(chosen)
+
+
+@pytest.fixture(params=[*_C.available_isas(), *(["simt"] if has_simulator() else [])])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test once on the kernels of every instruction set that this machine has, and on CUDA's on the host."""
+    yield from run_on(request.param)
+
+
+@pytest.fixture(params=_C.available_isas())
+def processor_isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test once on the kernels of every instruction set that this machine has."""
+    yield from run_on(request.param)
 
 
 @pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))

@@ -80,7 +80,7 @@ def test_half_inputs_take_float32_parameters() -> None:
 
 
 @pytest.mark.parametrize("shape", [(3, 18, 7, 9), (2, 5, 3, 4, 5), (2, 64, 33, 31), (3, 150, 9, 9)])
-def test_channels_last_is_native_and_gives_the_same_bits(shape: tuple[int, ...], isa: str) -> None:
+def test_channels_last_is_native_and_gives_the_same_bits(shape: tuple[int, ...], processor_isa: str) -> None:
     memory_format = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
     x, residual = torch.randn(shape) * 2 + 1, torch.randn(shape)
     weight, bias, g = torch.randn(shape[1]), torch.randn(shape[1]), torch.randn(shape)

@@ -30,7 +30,7 @@ def ulp_error(actual: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("name", LARGEST_ERROR)
-def test_errors_stay_within_the_stated_ones(name: str, isa: str) -> None:
+def test_errors_stay_within_the_stated_ones(name: str, processor_isa: str) -> None:
     x = every_exponent()
     dense = torch.linspace(-110, 110, 1_000_003)
     x = torch.cat([x, dense, dense / 50])
@@ -46,7 +46,7 @@ def test_errors_stay_within_the_stated_ones(name: str, isa: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "largest"), [("exp_of_negative", 1.4e-7), ("coarse_exp2_of_negative", 4e-6)])
-def test_exponentials_of_a_softmax_are_exact_or_zero(name: str, largest: float, isa: str) -> None:
+def test_exponentials_of_a_softmax_are_exact_or_zero(name: str, largest: float, processor_isa: str) -> None:
     x = -torch.cat([every_exponent().abs(), torch.linspace(0, 130, 1_000_003)])
     exact = torch.exp(x.double()) if name == "exp_of_negative" else torch.exp2(x.double())
     actual = _C.elementary_function(name, x)
@@ -66,13 +66,13 @@ def test_exponentials_of_a_softmax_are_exact_or_zero(name: str, largest: float, 
         ("sigmoid", [(0.0, 0.5), (-0.0, 0.5), (INF, 1.0), (-INF, 0.0)]),
     ],
 )
-def test_special_values(name: str, values: list[tuple[float, float]], isa: str) -> None:
+def test_special_values(name: str, values: list[tuple[float, float]], processor_isa: str) -> None:
     points, expected = torch.tensor([*values, (NAN, NAN)]).unbind(1)
     points = points.contiguous()
     torch.testing.assert_close(_C.elementary_function(name, points), expected, rtol=0, atol=0, equal_nan=True)
 
 
-def test_a_tail_is_computed_like_the_body(isa: str) -> None:
+def test_a_tail_is_computed_like_the_body(processor_isa: str) -> None:
     x = torch.linspace(-3, 3, 37)
     for name in ("exp", "tanh", "sigmoid"):
         whole = _C.elementary_function(name, x)

@@ -79,17 +79,10 @@ struct Tables {
 };
 
 #if defined(DLKERNELS_SIMT)
-// What the device does not have yet comes from the processor.
-KernelTable complete(const KernelTable& device, const KernelTable& processor) {
-  KernelTable table = processor;
-  table.isa = device.isa, table.on_device = true;
-  table.batch_norm = device.batch_norm;
-  table.cross_entropy = device.cross_entropy;
-  table.linear = device.linear;
-  table.conv2d = device.conv2d;
-  table.linear_cross_entropy = device.linear_cross_entropy;
-  table.lstm = device.lstm;
-  table.attention = device.attention;
+// What only processors are asked for is the processor's.
+KernelTable on_host(const KernelTable& device, const KernelTable& processor) {
+  KernelTable table = device;
+  table.arithmetic_rate = processor.arithmetic_rate, table.elementary = processor.elementary;
   return table;
 }
 #endif
@@ -108,7 +101,7 @@ Tables find_tables() {
   if (has_avx512()) tables.usable.push_back(&amx_emulated::table);
 #endif
 #if defined(DLKERNELS_SIMT)
-  tables.simt = complete(simt::table, *tables.widest);
+  tables.simt = on_host(simt::table, *tables.widest);
 #endif
   return tables;
 }

@@ -237,14 +237,15 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (grad_weight != nullptr) grad_weight[channel] = static_cast<T>(product / deviation);
   if (grad_bias != nullptr) grad_bias[channel] = static_cast<T>(sums.gradient);
   const double scale = (weight == nullptr ? 1.0 : static_cast<double>(weight[channel])) / deviation;
-  const double share = training ? scale / layout.elements : 0.0;
-  const double factor = share * product / (variance[channel] + eps);
+  corrections[channel] = {0.0, 0.0};
+  if (!training) return;
+  const double share = scale / layout.elements, factor = share * product / (variance[channel] + eps);
   corrections[channel] = {factor, share * sums.gradient - factor * rounded};
 }
 
 template <class Scalar>
 __global__ void __launch_bounds__(kThreads, 1)
-    differentiate(Layout layout, const Scalar* grad_output, const Scalar* input, const Scalar* output,
+    differentiate(Layout layout, bool training, const Scalar* grad_output, const Scalar* input, const Scalar* output,
                   const accumulate_t<Scalar>* weight, const double* mean, const double* variance, double eps,
                   const Correction* corrections, Scalar* grad_input, Scalar* grad_residual) {
   using T = accumulate_t<Scalar>;
@@ -258,7 +259,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     const T g = gradient_at(grad_output, output, offset);
     if (grad_residual != nullptr) grad_residual[offset] = narrow<Scalar>(g);
     if (grad_input == nullptr) return;
-    grad_input[offset] = narrow<Scalar>(affine.scale * g - (widen(input[offset]) - affine.center) * factor - constant);
+    T out = affine.scale * g;
+    if (training) out -= (widen(input[offset]) - affine.center) * factor + constant;
+    grad_input[offset] = narrow<Scalar>(out);
   });
 }
 
@@ -295,8 +298,8 @@ void backward_typed(const BatchNormBackwardArgs& args) {
          weight, args.mean, args.variance, args.eps, corrections, static_cast<T*>(args.grad_weight),
          static_cast<T*>(args.grad_bias));
   if (args.grad_input == nullptr && args.grad_residual == nullptr) return;
-  launch({layout.blocks(), kThreads}, differentiate<Scalar>, layout, grad_output, input, output, weight, args.mean,
-         args.variance, args.eps, corrections, static_cast<Scalar*>(args.grad_input),
+  launch({layout.blocks(), kThreads}, differentiate<Scalar>, layout, args.shape.training, grad_output, input, output,
+         weight, args.mean, args.variance, args.eps, corrections, static_cast<Scalar*>(args.grad_input),
          static_cast<Scalar*>(args.grad_residual));
 }
 

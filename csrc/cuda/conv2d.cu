@@ -9,7 +9,8 @@
 // group; so are weights. With strides, the input gradient is one convolution for each residue of the input's rows and
 // columns, of the taps that meet it: a pixel of it reads only what it needs.
 //
-// Sums run over (tap, channel) whatever the layout: both layouts give the same bits.
+// Sums run over (tap, channel) whatever the layout: both layouts give the same bits. Padding is multiplied as zeros, so
+// that a weight or gradient that is not finite makes NaN where it meets the padding, as in cuDNN.
 #include "cuda/conv2d_images.cuh"
 #include "cuda/conv2d_parts.cuh"
 

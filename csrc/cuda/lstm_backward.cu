@@ -88,12 +88,15 @@ __global__ void __launch_bounds__(kStepThreads, 1) take_steps_back(BackwardStep<
         kGates * args.H, args.gates_stride};
     args.plan.for_each_tile([&](int64_t column_block, int64_t row_block) {
       if (row_block * kRows >= running) return;
-      product.multiply(later, row_block * kRows, args.w_hh, column_block, is_resident);
+      if (row_block * kRows < going_on) {
+        product.multiply(later, row_block * kRows, args.w_hh, column_block, is_resident);
+      }
       for (int i = static_cast<int>(threadIdx.x); i < kRows * kStepColumns; i += kStepThreads) {
         const int row = i / kStepColumns, column = i % kStepColumns;
         const int64_t sequence = row_block * kRows + row, place = column_block * kStepColumns + column;
         if (sequence >= running || place >= args.outputs) continue;
-        const T grad_h = args.given_gradient(step, sequence, place) + product.sum(row, column);
+        T grad_h = args.given_gradient(step, sequence, place);
+        if (sequence < going_on) grad_h += product.sum(row, column);  // not 0 times what may be infinite
         if (args.projects) {
           args.grad_hidden[(args.steps.first_row(step) + sequence) * args.hidden_stride + place] =
               narrow<Scalar>(grad_h);

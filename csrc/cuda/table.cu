@@ -1,4 +1,4 @@
-// Gathers the kernels of the device into its table. An operation that is not there yet has none.
+// Gathers the kernels of the device into its table.
 #include "cpu/kernels.h"
 #include "cuda/device.cuh"
 
@@ -12,13 +12,13 @@ const KernelTable table = [] {
   KernelTable kernels = {};
   kernels.isa = DLKERNELS_NAME(DLKERNELS_ISA);
   kernels.on_device = true;
+  kernels.attention = attention_kernels();
   kernels.batch_norm = batch_norm_kernels();
+  kernels.conv2d = conv2d_kernels();
   kernels.cross_entropy = cross_entropy_kernels();
   kernels.linear = linear_kernels();
-  kernels.conv2d = conv2d_kernels();
   kernels.linear_cross_entropy = linear_cross_entropy_kernels();
   kernels.lstm = lstm_kernels();
-  kernels.attention = attention_kernels();
   return kernels;
 }();
 
