@@ -267,7 +267,9 @@ def test_wide_3x3_kernels_are_as_accurate_as_one_running_sum(channels: int, isa:
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_numbers_that_overflow_in_a_transform_do_not_in_the_result(layout: torch.memory_format, processor_isa: str) -> None:
+def test_numbers_that_overflow_in_a_transform_do_not_in_the_result(
+    layout: torch.memory_format, processor_isa: str
+) -> None:
     x, w = images(2, 32, 10, 12).contiguous(memory_format=layout), kernels(32, 32, 3, 3)
     x[1, 3, 4, 5] = 3e38  # its products with the smaller weights are finite
     output = F.conv2d(x, w, padding=1)

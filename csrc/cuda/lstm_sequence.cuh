@@ -168,9 +168,9 @@ class StepProduct {
   static constexpr int kStages = 3;
   static constexpr int kPitch = kStepColumns + 4, kSums = parts * rows * kPitch;  // of a row: no bank is met twice
 
+  // The last product's sums are no longer read: the barrier of a slab came after that.
   __device__ void share(int part, int row, const T (&sums)[kStepColumns / kUnitColumns][4]) const {
     const Lane lane;
-    __syncthreads();  // of the last product's sums
 #pragma unroll
     for (int j = 0; j < kStepColumns / kUnitColumns; ++j) {
 #pragma unroll

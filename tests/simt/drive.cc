@@ -1,5 +1,5 @@
-// Calls the CUDA kernels on the host without Python, for builds of kernels that were changed on purpose: exits with 1
-// where a result differs between schedules or is wrong.
+// Calls the CUDA kernels of one column on the host without Python, for builds of kernels that were changed on purpose:
+// exits with 1 where a result differs between schedules or is wrong. Compiled with DRIVE_<column>.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -7,14 +7,22 @@
 #include <memory>
 #include <vector>
 
+#include "cpu/attention.h"
 #include "cpu/batch_norm.h"
+#include "cpu/conv2d.h"
 #include "cpu/cross_entropy.h"
+#include "cpu/linear.h"
+#include "cpu/lstm.h"
 #include "cuda/place.h"
 #include "simt.h"
 
 namespace dlkernels::simt {
+AttentionKernels attention_kernels();
 BatchNormKernels batch_norm_kernels();
+Conv2dKernels conv2d_kernels();
 CrossEntropyKernels cross_entropy_kernels();
+LinearKernels linear_kernels();
+LstmKernels lstm_kernels();
 }  // namespace dlkernels::simt
 
 namespace {
@@ -35,11 +43,18 @@ class HostPlace {
 
 // The numbers that a kernel gave, after 1 or 0: whether the first of them is as expected.
 Results checked(double actual, double expected, const std::vector<float>& values) {
-  Results results = {std::abs(actual - expected) < 1e-5 ? 1.0 : 0.0, actual};
+  Results results = {std::abs(actual - expected) < 1e-5 * (1 + std::abs(expected)) ? 1.0 : 0.0, actual};
   results.insert(results.end(), values.begin(), values.end());
   return results;
 }
 
+std::vector<float> numbers(int64_t count, int64_t seed) {
+  std::vector<float> values(count);
+  for (int64_t i = 0; i < count; ++i) values[i] = static_cast<float>((i + seed) * 7919 % 1009) / 504 - 1;
+  return values;
+}
+
+#if defined(DRIVE_cross_entropy)
 // Loss, divisor and gradient of a smoothed and weighted mean over three rows.
 Results cross_entropy(int64_t classes) {
   constexpr int64_t rows = 3;
@@ -71,6 +86,9 @@ Results cross_entropy(int64_t classes) {
   return checked(loss, total / weights, grad);
 }
 
+#endif
+
+#if defined(DRIVE_batch_norm)
 // Output, statistics and gradients of batch norm over the batch; the last output is compared.
 Results batch_norm(int64_t batch, int64_t inner, bool channels_last) {
   constexpr int64_t channels = 3;
@@ -100,6 +118,134 @@ Results batch_norm(int64_t batch, int64_t inner, bool channels_last) {
   return checked(output[count - 1], std::max(expected, 0.0), values);
 }
 
+#endif
+
+#if defined(DRIVE_linear)
+// A product of operands that have to be laid out, and the sum of one's rows.
+Results linear() {
+  constexpr int64_t rows = 70, columns = 66, depth = 601;
+  const std::vector<float> a = numbers(rows * depth, 1), b = numbers(columns * depth, 2);
+  std::vector<float> product(rows * columns), sums(depth);
+  const HostPlace place;
+  const LinearKernels kernels = dlkernels::simt::linear_kernels();
+  kernels.product(
+      {DType::float32, rows, columns, depth, a.data(), depth, 1, b.data(), depth, 1, true, nullptr, product.data()});
+  kernels.sum({DType::float32, rows, depth, a.data(), depth, 1, sums.data()});
+  double expected = 0;
+  for (int64_t k = 0; k < depth; ++k) expected += double{a[depth + k]} * b[k];
+  product.insert(product.end(), sums.begin(), sums.end());
+  return checked(product[columns], expected, product);
+}
+#endif
+
+#if defined(DRIVE_conv2d)
+// The gradient of a depthwise weight over channels_last images.
+Results depthwise(bool channels_last) {
+  constexpr int64_t C = 40, H = 20, W = 20, count = C * H * W;
+  const std::vector<float> input = numbers(count, 1), gradient = numbers(count, 2), weight = numbers(C * 9, 3);
+  std::vector<float> grad_weight(C * 9);
+  const Conv2dGeometry geometry = {
+      1, C, H, W, C, H, W, 3, 3, 1, 1, 1, 1, 1, 1, C, channels_last, count, count, {9, 9, 3, 1}, {9, 9, 3, 1}};
+  const HostPlace place;
+  dlkernels::simt::conv2d_kernels().backward(
+      {DType::float32, geometry, gradient.data(), input.data(), weight.data(), nullptr, grad_weight.data(), nullptr});
+  double expected = 0;  // of the first channel's middle tap
+  for (int64_t i = 0; i < H * W; ++i) {
+    const int64_t at = channels_last ? i * C : i;
+    expected += double{input[at]} * gradient[at];
+  }
+  return checked(grad_weight[4], expected, grad_weight);
+}
+#endif
+
+#if defined(DRIVE_lstm)
+// Three steps forward and backward; the first unit's cell after one step is compared.
+Results lstm() {
+  constexpr int64_t steps = 3, batch = 70, inputs = 4, H = 37, rows = steps * batch;
+  const std::vector<float> input = numbers(rows * inputs, 1), h0 = numbers(batch * H, 2), c0 = numbers(batch * H, 3),
+                           w_ih = numbers(4 * H * inputs, 4), w_hh = numbers(4 * H * H, 5);
+  std::vector<float> output(rows * H), h_n(batch * H), c_n(batch * H), gates(rows * 4 * H), cells(rows * H);
+  std::vector<float> grad_input(rows * inputs), grad_w_hh(4 * H * H), grad_h0(batch * H);
+  const LstmLayer layer = {DType::float32, steps,   batch,        rows,   inputs,    H,         0,
+                           false,          nullptr, input.data(), inputs, h0.data(), c0.data(), w_ih.data(),
+                           w_hh.data(),    nullptr, nullptr,      nullptr};
+  const HostPlace place;
+  const LstmKernels kernels = dlkernels::simt::lstm_kernels();
+  kernels.forward({layer, output.data(), h_n.data(), c_n.data(), gates.data(), cells.data()});
+  kernels.backward({layer, output.data(), nullptr, nullptr, output.data(), gates.data(), cells.data(),
+                    grad_input.data(), grad_h0.data(), nullptr, nullptr, grad_w_hh.data(), nullptr, nullptr});
+  double gate[4];
+  for (int64_t g = 0; g < 4; ++g) {
+    double sum = 0;
+    for (int64_t k = 0; k < inputs; ++k) sum += double{input[k]} * w_ih[g * H * inputs + k];
+    for (int64_t k = 0; k < H; ++k) sum += double{h0[k]} * w_hh[g * H * H + k];
+    gate[g] = g == 2 ? std::tanh(sum) : 1 / (1 + std::exp(-sum));
+  }
+  for (const auto* more : {&grad_input, &grad_w_hh, &grad_h0}) output.insert(output.end(), more->begin(), more->end());
+  return checked(cells[0], gate[1] * c0[0] + gate[0] * gate[2], output);
+}
+#endif
+
+#if defined(DRIVE_attention)
+// Output and gradients of one head, of a mask that all keys share among them; the first output is compared.
+Results attention() {
+  constexpr int64_t L = 40, S = 64, E = 8;
+  const std::vector<float> query = numbers(L * E, 1), key = numbers(S * E, 2), value = numbers(S * E, 3),
+                           gradient = numbers(L * E, 4), mask = numbers(L, 5);
+  std::vector<float> output(L * E), statistics(2 * L), grads((L + 2 * S) * E + L);
+  AttentionSizes sizes = {0, {}, 1, 1, 1, L, S, E, E};
+  auto rows = [](auto* data, int64_t count) {
+    using Pointer = std::conditional_t<std::is_const_v<std::remove_pointer_t<decltype(data)>>, const void*, void*>;
+    return AttentionTensor<Pointer>{data, {}, count * E, E};
+  };
+  const AttentionMask<const void*> added = {AttentionMaskType::element, mask.data(), {}, L, 1, 0};
+  const AttentionMask<void*> grad_mask = {AttentionMaskType::element, grads.data() + (L + 2 * S) * E, {}, L, 1, 0};
+  const HostPlace place;
+  const AttentionKernels kernels = dlkernels::simt::attention_kernels();
+  kernels.forward({DType::float32,
+                   sizes,
+                   rows(query.data(), L),
+                   rows(key.data(), S),
+                   rows(value.data(), S),
+                   added,
+                   false,
+                   0.5,
+                   0.0,
+                   nullptr,
+                   rows(output.data(), L),
+                   {},
+                   statistics.data()});
+  const float* result = output.data();
+  kernels.backward({DType::float32,
+                    sizes,
+                    rows(gradient.data(), L),
+                    rows(query.data(), L),
+                    rows(key.data(), S),
+                    rows(value.data(), S),
+                    rows(result, L),
+                    {},
+                    statistics.data(),
+                    added,
+                    false,
+                    0.5,
+                    0.0,
+                    nullptr,
+                    rows(grads.data(), L),
+                    rows(grads.data() + L * E, S),
+                    rows(grads.data() + (L + S) * E, S),
+                    grad_mask,
+                    L});
+  double sum = 0, weighted = 0;
+  for (int64_t j = 0; j < S; ++j) {
+    double score = 0;
+    for (int64_t e = 0; e < E; ++e) score += double{query[e]} * key[j * E + e];
+    sum += std::exp(0.5 * score), weighted += std::exp(0.5 * score) * value[j * E];
+  }
+  output.insert(output.end(), grads.begin(), grads.end());
+  return checked(output[0], weighted / sum, output);
+}
+#endif
+
 // Whether a call gives the right result, and the same bits, under every schedule.
 template <class Call>
 bool holds(const char* name, Call&& call) {
@@ -120,11 +266,24 @@ bool holds(const char* name, Call&& call) {
 
 int main() {
   bool all = true;
+#if defined(DRIVE_cross_entropy)
   for (const int64_t classes : {40, 3001, 33001}) {
     all &= holds("cross-entropy", [=] { return cross_entropy(classes); });
   }
+#elif defined(DRIVE_batch_norm)
   for (const bool channels_last : {false, true}) {
     all &= holds("batch norm", [=] { return batch_norm(13, 1500, channels_last); });
   }
+#elif defined(DRIVE_linear)
+  all = holds("linear", linear);
+#elif defined(DRIVE_conv2d)
+  for (const bool channels_last : {false, true}) {
+    all &= holds("depthwise convolution", [=] { return depthwise(channels_last); });
+  }
+#elif defined(DRIVE_lstm)
+  all = holds("lstm", lstm);
+#elif defined(DRIVE_attention)
+  all = holds("attention", attention);
+#endif
   return all ? 0 : 1;
 }

@@ -95,14 +95,21 @@ void multiply_add(Sum (&c)[4], const Word (&left)[4], const Word (&right)[2], Va
     Word left[4], right[2];
   } mine = {{left[0], left[1], left[2], left[3]}, {right[0], right[1]}};
   const Given<Words> given(mine, where);
-  for (int i = 0; i < 4; ++i) {
-    const int row = lane() / 4, column = lane() % 4 * 2 + i % 2;
-    double sum = 0;
+  constexpr int depth = 8 * kPerWord;
+  double rows[2][depth], columns[2][depth];
+  const int row = lane() / 4 * 4, column = lane() % 4 * 2 * 4;  // the lanes that hold them begin here
+  for (int half = 0; half < 2; ++half) {
     for (int word = 0; word < 8; ++word) {
-      const Word a = given[row * 4 + word % 4].left[i / 2 + word / 4 * 2];
-      const Word b = given[column * 4 + word % 4].right[word / 4];
-      for (int j = 0; j < kPerWord; ++j) sum += double{value(a, j)} * double{value(b, j)};
+      const Word a = given[row + word % 4].left[half + word / 4 * 2];
+      const Word b = given[column + half * 4 + word % 4].right[word / 4];
+      for (int j = 0; j < kPerWord; ++j) {
+        rows[half][word * kPerWord + j] = value(a, j), columns[half][word * kPerWord + j] = value(b, j);
+      }
     }
+  }
+  for (int i = 0; i < 4; ++i) {
+    double sum = 0;
+    for (int k = 0; k < depth; ++k) sum += rows[i / 2][k] * columns[i % 2][k];
     c[i] = add_rounded_towards_zero(c[i], sum);
   }
 }
