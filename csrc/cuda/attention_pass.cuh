@@ -123,6 +123,16 @@ __device__ __forceinline__ LeftFragment<Scalar> left_of_weights(const Scores<Sca
   return fragment;
 }
 
+// This thread's lane, hidden from the optimiser: it would compute every address that follows from it ahead of a loop,
+// and keep them all in registers.
+__device__ __forceinline__ int hidden_lane() {
+  int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+#if !defined(DLKERNELS_SIMT)
+  asm volatile("" : "+r"(lane));
+#endif
+  return lane;
+}
+
 // Two right fragments of a slab whose lines are the depth: of its elements from `first` and from first + 8.
 template <class Slab>
 __device__ __forceinline__ void load_across(const typename Slab::Scalar* slab, int first, int unit,

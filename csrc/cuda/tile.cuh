@@ -70,16 +70,6 @@ __device__ __forceinline__ void wait_for_copies() {
 
 // ---- fragments -----------------------------------------------------------------------------------------------------
 
-// This thread's lane, hidden from the optimiser: it would compute every address that follows from it ahead of a loop,
-// and keep them all in registers.
-__device__ __forceinline__ int hidden_lane() {
-  int lane = static_cast<int>(threadIdx.x) % kWarpSize;
-#if !defined(DLKERNELS_SIMT)
-  asm volatile("" : "+r"(lane));
-#endif
-  return lane;
-}
-
 // Four matrices of eight rows of 16 bytes: lane 8 m + r gives the address of row r of matrix m.
 template <bool kTransposed>
 __device__ __forceinline__ void load_matrices(uint32_t (&words)[4], const void* row) {
@@ -107,7 +97,7 @@ template <class Tile, bool kRowsFirst>
 __device__ __forceinline__ void load_quarters(const typename Tile::Scalar* tile, int first_row, int group,
                                               Word<typename Tile::Scalar> (&words)[4]) {
   using Scalar = typename Tile::Scalar;
-  const int lane = hidden_lane();
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   if constexpr (sizeof(Scalar) == 2 || (sizeof(Scalar) == 4 && Tile::along_depth)) {
     const int quarter = lane / 8, upper_row = kRowsFirst ? quarter % 2 : quarter / 2,
               upper_depth = kRowsFirst ? quarter / 2 : quarter % 2;
