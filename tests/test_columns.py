@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     "csrc/cpu/{column}.h",
     "csrc/cpu/{column}.cc",
+    "csrc/cuda/{column}.cu",
     "csrc/ops/{column}.h",
     "csrc/ops/{column}.cpp",
     "dlkernels/ops/{column}.py",

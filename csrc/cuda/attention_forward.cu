@@ -146,8 +146,4 @@ void attention_forward(const AttentionForwardArgs& args) {
   dispatch(args.dtype, [&](auto* type) { forward_typed<std::remove_pointer_t<decltype(type)>>(args); });
 }
 
-AttentionKernels attention_kernels() {
-  return {attention_forward, attention_backward};
-}
-
 }  // namespace dlkernels::DLKERNELS_ISA

@@ -39,8 +39,22 @@ __device__ __forceinline__ T* shared_memory() {
 // ---- launching -----------------------------------------------------------------------------------------------------
 
 #if !defined(DLKERNELS_SIMT)
+// Of the device in use: its name and what this build has for it.
+inline std::string no_kernel_image() {
+  int device = 0;
+  cudaDeviceProp properties = {};
+  cudaGetDevice(&device);
+  cudaGetDeviceProperties(&properties, device);
+  return std::string("CUDA: no kernels for ") + properties.name + " (compute capability " +
+         std::to_string(properties.major) + "." + std::to_string(properties.minor) +
+         "): this build has sm_80, sm_90a and PTX of compute_90; `DLKERNELS_CUDA=1 pip install --force-reinstall "
+         "--no-deps .` builds them for devices from compute capability 8.0 on.";
+}
+
 inline void check(cudaError_t error) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  if (error == cudaErrorNoKernelImageForDevice) throw std::runtime_error(no_kernel_image());
+  throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
 }
 #endif
 

@@ -179,8 +179,4 @@ void lstm_forward(const LstmForwardArgs& args) {
   dispatch(args.layer.dtype, [&](auto* type) { forward_typed<std::remove_pointer_t<decltype(type)>>(args); });
 }
 
-LstmKernels lstm_kernels() {
-  return {lstm_forward, lstm_backward};
-}
-
 }  // namespace dlkernels::DLKERNELS_ISA

@@ -194,7 +194,7 @@ Tensor draw_seed(const at::TensorOptions& options, bool is_needed) {
   Tensor seed = at::zeros({}, options.dtype(at::kLong));
   return is_needed ? seed.random_() : seed;
 }
-uint64_t const* seed_of(const Tensor& seed) {
+const uint64_t* seed_of(const Tensor& seed) {
   return reinterpret_cast<const uint64_t*>(seed.const_data_ptr<int64_t>());
 }
 
