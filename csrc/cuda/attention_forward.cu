@@ -9,13 +9,6 @@
 namespace dlkernels::DLKERNELS_ISA {
 namespace {
 
-struct Greater {
-  template <class T>
-  __device__ __forceinline__ T operator()(T a, T b) const {
-    return a > b ? a : b;
-  }
-};
-
 // Over the four lanes that have a row.
 template <class T, class Combine>
 __device__ __forceinline__ T reduce_row(T value, Combine combine) {

@@ -33,13 +33,6 @@ __device__ T not_a_number() {
   return static_cast<T>(NAN);
 }
 
-struct Greater {
-  template <class T>
-  __device__ __forceinline__ T operator()(T a, T b) const {
-    return a > b ? a : b;
-  }
-};
-
 // ---- totals: per block of rows, and then of all --------------------------------------------------------------------
 
 inline constexpr int kLossThreads = 256;

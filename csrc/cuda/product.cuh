@@ -3,7 +3,7 @@
 // elements of the product.
 //
 // A block computes one tile of the product, a warp a part of it in registers. Tiles of the operands go through a ring
-// of kStages places in shared memory: while the matrix units work on one, the next are on their way. Few tiles and much
+// of `stages` places in shared memory: while the matrix units work on one, the next are on their way. Few tiles and much
 // depth: the depth is cut into slices, whose sums are kept and added in their order.
 #pragma once
 

@@ -14,6 +14,14 @@ struct Add {
   }
 };
 
+// The greater; of NaN and a number, the second.
+struct Greater {
+  template <class T>
+  __device__ __forceinline__ T operator()(T a, T b) const {
+    return a > b ? a : b;
+  }
+};
+
 // Every lane gets the combination of all: combine(a, b) must not depend on the order of a and b.
 template <class T, class Combine>
 __device__ __forceinline__ T reduce_warp(T value, Combine combine) {
