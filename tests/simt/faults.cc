@@ -50,15 +50,47 @@ void rounds(float* out) {
   }
 }
 
+// Sixteen threads copy four numbers each; correct after waiting for them and for the others.
+template <bool kWaits>
+void copies(float* out) {
+  alignas(16) static float source[64];
+  source[threadIdx.x] = static_cast<float>((threadIdx.x + 32) % 64);
+  __syncthreads();
+  if (threadIdx.x < 16) simt::copy_later(shared() + 4 * threadIdx.x, source + 4 * threadIdx.x, 16);
+  simt::commit_copies();
+  if (kWaits) simt::wait_for_copies(0);
+  __syncthreads();
+  out[threadIdx.x] = shared()[threadIdx.x];
+}
+
+// Two blocks, each of which leaves numbers for the other; correct with the barrier of the grid between.
+template <bool kWaits>
+void blocks_of_a_grid(float* out) {
+  static float left[64];
+  if (threadIdx.x < 32) left[blockIdx.x * 32 + threadIdx.x] = static_cast<float>(blockIdx.x * 32 + threadIdx.x);
+  if (kWaits) simt::synchronize_grid(Where::current());
+  const unsigned other = (blockIdx.x * 32 + threadIdx.x % 32 + 32) % 64;
+  if (threadIdx.x < 32) out[blockIdx.x * 32 + threadIdx.x] = left[other];
+  if (!kWaits && threadIdx.x < 32) left[other] = -1;  // so that the next schedule begins anew
+}
+
+void block_that_waits_alone() {
+  simt::synchronize_grid(Where::current());
+}
+void misaligned_copy() {
+  simt::copy_later(shared() + 1, shared(), 16);
+}
+
 // In how many of the four schedules the values are those of the neighbours.
 template <class Kernel>
-std::string schedules_passed(Kernel kernel) {
+std::string schedules_passed(Kernel kernel, unsigned blocks = 1) {
   int passed = 0;
   for (auto schedule :
        {simt::Schedule::forward, simt::Schedule::reverse, simt::Schedule::random, simt::Schedule::warp_ahead}) {
     simt::set_schedule(schedule);
     float out[64];
-    simt::run({{1, 1, 1}, {64, 1, 1}, 256}, [&] { kernel(out); });
+    const simt::LaunchShape shape = {{blocks, 1, 1}, {64, 1, 1}, 256};
+    (blocks == 1 ? simt::run : simt::run_together)(shape, [&] { kernel(out); });
     bool right = true;
     for (int i = 0; i < 64; ++i) right &= out[i] == static_cast<float>((i + 32) % 64);
     passed += right;
@@ -79,6 +111,12 @@ int main(int, char** arguments) {
       {"two_barriers", [] { return launch(two_barriers); }},
       {"divergent_exchange", [] { return launch(divergent_exchange); }},
       {"writes_outside", [] { return launch(writes_outside); }},
+      {"block_that_waits_alone", [] { return launch(block_that_waits_alone); }},
+      {"misaligned_copy", [] { return launch(misaligned_copy); }},
+      {"copies", [] { return schedules_passed(copies<true>); }},
+      {"copies_without_barrier", [] { return schedules_passed(copies<false>); }},
+      {"grid", [] { return schedules_passed(blocks_of_a_grid<true>, 2); }},
+      {"grid_without_barrier", [] { return schedules_passed(blocks_of_a_grid<false>, 2); }},
       {"neighbours", [] { return schedules_passed(neighbours<true>); }},
       {"neighbours_without_barrier", [] { return schedules_passed(neighbours<false>); }},
       {"rounds", [] { return schedules_passed(rounds<true>); }},

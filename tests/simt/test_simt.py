@@ -33,6 +33,8 @@ def outcome(program: Path, name: str) -> str:
         ("divergent_barrier", "32 threads ended while others wait at"),
         ("two_barriers", "threads wait at"),
         ("divergent_exchange", "a lane waits for its warp at"),
+        ("block_that_waits_alone", "a grid whose blocks do not run together"),
+        ("misaligned_copy", "no multiple of 16"),
         ("writes_outside", "wrote outside its 256 bytes of shared memory"),
     ],
 )
@@ -40,7 +42,7 @@ def test_what_a_kernel_must_not_do_is_an_error(faults: Path, name: str, message:
     assert message in outcome(faults, name)
 
 
-@pytest.mark.parametrize("name", ["neighbours", "rounds"])
+@pytest.mark.parametrize("name", ["neighbours", "rounds", "copies", "grid"])
 def test_a_missing_barrier_is_seen_under_some_schedule(faults: Path, name: str) -> None:
     assert outcome(faults, name) == "4"
     assert int(outcome(faults, f"{name}_without_barrier")) < 4
