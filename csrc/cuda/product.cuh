@@ -3,8 +3,8 @@
 // elements of the product.
 //
 // A block computes one tile of the product, a warp a part of it in registers. Tiles of the operands go through a ring
-// of `stages` places in shared memory: while the matrix units work on one, the next are on their way. Few tiles and much
-// depth: the depth is cut into slices, whose sums are kept and added in their order.
+// of `stages` places in shared memory: while the matrix units work on one, the next are on their way. Few tiles and
+// much depth: the depth is cut into slices, whose sums are kept and added in their order.
 #pragma once
 
 #include "cuda/tile.cuh"
