@@ -1,6 +1,7 @@
 # make demo   the main job and a short benchmark, from nothing but python3, g++ and make
 # make test   the tests                    make test-slow   those that install the package
 # make bench  every operation against torch as it is, with huge pages and compiled; writes benchmarks/results
+# make gpu    builds the CUDA kernels and proves them on this machine's GPU; goes on where it was cut short
 # make lint   what CI checks               make format      repairs what can be repaired
 # make dev    builds the extension in place (incremental)
 # make stub   writes dlkernels/_C.pyi again, after a function of the extension was added or changed
@@ -25,7 +26,7 @@ LINT_TOOLS := $(shell sed -n 's/^lint = \[\(.*\)\]/\1/p' pyproject.toml | tr -d 
 CXX_FILES = $(shell find csrc tests/simt -name '*.cpp' -o -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 PYTHON_FILES = setup.py $(wildcard tools dlkernels tests benchmarks examples)
 
-.PHONY: demo dev stub test test-slow bench lint format clean
+.PHONY: demo dev stub test test-slow bench gpu lint format clean
 
 demo: $(DEMO_STAMP)
 	$(PYTHON) -m dlkernels train lenet --data digits
@@ -46,6 +47,10 @@ test-slow: dev
 
 bench: $(DEMO_STAMP) dev
 	$(PYTHON) benchmarks/harness.py --peers thp --peers compile
+
+# A machine with a GPU has an environment of its own: PYTHON=python3 makes none.
+gpu: $(TEST_STAMP)
+	$(PYTHON) tools/gpu.py $(GPU_ARGS)
 
 lint: $(LINT_STAMP)
 	$(PYTHON) -m ruff check $(PYTHON_FILES)

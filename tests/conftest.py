@@ -9,6 +9,9 @@ import torch
 from hypothesis import settings
 
 from dlkernels import _C
+from dlkernels.info import build_facts
+
+from .cases import values_on
 
 settings.register_profile("repeatable", max_examples=100, deadline=None, derandomize=True)
 settings.load_profile("repeatable")
@@ -31,15 +34,26 @@ def has_simulator() -> bool:
 
 
 def run_on(kernels: str) -> Iterator[str]:
+    if kernels == "cuda":
+        with values_on("cuda"), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            yield kernels
+        return
     chosen = _C.isa()
     assert _C.select_isa(kernels)
     yield kernels
     _C.select_isa(chosen)
 
 
-@pytest.fixture(params=[*_C.available_isas(), *(["simt"] if has_simulator() else [])])
+def device_kernels() -> list[str]:
+    """CUDA's kernels, on the host and on a GPU, as far as both are here."""
+    has_gpu = torch.cuda.is_available() and build_facts()["cuda"] is not None
+    return [*(["simt"] if has_simulator() else []), *(["cuda"] if has_gpu else [])]
+
+
+@pytest.fixture(params=[*_C.available_isas(), *device_kernels()])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs the test once on the kernels of every instruction set that this machine has, and on CUDA's on the host."""
+    """Runs the test once on the kernels of every instruction set that this machine has, on CUDA's on the host, and with
+    values on a GPU."""
     yield from run_on(request.param)
 
 

@@ -1,14 +1,15 @@
 """The calls that every shared suite runs: each column lists its own in a module of this package.
 
-A :class:`Case` is one way of calling one operation. Its ``build(dtype)`` makes fresh arguments from a fixed seed; the
+A :class:`Case` is one way of calling one operation. Its ``make(dtype)`` makes fresh arguments from a fixed seed; the
 floating-point tensors among ``args`` are the differentiable ones, everything else goes into ``kwargs``. Build values in
 float64 and cast, so that every dtype sees the same problem.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,17 @@ import torch
 from torch import Tensor
 
 COLUMNS = ("attention", "batch_norm", "conv2d", "cross_entropy", "linear", "linear_cross_entropy", "lstm")
+
+
+_devices = [torch.device("cpu")]  # the last one is where values are made
+
+
+@contextlib.contextmanager
+def values_on(device: str) -> Iterator[None]:
+    """Makes the values of cases on ``device``: the same numbers everywhere."""
+    _devices.append(torch.device(device))
+    yield
+    _devices.pop()
 
 
 @dataclass
@@ -43,6 +55,15 @@ class Sample:
 
         return Sample(tuple(map(cast, self.args)), {k: cast(v) for k, v in self.kwargs.items()})
 
+    def on(self, device: torch.device) -> Sample:
+        """The same call with its tensors on ``device``, but for a packed sequence's lengths, which torch keeps here."""
+
+        def moved(value: Any) -> Any:
+            return value.to(device) if isinstance(value, Tensor) else value
+
+        kwargs = {k: v if k == "batch_sizes" else moved(v) for k, v in self.kwargs.items()}
+        return Sample(tuple(map(moved, self.args)), kwargs)
+
 
 @dataclass
 class Case:
@@ -52,7 +73,7 @@ class Case:
     name: str
     function: Callable[..., Any]
     reference: Callable[..., Any]
-    build: Callable[[torch.dtype], Sample]
+    make: Callable[[torch.dtype], Sample]
     primary: bool = False  # the one that slow suites (torch.compile, export) run
     # Relative error in float32 that is allowed where torch's is less: what its algorithm may have, at least that of one
     # running sum of some tens of products. In which order torch adds, and so its error, depends on the processor.
@@ -64,6 +85,10 @@ class Case:
 
     def __str__(self) -> str:
         return f"{self.column}-{self.name}"
+
+    def build(self, dtype: torch.dtype) -> Sample:
+        """Fresh arguments of the case, where values are made."""
+        return self.make(dtype).on(_devices[-1])
 
 
 @dataclass
@@ -154,9 +179,10 @@ def gradients(outputs: list[Tensor], sample: Sample, grad_outputs: list[Tensor] 
 def random_like(tensors: list[Tensor], seed: int = 7) -> list[Tensor]:
     """Fixed normal values of the given shapes, the same in every dtype up to rounding."""
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.dtype) for t in tensors]
+    return [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for t in tensors]
 
 
 def normal(*shape: int, seed: int, dtype: torch.dtype) -> Tensor:
     """Fixed normal values, drawn in float64 and cast."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return values.to(_devices[-1], dtype)
