@@ -1,5 +1,6 @@
 // What every CUDA file needs: launching on the caller's stream, workspaces, errors. Kernels are compiled by nvcc, and
-// by g++ against tests/simt/simt.h, which runs them on the host; nothing else in csrc/cuda knows of the difference.
+// by g++ against tests/simt/simt.h, which runs them on the host; besides this file, only single instructions know of
+// the difference (numbers.cuh, mma.cuh, tile.cuh).
 //
 // The caller of a table's functions (kernels.h) says where they run with a Place, for the calling thread.
 #pragma once
