@@ -216,3 +216,24 @@ def test_any_shape_agrees_with_torch(shape: list[int], affine: bool, training: b
         leaves = [x, *(p for p in parameters if p is not None)]
         results.append([y, *moved, *torch.autograd.grad(y, leaves, y.detach().cos())])
     torch.testing.assert_close(*results, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("with_residual", [True, False])
+def test_norm_and_relu_are_one_kernel_until_somebody_looks(training: bool, with_residual: bool) -> None:
+    norm, relu = filled(dlkernels.nn.BatchNorm2d(5)).train(training), torch.nn.ReLU()
+    peer = filled(torch.nn.BatchNorm2d(5)).train(training)
+    x, residual = torch.randn(3, 5, 4, 6), torch.randn(3, 5, 4, 6) if with_residual else None
+    expected = relu(peer(x) if residual is None else peer(x) + residual)
+    with torch.profiler.profile() as profile:
+        fused = dlkernels.nn.norm_activation(norm, relu, x, residual)
+    names = {event.key for event in profile.key_averages()}
+    assert "dlkernels::batch_norm" in names
+    assert not names & {"aten::relu", "aten::add"}
+    torch.testing.assert_close(fused, expected)
+    torch.testing.assert_close(dlkernels.nn.norm_activation(peer.eval(), relu, x, residual), relu(peer(x) + (residual if residual is not None else 0)))
+
+    seen: list[torch.Tensor] = []
+    relu.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    torch.testing.assert_close(dlkernels.nn.norm_activation(norm, relu, x, residual), expected)
+    assert len(seen) == 1

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import nn
+from .registry import register
 
 
 class ConvBlock(torch.nn.Module):
@@ -26,6 +27,7 @@ class ConvBlock(torch.nn.Module):
         return F.max_pool2d(x, 2)  # [N, out, H/2, W/2]
 
 
+@register
 class LeNet(torch.nn.Module):
     """Two convolution blocks and three linear layers: images ``[N, in_channels, S, S]`` to logits ``[N, num_classes]``.
 

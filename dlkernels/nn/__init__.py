@@ -4,6 +4,7 @@ from .attention import MultiheadAttention
 from .batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from .conv2d import Conv2d
 from .cross_entropy import CrossEntropyLoss
+from .fused import norm_activation
 from .linear import Linear
 from .linear_cross_entropy import LinearCrossEntropyLoss
 from .lstm import LSTM, LSTMCell
@@ -19,4 +20,5 @@ __all__ = [
     "Linear",
     "LinearCrossEntropyLoss",
     "MultiheadAttention",
+    "norm_activation",
 ]

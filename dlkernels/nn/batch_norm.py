@@ -18,8 +18,11 @@ else:
 class _KernelForward(_Base):
     """The forward pass of ``torch.nn``'s batch norms on :func:`dlkernels.functional.batch_norm`, and nothing else."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalises ``input`` ``[N, C, ...]`` and, when training, moves the running statistics."""
+    def forward(self, input: Tensor, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
+        """Normalises ``input`` ``[N, C, ...]`` and, when training, moves the running statistics.
+
+        ``residual`` is added and ``activation`` (``"relu"``) applied in the same kernel.
+        """
         self._check_input_dim(input)
         factor = 0.0 if self.momentum is None else self.momentum
         if self.training and self.track_running_stats and self.num_batches_tracked is not None:
@@ -37,6 +40,8 @@ class _KernelForward(_Base):
             use_batch_statistics,
             factor,
             self.eps,
+            activation=activation,
+            residual=residual,
         )
 
 

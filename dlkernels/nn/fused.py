@@ -1,0 +1,36 @@
+"""Neighbouring layers that one kernel computes, as long as nobody looks between them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
+
+
+def _is_watched(module: torch.nn.Module) -> bool:
+    """Whether a hook waits for the module to be called."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def norm_activation(
+    norm: torch.nn.Module, activation: torch.nn.Module, input: Tensor, residual: Tensor | None = None
+) -> Tensor:
+    """``activation(norm(input) + residual)``, in one kernel where ``norm`` is our batch norm and ``activation`` a ReLU.
+
+    A hook on either module (an activation map, guided backpropagation) sees the calls that it waits for: both modules
+    are then called one after the other. Results agree to rounding.
+
+    Args:
+        norm: any module; one of :class:`dlkernels.nn.BatchNorm2d` and its siblings can be fused.
+        activation: any module; ``torch.nn.ReLU`` can be fused.
+        input: what ``norm`` takes.
+        residual: shaped as ``input``; added before the activation.
+    """
+    fusable = isinstance(norm, BatchNorm1d | BatchNorm2d | BatchNorm3d) and type(activation) is torch.nn.ReLU
+    if fusable and not _is_watched(norm) and not _is_watched(activation):
+        return norm(input, activation="relu", residual=residual)
+    normalized = norm(input)
+    return activation(normalized if residual is None else normalized + residual)
