@@ -81,6 +81,14 @@ class ElementType(str, enum.Enum):
 
     float32 = "float32"
     bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Device(str, enum.Enum):
+    """Where `bench` measures."""
+
+    cpu = "cpu"
+    cuda = "cuda"
 
 
 class Peer(str, enum.Enum):
@@ -178,6 +186,7 @@ def bench_command(
     operation: Annotated[Operation | None, typer.Argument(help="Which one; all if not given.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="One shape a class, in well under a minute.")] = False,
     dtype: Annotated[ElementType | None, typer.Option(help="Only this element type.")] = None,
+    device: Annotated[Device, typer.Option(help="Where; cuda needs a GPU and a build with CUDA kernels.")] = Device.cpu,
     threads: Annotated[int | None, typer.Option(min=1, help="Torch's default if not given.")] = None,
     peers: Annotated[
         list[Peer] | None,
@@ -200,10 +209,19 @@ def bench_command(
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
     chosen = [operation.value] if operation else list(bench.COLUMNS)
-    dtypes = [dtype.value] if dtype else [element.value for element in ElementType]
+    dtypes = [dtype.value] if dtype else bench.DTYPES[device.value]
     console = wide_console()
+    if device is Device.cuda:
+        check_cuda(peers or [])
     try:
-        run = bench.run(chosen, quick=quick, dtypes=dtypes, peers=[peer.value for peer in peers or []], console=console)
+        run = bench.run(
+            chosen,
+            quick=quick,
+            dtypes=dtypes,
+            peers=[peer.value for peer in peers or []],
+            device=torch.device(device.value),
+            console=console,
+        )
     except bench.BenchError as error:
         raise Failure(str(error)) from None
     console.print(bench.summary_table(run))
@@ -219,6 +237,16 @@ def bench_command(
         bench.write_report(run, report)
     if run.wrong:
         raise Failure(f"{len(run.wrong)} results differ from torch's: {'; '.join(run.wrong)}")
+
+
+def check_cuda(peers: list[Peer]) -> None:
+    """Refuses to measure on a GPU that is not there, that this build has nothing for, or against what is of no GPU."""
+    if Peer.thp in peers:
+        raise typer.BadParameter("huge pages are the processor's", param_hint="--peers")
+    if not torch.cuda.is_available():
+        raise Failure("--device cuda: torch finds no GPU here")
+    if info.build_facts().get("cuda") is None:
+        raise Failure("--device cuda: this build has no CUDA kernels; run: DLKERNELS_CUDA=1 pip install .")
 
 
 @app.command(name="info")

@@ -36,8 +36,23 @@ def build_facts() -> dict[str, Any]:
     return dict(BUILD_INFO)
 
 
-def environment() -> dict[str, Any]:
-    """Versions, instruction sets and threads, in values that JSON can hold."""
+def device_facts(device: torch.device) -> dict[str, Any]:
+    """Name, size and driver of a GPU, in values that JSON can hold; nothing of a processor."""
+    if device.type != "cuda":
+        return {}
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "gpu": properties.name,
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+    }
+
+
+def environment(device: torch.device | None = None) -> dict[str, Any]:
+    """Versions, instruction sets and threads, and the facts of ``device``, in values that JSON can hold."""
     return {
         "dlkernels": __version__,
         "torch": torch.__version__,
@@ -50,6 +65,7 @@ def environment() -> dict[str, Any]:
         "available_isas": list(_C.available_isas()),
         "DLKERNELS_ISA": os.environ.get("DLKERNELS_ISA"),
         "build": build_facts(),
+        **device_facts(device or torch.device("cpu")),
     }
 
 

@@ -199,8 +199,9 @@ def little_to_measure(monkeypatch: pytest.MonkeyPatch) -> None:
 
     found = runner.find_cases
     monkeypatch.setattr(runner, "QUICK", harness.Budget(0.0, 1, 1, 0.0))
-    monkeypatch.setattr(runner, "find_cases", lambda *arguments: list(found(*arguments))[:1])
-    monkeypatch.setattr(runner, "measure_ceilings", lambda types, quick: harness.Ceilings(1e10, {"float32": 1e11}))
+    monkeypatch.setattr(runner, "find_cases", lambda *arguments, gpu: list(found(*arguments, gpu=gpu))[:1])
+    ceilings = harness.Ceilings(1e10, {"float32": 1e11})
+    monkeypatch.setattr(runner, "measure_ceilings", lambda types, quick, device: ceilings)
 
 
 @pytest.mark.usefixtures("little_to_measure")
@@ -348,3 +349,18 @@ def test_an_error_of_the_import_is_one_line_of_the_command(start: tuple[str, ...
 def test_an_error_of_the_import_is_an_import_error_in_a_program() -> None:
     done = python("-c", "import dlkernels", env={**os.environ, "DLKERNELS_ISA": "mmx"})
     assert "ImportError: DLKERNELS_ISA=mmx" in done.stderr
+
+
+def test_bench_on_a_gpu_says_what_is_missing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert failing(capsys, "bench", "--device", "cuda") == (1, "dlkernels: --device cuda: torch finds no GPU here\n")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(info, "build_facts", lambda: {"cuda": None})
+    status, error = failing(capsys, "bench", "--device", "cuda")
+    assert status == 1
+    assert "this build has no CUDA kernels; run: DLKERNELS_CUDA=1 pip install ." in error
+    status, error = failing(capsys, "bench", "--device", "cuda", "--peers", "thp")
+    assert status == 2
+    assert "huge pages are the processor's" in error

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,9 +18,11 @@ pytest.importorskip("rich")
 from dlkernels import bench
 from dlkernels.bench import batch_norm, report, runner
 from dlkernels.bench.harness import (
+    BEST,
     BOTH,
     FORWARD,
     OURS,
+    PROCESSOR,
     TORCH,
     Budget,
     Case,
@@ -31,6 +36,7 @@ from dlkernels.bench.harness import (
     measure_ceilings,
     outputs_of,
     relative_difference,
+    stopwatch,
 )
 
 CEILINGS = Ceilings(1e10, {"float32": 1e11, "bfloat16": 2e11})
@@ -46,7 +52,7 @@ def triple(x: Tensor) -> Tensor:
 
 
 def case(ours=double, peer=double, name: str = "case") -> Case:
-    def build() -> Problem:
+    def build(device: torch.device) -> Problem:
         return Problem((torch.arange(1.0, 9.0).requires_grad_(),), ours, peer)
 
     return Case("conv2d", "a class", name, torch.float32, build, Cost(64, 8), Cost(192, 24))
@@ -95,7 +101,9 @@ def test_geometric_mean_refuses_what_has_none(values: list[float]) -> None:
 def test_contenders_take_turns() -> None:
     calls: list[str] = []
     seconds, faults = interleave(
-        {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, Budget(0.0, 4, 4, 0.0)
+        {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")},
+        Budget(0.0, 4, 4, 0.0),
+        stopwatch(PROCESSOR),
     )
     assert calls == ["a", "a", "b", "b", *"ab" * 4]  # warm-up and estimate, then A B A B
     assert {name: len(samples) for name, samples in seconds.items()} == {"a": 4, "b": 4}
@@ -103,14 +111,39 @@ def test_contenders_take_turns() -> None:
 
 
 def test_seconds_are_per_call() -> None:
-    now = 0.0
+    samples: list[int] = []
 
-    def work() -> None:
-        nonlocal now
-        now += 0.25
+    def elapsed(_: object, calls: int) -> float:
+        samples.append(calls)
+        return 0.25 * calls
 
-    seconds, _ = interleave({"a": work}, Budget(seconds=0.0, rounds=2, sample_seconds=1.0), clock=lambda: now)
+    budget = Budget(seconds=-1.0, rounds=2, sample_seconds=1.0)
+    seconds, _ = interleave({"a": lambda: None}, budget, elapsed, clock=lambda: 0.0)
     assert seconds == {"a": [0.25, 0.25]}
+    assert samples == [1, 4, 4]  # an estimate, and samples as long as asked
+
+
+def test_a_gpu_is_timed_by_its_own_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its events, in the order in which they are recorded; the time between them is not that of launching."""
+    order: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            order.append("record")
+
+        def synchronize(self) -> None:
+            order.append("wait")
+
+        def elapsed_time(self, end: Event) -> float:
+            assert end is not self
+            return 1500.0  # milliseconds
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    assert stopwatch(torch.device("cuda"))(lambda: order.append("call"), 2) == 1.5
+    assert order == ["record", "call", "call", "record", "wait"]
 
 
 def test_rounds_go_on_until_the_time_is_spent() -> None:
@@ -121,15 +154,16 @@ def test_rounds_go_on_until_the_time_is_spent() -> None:
         now += 1.0
 
     budget = Budget(seconds=6.5, rounds=2, most_rounds=50, sample_seconds=0.0)
-    assert len(interleave({"a": work}, budget, clock=lambda: now)[0]["a"]) == 7
-    assert len(interleave({"a": work}, Budget(1e9, 2, 5, 0.0), clock=lambda: now)[0]["a"]) == 5
+    elapsed = stopwatch(PROCESSOR)
+    assert len(interleave({"a": work}, budget, elapsed, clock=lambda: now)[0]["a"]) == 7
+    assert len(interleave({"a": work}, Budget(1e9, 2, 5, 0.0), elapsed, clock=lambda: now)[0]["a"]) == 5
 
 
 def test_page_faults_are_counted() -> None:
     def touch() -> None:
         torch.empty(64 * 2**20, dtype=torch.uint8).fill_(1)
 
-    _, faults = interleave({"touch": touch, "nothing": lambda: None}, SHORT)
+    _, faults = interleave({"touch": touch, "nothing": lambda: None}, SHORT, stopwatch(PROCESSOR))
     assert sorted(faults["nothing"])[1] < 1
     assert sorted(faults["touch"])[1] >= 32  # even where a page is two megabytes
 
@@ -144,6 +178,44 @@ def test_both_directions_are_measured_after_they_agreed() -> None:
         assert entry.ratio == {TORCH: entry.median[TORCH] / entry.median[OURS]}
         assert entry.minimum[OURS] <= entry.median[OURS]
     assert forward.share_of_ceiling == pytest.approx(64 / 1e10 / forward.median[OURS])
+
+
+def test_torchs_backends_compete_where_they_take_the_inputs() -> None:
+    def unable(x: Tensor) -> Tensor:
+        raise RuntimeError("no available kernel")
+
+    backends = {"other": lambda x: x + x, "unable": unable}
+
+    def build(device: torch.device) -> Problem:
+        return Problem((torch.arange(1.0, 9.0, device=device).requires_grad_(),), double, double, backends)
+
+    for entry in measure(replace(case(), build=build), CEILINGS, SHORT):
+        assert set(entry.minimum) == {OURS, TORCH, "other"}
+        assert set(entry.ratio) == {TORCH, "other", BEST}
+        assert entry.ratio[BEST] == min(entry.ratio[TORCH], entry.ratio["other"])
+
+
+def test_runs_of_columns_are_one_run(tmp_path: Path) -> None:
+    first, second = finished_run(), finished_run()
+    second.ceilings = Ceilings(2e10, {"float16": 3e11, "float32": 5e10})
+    report.write_json(first, tmp_path / "first.json")
+    read = report.read_json(tmp_path / "first.json")
+    assert read == first
+    both = report.merged([read, second])
+    assert both.results == first.results + second.results
+    assert both.ceilings == Ceilings(2e10, {"float32": 1e11, "bfloat16": 2e11, "float16": 3e11})
+    assert both.seconds == 2.0
+    (tmp_path / "other.json").write_text('{"results": [{}]}')
+    with pytest.raises(ValueError, match="other.json holds no benchmark run: TypeError"):
+        report.read_json(tmp_path / "other.json")
+
+
+def test_a_gpu_is_named_in_the_report(tmp_path: Path) -> None:
+    found = finished_run()
+    facts = {"gpu": "A GPU", "multiprocessors": 132, "memory_bytes": 80 * 2**30, "cuda": "13.0", "cudnn": 91900}
+    found.environment |= facts
+    report.write_report(found, tmp_path / "gpu.md")
+    assert "A GPU (132 multiprocessors, 80 GiB), CUDA 13.0, cuDNN 91900" in (tmp_path / "gpu.md").read_text()
 
 
 def test_a_wrong_result_is_not_timed() -> None:
@@ -168,7 +240,7 @@ def test_no_output_of_batch_norm_with_relu_is_near_zero() -> None:
     """Where rounding would decide whether it has a gradient."""
     for entry in batch_norm.cases((torch.float32,), quick=True):
         if "ReLU" in entry.group:
-            problem = entry.build()
+            problem = entry.build(PROCESSOR)
             (output,) = outputs_of(problem.peer(*problem.inputs))
             assert output.eq(0).any() and output[output > 0].min() > 0.1
 
@@ -299,23 +371,24 @@ def test_a_failed_run_with_huge_pages_says_why(monkeypatch: pytest.MonkeyPatch) 
         runner.add_huge_pages(finished_run(), ["conv2d"], ["float32"])
 
 
+@pytest.mark.parametrize("gpu", [False, True], ids=["processor", "gpu"])
 @pytest.mark.parametrize("column", bench.COLUMNS)
-def test_every_class_has_cases(column: str) -> None:
+def test_every_class_has_cases(column: str, gpu: bool) -> None:
     both = (torch.float32, torch.bfloat16)
-    full = list(runner.find_cases([column], both, quick=False))
-    quick = list(runner.find_cases([column], both, quick=True))
+    full = list(runner.find_cases([column], both, quick=False, gpu=gpu))
+    quick = list(runner.find_cases([column], both, quick=True, gpu=gpu))
     assert {(c.group, c.dtype) for c in quick} == {(c.group, c.dtype) for c in full}
     assert len(quick) == len({(c.group, c.dtype) for c in quick})
     assert len({(c.group, c.dtype, c.name) for c in full}) == len(full)
     assert all(c.column == column for c in full)
     assert all(0 < c.forward.bytes < c.both.bytes and 0 < c.forward.operations < c.both.operations for c in full)
-    assert all(c.dtype == torch.float32 for c in runner.find_cases([column], both[:1], quick=False))
+    assert all(c.dtype == torch.float32 for c in runner.find_cases([column], both[:1], quick=False, gpu=gpu))
 
 
 @pytest.mark.parametrize("column", bench.COLUMNS)
 def test_every_quick_case_agrees_with_torch(column: str) -> None:
     for chosen in runner.find_cases([column], (torch.float32, torch.bfloat16), quick=True):
-        problem = chosen.build()
+        problem = chosen.build(PROCESSOR)
         with torch.no_grad():
             shapes = outputs_of(problem.peer(*problem.inputs))
             ours = outputs_of(problem.ours(*problem.inputs))
@@ -324,14 +397,43 @@ def test_every_quick_case_agrees_with_torch(column: str) -> None:
             assert relative_difference(a, b) < (1e-5 if chosen.dtype == torch.float32 else 2e-2), chosen
 
 
-def test_readme_shows_the_committed_measurements() -> None:
-    root = Path(__file__).resolve().parents[1]
-    location = importlib.util.spec_from_file_location("harness_script", root / "benchmarks" / "harness.py")
+def load_script(path: Path) -> Any:
+    """A program that no package holds, as a module."""
+    location = importlib.util.spec_from_file_location(f"script_{path.stem}", path)
     assert location is not None and location.loader is not None
     script = importlib.util.module_from_spec(location)
+    sys.modules[script.__name__] = script  # where its dataclasses look for their types
     location.loader.exec_module(script)
+    return script
+
+
+def test_readme_shows_the_committed_measurements() -> None:
+    root = Path(__file__).resolve().parents[1]
+    script = load_script(root / "benchmarks" / "harness.py")
     measured = json.loads((root / "benchmarks" / "results" / "cpu.json").read_text(encoding="utf-8"))
     readme = (root / "README.md").read_text(encoding="utf-8")
     assert {entry["column"] for entry in measured["classes"]} == set(bench.COLUMNS)
     assert script.with_speed_table(readme, measured["classes"]) == readme
     assert script.with_speed_table(readme, measured["classes"][:1]) != readme
+
+
+def test_a_gpu_measures_every_column_and_reports_after_each(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parents[1]
+    gpu = load_script(root / "tools" / "gpu.py")
+    assert set(gpu.COLUMNS) == set(bench.COLUMNS)
+    real, dry = ([stage.name for stage in gpu.stages(dry_run)] for dry_run in (False, True))
+    assert real == dry
+    assert [name for name in real if name.startswith("bench")] == [f"bench {column}" for column in gpu.COLUMNS]
+
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu, "RECORDS", tmp_path / "build")
+    monkeypatch.setattr(gpu, "RESULTS", tmp_path / "results")
+    for folder in (gpu.RECORDS, gpu.RESULTS):
+        folder.mkdir()
+    assert gpu.write_report(dry_run=False).endswith("nothing was measured")
+    found = finished_run()
+    found.environment |= {"gpu": "NVIDIA H200", "multiprocessors": 132, "memory_bytes": 2**37, "cuda": "", "cudnn": 0}
+    report.write_json(found, gpu.RECORDS / "figures-lstm.json")
+    assert gpu.write_report(dry_run=False).endswith("results/nvidia-h200.md: 1 of 7 columns")
+    assert gpu.write_report(dry_run=True).endswith("nothing was measured")
+    assert {path.name for path in gpu.RESULTS.iterdir()} == {f"nvidia-h200.{end}" for end in ("md", "json", "png")}

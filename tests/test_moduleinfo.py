@@ -14,6 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
+
+pytest.importorskip("expecttest")  # which torch's database imports
+
 from torch.testing._internal.common_modules import ErrorModuleInput, ModuleErrorEnum, ModuleInfo, ModuleInput, module_db
 
 from .cases import ModuleInfoEntry, moduleinfo_entries

@@ -6,6 +6,9 @@ import re
 
 import pytest
 import torch
+
+pytest.importorskip("expecttest")  # which torch's database imports
+
 from torch.testing._internal.common_device_type import toleranceOverride
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.opinfo.core import OpInfo

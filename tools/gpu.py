@@ -1,10 +1,12 @@
-"""Proves the CUDA kernels on the GPU of this machine: builds them, runs the tests on it, and NVIDIA's checkers.
+"""Proves the CUDA kernels on the GPU of this machine: builds them, runs the tests on it, NVIDIA's checkers, benchmarks.
 
     make gpu                    everything, or what is left of it
     make gpu GPU_ARGS=--dry-run the same on a machine without one, on the host (``DLKERNELS_SIMT=1``)
 
 Every stage that has passed is recorded in build/gpu, with the sources that it passed with: cut short and started again,
-the run goes on where it stopped. The last lines are a summary.
+the run goes on where it stopped. What the benchmarks found so far is written after each column, to
+benchmarks/results/<gpu>.md with its figures beside it (a dry run's, of the processor, to build/gpu). The last lines are
+a summary.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -24,7 +27,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = ROOT / "build" / "gpu"
+RESULTS = ROOT / "benchmarks" / "results"
+COLUMNS = ("cross_entropy", "batch_norm", "lstm", "attention", "conv2d", "linear", "linear_cross_entropy")
 SOURCES = ("csrc", "dlkernels", "tests", "CMakeLists.txt", "setup.py")
+# What torch.compile writes kernels of its own for; the others it passes on to the same libraries as torch.
+FUSED_BY_COMPILERS = ("cross_entropy", "batch_norm")
 # Some small cases of every column: a checker makes each of them a hundred times slower.
 SMALL_CASES = (
     "test_values_and_gradients_match_torch and float32 and cuda "
@@ -58,6 +65,34 @@ def stages(dry_run: bool) -> Iterator[Stage]:
     for tool in ("memcheck", "initcheck", "racecheck", "synccheck"):
         command = [checker or "compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *tests, "-k", SMALL_CASES]
         yield Stage(tool, command, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, reason)
+    for column in COLUMNS:
+        options = ["--quick"] if dry_run else ["--device", "cuda"]
+        options += ["--peers", "compile"] if column in FUSED_BY_COMPILERS and not dry_run else []
+        figures = str(RECORDS / f"{figures_prefix(dry_run)}{column}.json")
+        command = [sys.executable, "-m", "dlkernels", "bench", column, *options, "--json", figures]
+        yield Stage(f"bench {column}", command, {})
+
+
+def figures_prefix(dry_run: bool) -> str:
+    """What the files of a column's figures are called, so that those of a dry run are never those of a GPU."""
+    return "dry-figures-" if dry_run else "figures-"
+
+
+def write_report(dry_run: bool) -> str:
+    """Writes one report of the columns measured so far; returns a line for the summary."""
+    from dlkernels import bench  # only now: the build has just made it
+
+    paths = [RECORDS / f"{figures_prefix(dry_run)}{column}.json" for column in COLUMNS]
+    runs = [bench.read_json(path) for path in paths if path.exists()]
+    if not runs:
+        return "report                     left out: nothing was measured"
+    run = bench.merged(runs)
+    name = re.sub(r"[^a-z0-9]+", "-", run.environment.get("gpu", "dry-run").lower()).strip("-")
+    report = (RECORDS if dry_run else RESULTS) / f"{name}.md"
+    bench.write_report(run, report)
+    bench.write_plot(run, report.with_suffix(".png"))
+    wrong = f", {len(run.wrong)} results DIFFER from torch's" if run.wrong else ""
+    return f"report                     {report.relative_to(ROOT)}: {len(runs)} of {len(COLUMNS)} columns{wrong}"
 
 
 def digest_of_sources() -> str:
@@ -74,11 +109,12 @@ def digest_of_sources() -> str:
 def run(stage: Stage, digest: str) -> str:
     """Runs a stage, unless it has passed already; returns a line for the summary."""
     if stage.left_out:
-        return f"{stage.name:<10} left out: {stage.left_out}"
-    record = RECORDS / f"{stage.name}.json"
+        return f"{stage.name:<26} left out: {stage.left_out}"
+    file_name = stage.name.replace(" ", "-")
+    record = RECORDS / f"{file_name}.json"
     if record.exists() and json.loads(record.read_text())["digest"] == digest:
-        return f"{stage.name:<10} passed before"
-    log = RECORDS / f"{stage.name}.log"
+        return f"{stage.name:<26} passed before"
+    log = RECORDS / f"{file_name}.log"
     print(f"{stage.name}: {' '.join(stage.command)}", flush=True)
     begin = time.monotonic()
     with log.open("w") as output:
@@ -90,7 +126,7 @@ def run(stage: Stage, digest: str) -> str:
     if finished.returncode == 0:
         record.write_text(json.dumps({"digest": digest, "seconds": seconds, "last": last}))
     outcome = "passed" if finished.returncode == 0 else f"FAILED ({finished.returncode}), see {log.relative_to(ROOT)}"
-    return f"{stage.name:<10} {outcome} in {seconds:.0f} s: {last}"
+    return f"{stage.name:<26} {outcome} in {seconds:.0f} s: {last}"
 
 
 def main() -> int:
@@ -102,14 +138,18 @@ def main() -> int:
     RECORDS.mkdir(parents=True, exist_ok=True)
     digest = digest_of_sources() + ("-dry" if arguments.dry_run else "")
     summary: list[str] = []
+    report = "report                     left out: nothing was measured"
     try:
         for stage in stages(arguments.dry_run):
             summary.append(run(stage, digest))
             if "FAILED" in summary[-1] and stage.name == "build":
                 break
+            if stage.name.startswith("bench"):
+                report = write_report(arguments.dry_run)
     finally:
+        summary.append(report)
         print("\n".join(["", "CUDA kernels on the host" if arguments.dry_run else "CUDA kernels on a GPU", *summary]))
-    return 1 if any("FAILED" in line for line in summary) else 0
+    return 1 if any("FAILED" in line or "DIFFER" in line for line in summary) else 0
 
 
 if __name__ == "__main__":

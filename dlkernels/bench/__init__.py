@@ -8,17 +8,20 @@ if importlib.util.find_spec("rich") is None:
     raise ModuleNotFoundError("dlkernels.bench needs rich; run: pip install 'dlkernels[cli]'", name="rich")
 
 from .harness import OURS, TORCH
-from .report import PLOT_FORMATS, summary_table, write_json, write_plot, write_report
-from .runner import COLUMNS, HUGE_PAGES, BenchError, Run, run
+from .report import PLOT_FORMATS, merged, read_json, summary_table, write_json, write_plot, write_report
+from .runner import COLUMNS, DTYPES, HUGE_PAGES, BenchError, Run, run
 
 __all__ = [
     "COLUMNS",
+    "DTYPES",
     "HUGE_PAGES",
     "OURS",
     "PLOT_FORMATS",
     "TORCH",
     "BenchError",
     "Run",
+    "merged",
+    "read_json",
     "run",
     "summary_table",
     "write_json",

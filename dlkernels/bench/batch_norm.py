@@ -19,35 +19,49 @@ SHAPES = (
     ("ResNet layer4", (8, 512, 7, 7)),
     ("MobileNetV2 block 4", (8, 192, 28, 28)),
 )
+GPU_SHAPES = (
+    ("ResNet layer2", (256, 128, 28, 28)),
+    ("ResNet layer1", (256, 64, 56, 56)),
+    ("ResNet-50 layer1", (256, 256, 56, 56)),
+    ("ResNet-50 layer3", (256, 1024, 14, 14)),
+    ("ResNet layer4", (256, 512, 7, 7)),
+)
 # Class, layouts, element types, whether ReLU follows, whether a residual is added before it.
-GROUPS = (
+Group = tuple[str, tuple[str, ...], tuple[str, ...], bool, bool]
+GROUPS: tuple[Group, ...] = (
     ("train", ("contiguous", "channels_last"), ("float32", "bfloat16"), False, False),
     ("train + ReLU", ("contiguous", "channels_last"), ("float32",), True, False),
     ("train + residual + ReLU", ("contiguous", "channels_last"), ("float32",), True, True),
 )
 
 
-def problem(shape: tuple[int, ...], layout: str, dtype: torch.dtype, relu: bool, residual: bool) -> Problem:
+GPU_GROUPS: tuple[Group, ...] = tuple(
+    (name, layouts, ("float32", "bfloat16"), relu, residual) for name, layouts, _, relu, residual in GROUPS
+)
+
+
+def problem(
+    shape: tuple[int, ...], layout: str, dtype: torch.dtype, relu: bool, residual: bool, device: torch.device
+) -> Problem:
     """Random activations; the running statistics are updated as in training, each contender's own.
 
     The activations stay so far from zero, with the sign of the residual, that no rounding moves an output across it,
     where the gradient of a ReLU jumps.
     """
     memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     channels = shape[1]
 
-    signs = torch.randn(shape, generator=generator)
+    signs = torch.randn(shape, generator=generator, device=device)
 
     def activations() -> Tensor:
-        magnitudes = 1 + torch.rand(shape, generator=generator)
+        magnitudes = 1 + torch.rand(shape, generator=generator, device=device)
         return magnitudes.copysign(signs).to(dtype).to(memory_format=memory_format).requires_grad_()
 
-    weight = (1 + 0.1 * torch.rand(channels, generator=generator)).to(dtype).requires_grad_()
-    bias = (0.1 * torch.rand(channels, generator=generator)).to(dtype).requires_grad_()
-    our_statistics, peer_statistics = (
-        (torch.zeros(channels, dtype=dtype), torch.ones(channels, dtype=dtype)) for _ in range(2)
-    )
+    weight = (1 + 0.1 * torch.rand(channels, generator=generator, device=device)).to(dtype).requires_grad_()
+    bias = (0.1 * torch.rand(channels, generator=generator, device=device)).to(dtype).requires_grad_()
+    zeros, ones = torch.zeros(channels, dtype=dtype, device=device), torch.ones(channels, dtype=dtype, device=device)
+    our_statistics, peer_statistics = (zeros, ones), (zeros.clone(), ones.clone())
 
     def ours(input: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
         activation = "relu" if relu else None
@@ -73,14 +87,15 @@ def cost(elements: int, element_size: int, residual: bool) -> tuple[Cost, Cost]:
     return Cost(forward, 6 * elements), Cost(forward + backward, 16 * elements)
 
 
-def cases(dtypes: tuple[torch.dtype, ...], quick: bool = False) -> Iterator[Case]:
+def cases(dtypes: tuple[torch.dtype, ...], quick: bool = False, gpu: bool = False) -> Iterator[Case]:
     """Every shape in every layout and type of its class; only the first shape for a quick run."""
-    for group, layouts, group_dtypes, relu, residual in GROUPS:
+    for group, layouts, group_dtypes, relu, residual in GPU_GROUPS if gpu else GROUPS:
         for dtype in dtypes:
             if str(dtype).removeprefix("torch.") not in group_dtypes:
                 continue
             for layout in layouts:
-                for name, shape in SHAPES[:1] if quick else SHAPES:
+                shapes = GPU_SHAPES if gpu else SHAPES
+                for name, shape in shapes[:1] if quick else shapes:
                     elements = shape[0] * shape[1] * shape[2] * shape[3]
                     yield Case(
                         "batch_norm",

@@ -89,6 +89,56 @@ GROUPS: tuple[tuple[str, tuple[str, ...], tuple[str, ...], tuple[Shape, ...]], .
 )
 
 
+# A GPU has room for the batches that networks are trained with.
+GPU_GROUPS: tuple[tuple[str, tuple[str, ...], tuple[str, ...], tuple[Shape, ...]], ...] = (
+    (
+        "ResNet-50",
+        ("channels_last",),
+        ("float32", "bfloat16"),
+        (
+            Shape("layer3 3x3", 256, 256, 256, 14, 3, 1, 1),
+            Shape("layer1 3x3", 256, 64, 64, 56, 3, 1, 1),
+            Shape("layer2 3x3", 256, 128, 128, 28, 3, 1, 1),
+            Shape("layer4 3x3", 256, 512, 512, 7, 3, 1, 1),
+            Shape("layer1 expand", 256, 64, 256, 56, 1),
+            Shape("layer2 reduce", 256, 512, 128, 28, 1),
+            Shape("layer3 reduce", 256, 1024, 256, 14, 1),
+            Shape("layer2 shortcut", 256, 256, 512, 56, 1, 2),
+            Shape("layer3.0 3x3 stride 2", 256, 256, 256, 28, 3, 2, 1),
+            Shape("layer3 3x3, 32 images", 32, 256, 256, 14, 3, 1, 1),
+            Shape("layer4 3x3, 32 images", 32, 512, 512, 7, 3, 1, 1),
+        ),
+    ),
+    (
+        "VGG-16",
+        ("channels_last",),
+        ("float32", "bfloat16"),
+        (Shape("conv3", 64, 256, 256, 56, 3, 1, 1), Shape("conv1_2", 64, 64, 64, 224, 3, 1, 1)),
+    ),
+    (
+        "CIFAR ResNet",
+        BOTH_LAYOUTS,
+        ("float32", "bfloat16"),
+        (Shape("64 channels", 256, 64, 64, 32, 3, 1, 1), Shape("16 channels", 256, 16, 16, 32, 3, 1, 1)),
+    ),
+    (
+        "stem, images without gradient",
+        BOTH_LAYOUTS,
+        ("float32", "bfloat16"),
+        (Shape("ResNet conv1, 7x7", 256, 3, 64, 224, 7, 2, 3), Shape("ViT-B/16 patches", 256, 3, 768, 224, 16, 16)),
+    ),
+    (
+        "depthwise",
+        BOTH_LAYOUTS,
+        ("float32", "bfloat16"),
+        (
+            Shape("MobileNetV2 block 4", 256, 192, 192, 28, 3, 1, 1, 192),
+            Shape("MobileNetV2 block 1", 256, 96, 96, 112, 3, 2, 1, 96),
+        ),
+    ),
+)
+
+
 def cost(shape: Shape, element_size: int) -> tuple[Cost, Cost]:
     """Forward; forward with the gradients of input and weight, each as many products as the forward.
 
@@ -104,15 +154,15 @@ def cost(shape: Shape, element_size: int) -> tuple[Cost, Cost]:
     return Cost(tensors, operations), Cost(passes * tensors, passes * operations)
 
 
-def problem(shape: Shape, layout: str, dtype: torch.dtype) -> Problem:
+def problem(shape: Shape, layout: str, dtype: torch.dtype, device: torch.device) -> Problem:
     """Random input, weight and bias."""
     memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
-    generator = torch.Generator().manual_seed(0)
-    image = torch.randn(shape.images, shape.in_channels, shape.size, shape.size, generator=generator)
+    generator = torch.Generator(device).manual_seed(0)
+    image = torch.randn(shape.images, shape.in_channels, shape.size, shape.size, generator=generator, device=device)
     taps = shape.in_channels // shape.groups
-    weight = torch.randn(shape.out_channels, taps, shape.kernel, shape.kernel, generator=generator)
+    weight = torch.randn(shape.out_channels, taps, shape.kernel, shape.kernel, generator=generator, device=device)
     weight /= (taps * shape.kernel**2) ** 0.5
-    bias = torch.randn(shape.out_channels, generator=generator)
+    bias = torch.randn(shape.out_channels, generator=generator, device=device)
     image, weight = (tensor.to(dtype).to(memory_format=memory_format) for tensor in (image, weight))
     arguments = (shape.stride, shape.padding, 1, shape.groups)
 
@@ -126,9 +176,9 @@ def problem(shape: Shape, layout: str, dtype: torch.dtype) -> Problem:
     return Problem(inputs, ours, peer)
 
 
-def cases(dtypes: tuple[torch.dtype, ...], quick: bool = False) -> Iterator[Case]:
+def cases(dtypes: tuple[torch.dtype, ...], quick: bool = False, gpu: bool = False) -> Iterator[Case]:
     """Every shape in every layout and type of its class; only the first shape for a quick run."""
-    for group, layouts, group_dtypes, shapes in GROUPS:
+    for group, layouts, group_dtypes, shapes in GPU_GROUPS if gpu else GROUPS:
         for dtype in dtypes:
             if str(dtype).removeprefix("torch.") not in group_dtypes:
                 continue

@@ -23,11 +23,22 @@ GROUPS = (
 )
 
 
-def problem(rows: int, classes: int, dtype: torch.dtype) -> Problem:
+GPU_GROUPS = (
+    ("C 10-100", ("float32",), (("CIFAR-10", 16_384, 10), ("CIFAR-100", 16_384, 100), ("char-LSTM", 131_072, 65))),
+    ("C 1000", ("float32", "bfloat16"), (("ImageNet", 65_536, 1000),)),
+    (
+        "vocabulary",
+        ("float32", "bfloat16"),
+        (("GPT-2", 8192, 50_257), ("GPT-2 padded", 8192, 50_304), ("32k", 8192, 32_000), ("128k", 4096, 128_256)),
+    ),
+)
+
+
+def problem(rows: int, classes: int, dtype: torch.dtype, device: torch.device) -> Problem:
     """Random logits and class indices."""
-    generator = torch.Generator().manual_seed(0)
-    logits = (3 * torch.randn(rows, classes, generator=generator)).to(dtype).requires_grad_()
-    target = torch.randint(classes, (rows,), generator=generator)
+    generator = torch.Generator(device).manual_seed(0)
+    logits = (3 * torch.randn(rows, classes, generator=generator, device=device)).to(dtype).requires_grad_()
+    target = torch.randint(classes, (rows,), generator=generator, device=device)
 
     def ours(logits: Tensor, target: Tensor) -> Tensor:
         return functional.cross_entropy(logits, target)
@@ -38,9 +49,9 @@ def problem(rows: int, classes: int, dtype: torch.dtype) -> Problem:
     return Problem((logits, target), ours, peer)
 
 
-def cases(dtypes: tuple[torch.dtype, ...], quick: bool = False) -> Iterator[Case]:
+def cases(dtypes: tuple[torch.dtype, ...], quick: bool = False, gpu: bool = False) -> Iterator[Case]:
     """The losses alone."""
-    for group, group_dtypes, shapes in GROUPS:
+    for group, group_dtypes, shapes in GPU_GROUPS if gpu else GROUPS:
         for dtype in dtypes:
             if str(dtype).removeprefix("torch.") not in group_dtypes:
                 continue

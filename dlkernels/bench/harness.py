@@ -9,6 +9,10 @@ forward and backward) the harness
 4. reports median and minimum, page faults a call, and the share of the attainable speed: the time that the bytes that
    must move need at the copy bandwidth measured in this run, or the operations at the measured rate of the arithmetic
    units, whichever is longer (Williams et al. 2009, the roofline), over the measured time.
+
+A GPU's samples lie between two of its own events, with enough calls in between that the time of launching them hides
+behind the time of running them. Its copy bandwidth is that of one tensor into another, its rate that of torch's
+product of two large matrices in full float32 or in the half type.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ import math
 import resource
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -27,14 +31,19 @@ from .. import _C
 
 Function = Callable[..., "Tensor | tuple[Tensor, ...]"]
 Program = Callable[[], object]
+Stopwatch = Callable[[Program, int], float]
+
+PROCESSOR = torch.device("cpu")
 
 OURS = "dlkernels"
 TORCH = "torch"
 FORWARD = "forward"
 BOTH = "forward + backward"
 
+BEST = "best of torch's"
+
 # Largest relative difference (root mean square) from torch in the same type that still counts as the same result.
-SAME = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+SAME = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 3e-3}
 
 
 @dataclass(frozen=True)
@@ -50,12 +59,14 @@ class Problem:
     """The inputs of a case and the two functions of them, ours and torch's.
 
     Every floating-point tensor in ``inputs`` that requires a gradient gets one. A state that a function changes, as
-    batch norm its running mean, is its own business.
+    batch norm its running mean, is its own business. ``backends`` are torch's other ways to the same result, by name:
+    each is a contender where it can take the inputs.
     """
 
     inputs: tuple[Tensor, ...]
     ours: Function
     peer: Function
+    backends: Mapping[str, Function] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -66,7 +77,7 @@ class Case:
     group: str  # the class that its ratio is averaged in
     name: str  # network, layer and shape
     dtype: torch.dtype
-    build: Callable[[], Problem] = field(repr=False)
+    build: Callable[[torch.device], Problem] = field(repr=False)
     forward: Cost
     both: Cost
 
@@ -96,7 +107,7 @@ class Ceilings:
     """What this machine reached during this run."""
 
     copy_bytes_per_second: float
-    arithmetic_rate: dict[str, float]  # operations a second of multiply-adds in registers on every thread, by type
+    arithmetic_rate: dict[str, float]  # operations a second of multiply-adds, by type
 
     def seconds(self, cost: Cost, dtype: str) -> float:
         """The time that a call of this cost needs at least."""
@@ -165,16 +176,35 @@ def page_faults() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
+def stopwatch(device: torch.device) -> Stopwatch:
+    """Seconds that a program takes ``calls`` times in a row, on the clock of the device that runs it."""
+
+    def on_processor(call: Program, calls: int) -> float:
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        return time.perf_counter() - start
+
+    def on_gpu(call: Program, calls: int) -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(calls):
+            call()
+        end.record()
+        end.synchronize()
+        return 1e-3 * start.elapsed_time(end)
+
+    return on_gpu if device.type == "cuda" else on_processor
+
+
 def interleave(
-    programs: dict[str, Program], budget: Budget, clock: Callable[[], float] = time.perf_counter
+    programs: dict[str, Program], budget: Budget, elapsed: Stopwatch, clock: Callable[[], float] = time.perf_counter
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
     """Samples every program in turns, A B A B ...; returns seconds and page faults per call of each sample."""
     calls: dict[str, int] = {}
     for name, call in programs.items():  # the first call warms up, the second is a first estimate
         call()
-        start = clock()
-        call()
-        calls[name] = max(1, min(10_000, math.ceil(budget.sample_seconds / max(clock() - start, 1e-7))))
+        calls[name] = max(1, min(10_000, math.ceil(budget.sample_seconds / max(elapsed(call, 1), 1e-7))))
     seconds: dict[str, list[float]] = {name: [] for name in programs}
     faults: dict[str, list[float]] = {name: [] for name in programs}
     begin = clock()
@@ -182,21 +212,38 @@ def interleave(
         if done >= budget.rounds and clock() - begin > budget.seconds:
             break
         for name, call in programs.items():
-            faults_before, start = page_faults(), clock()
-            for _ in range(calls[name]):
-                call()
-            seconds[name].append((clock() - start) / calls[name])
+            faults_before = page_faults()
+            seconds[name].append(elapsed(call, calls[name]) / calls[name])
             faults[name].append((page_faults() - faults_before) / calls[name])
     return seconds, faults
 
 
-def measure(case: Case, ceilings: Ceilings, budget: Budget, compiled: bool = False) -> list[Result]:
-    """One case in both directions; the times of a result that differs from torch's are not taken."""
-    problem = case.build()
+def contenders(problem: Problem, compiled: bool) -> dict[str, Function]:
+    """Ours and torch's functions by name; one of torch's backends counts where it takes the inputs, both ways."""
     functions = {OURS: problem.ours, TORCH: problem.peer}
+    for name, function in problem.backends.items():
+        try:
+            outputs = outputs_of(function(*problem.inputs))
+            program(function, problem.inputs, tuple(map(torch.ones_like, outputs)))()
+        except RuntimeError:  # "no available kernel"
+            continue
+        functions[name] = function
     if compiled:
         torch.compiler.reset()
         functions["torch.compile"] = torch.compile(problem.peer)
+    return functions
+
+
+def measure(
+    case: Case,
+    ceilings: Ceilings,
+    budget: Budget,
+    compiled: bool = False,
+    device: torch.device = PROCESSOR,
+) -> list[Result]:
+    """One case in both directions; the times of a result that differs from torch's are not taken."""
+    problem = case.build(device)
+    functions = contenders(problem, compiled)
     with torch.no_grad():
         shapes = outputs_of(problem.peer(*problem.inputs))
     grad_outputs = tuple(torch.randn_like(out) for out in shapes)
@@ -220,39 +267,45 @@ def measure(case: Case, ceilings: Ceilings, budget: Budget, compiled: bool = Fal
         results.append(result)
         if not result.same:
             continue
-        seconds, faults = interleave(programs, budget)
+        seconds, faults = interleave(programs, budget, stopwatch(device))
         result.median = {name: statistics.median(samples) for name, samples in seconds.items()}
+        if problem.backends:
+            result.median[BEST] = min(result.median[name] for name in (TORCH, *problem.backends) if name in functions)
         result.minimum = {name: min(samples) for name, samples in seconds.items()}
         result.page_faults = {name: statistics.median(samples) for name, samples in faults.items()}
-        result.ratio = {name: result.median[name] / result.median[OURS] for name in programs if name != OURS}
+        result.ratio = {name: time / result.median[OURS] for name, time in result.median.items() if name != OURS}
         result.share_of_ceiling = ceilings.seconds(cost, result.dtype) / result.median[OURS]
     return results
 
 
-def best_rate(call: Program, amount: float, seconds: float) -> float:
+def best_rate(call: Program, amount: float, seconds: float, elapsed: Stopwatch) -> float:
     """``amount`` over the shortest of the calls that fit into ``seconds``."""
     call()
     shortest, begin = math.inf, time.perf_counter()
     while time.perf_counter() - begin < seconds:
-        start = time.perf_counter()
-        call()
-        shortest = min(shortest, time.perf_counter() - start)
+        shortest = min(shortest, elapsed(call, 1))
     return amount / shortest
 
 
-def measure_ceilings(dtypes: Sequence[torch.dtype], quick: bool = False) -> Ceilings:
-    """Copy bandwidth out of the cache's reach, and the rate of multiply-adds in registers for each type."""
-    source = torch.ones((64 if quick else 256) * 2**20 // 4)
+def multiplication(dtype: torch.dtype, device: torch.device, size: int = 8192) -> tuple[Program, float]:
+    """What shows the rate of a device's arithmetic units, and its operations."""
+    if device.type == "cuda":
+        left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+        return lambda: torch.mm(left, right), 2.0 * size**3
+    like = torch.empty(0, dtype=dtype)
+    return lambda: _C.arithmetic_operations(like, 10_000), _C.arithmetic_operations(like, 1) * 10_000
+
+
+def measure_ceilings(dtypes: Sequence[torch.dtype], quick: bool = False, device: torch.device = PROCESSOR) -> Ceilings:
+    """Copy bandwidth out of the cache's reach, and the rate of multiply-adds for each type."""
+    megabytes = (64 if quick else 256) if device.type == "cpu" else 1024
+    source = torch.ones(megabytes * 2**20 // 4, device=device)
     target = torch.empty_like(source)
-    seconds = 0.1 if quick else 0.5
-    copy_rate = best_rate(lambda: target.copy_(source), 2.0 * source.numel() * source.element_size(), seconds)
+    seconds, elapsed = 0.1 if quick else 0.5, stopwatch(device)
+    moved = 2.0 * source.numel() * source.element_size()
+    copy_rate = best_rate(lambda: target.copy_(source), moved, seconds, elapsed)
     rates = {}
     for dtype in dtypes:
-        like = torch.empty(0, dtype=dtype)
-        operations = _C.arithmetic_operations(like, 1) * 10_000
-        rates[dtype_name(dtype)] = best_rate(
-            lambda like=like: _C.arithmetic_operations(like, 10_000),  # type: ignore[misc]
-            operations,
-            seconds,
-        )
+        call, operations = multiplication(dtype, device)
+        rates[dtype_name(dtype)] = best_rate(call, operations, seconds, elapsed)
     return Ceilings(copy_rate, rates)

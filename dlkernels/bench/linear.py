@@ -48,12 +48,26 @@ GROUPS: tuple[tuple[str, tuple[Shape, ...]], ...] = (
 )
 
 
-def problem(shape: Shape, dtype: torch.dtype) -> Problem:
+GPU_GROUPS: tuple[tuple[str, tuple[Shape, ...]], ...] = (
+    (
+        "linear",
+        (
+            Shape("GPT-2 MLP in", 16_384, 768, 3072),
+            Shape("GPT-2 MLP out", 16_384, 3072, 768),
+            Shape("square", 8192, 8192, 8192),
+            Shape("square, small", 2048, 2048, 2048),
+        ),
+    ),
+    ("linear, small", (Shape("GPT-2 MLP, one token", 1, 768, 3072), Shape("digits classifier", 64, 64, 10))),
+)
+
+
+def problem(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
     """Random rows, weights and biases."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     scale = shape.inputs**-0.5
     sizes = ((shape.rows, shape.inputs), (shape.outputs, shape.inputs), (shape.outputs,))
-    tensors = [torch.randn(size, generator=generator) for size in sizes]
+    tensors = [torch.randn(size, generator=generator, device=device) for size in sizes]
     leaves = [(t if i == 0 else t * scale).to(dtype).requires_grad_() for i, t in enumerate(tensors)]
 
     def ours(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -65,10 +79,12 @@ def problem(shape: Shape, dtype: torch.dtype) -> Problem:
     return Problem(tuple(leaves), ours, peer)
 
 
-def cases(dtypes: tuple[torch.dtype, ...], quick: bool = False) -> Iterator[Case]:
+def cases(dtypes: tuple[torch.dtype, ...], quick: bool = False, gpu: bool = False) -> Iterator[Case]:
     """Every shape in every type; only the first shape of a class for a quick run."""
-    for group, shapes in GROUPS:
+    for group, shapes in GPU_GROUPS if gpu else GROUPS:
         for dtype in dtypes:
+            if dtype == torch.float16:
+                continue
             for shape in shapes[:1] if quick else shapes:
                 elements = shape.rows * shape.inputs + shape.inputs * shape.outputs + shape.rows * shape.outputs
                 operations = 2 * shape.rows * shape.inputs * shape.outputs

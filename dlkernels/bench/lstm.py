@@ -55,14 +55,29 @@ CELLS: tuple[tuple[str, tuple[str, ...], tuple[Shape, ...]], ...] = (
 )
 
 
-def sequence_problem(shape: Shape, dtype: torch.dtype) -> Problem:
+GPU_GROUPS: tuple[tuple[str, tuple[str, ...], tuple[Shape, ...]], ...] = (
+    (
+        "LSTM H 256-1024",
+        ("float32", "bfloat16", "float16"),
+        (
+            Shape("word-LSTM", 64, 64, 512, 512),
+            Shape("char-LSTM", 128, 64, 256, 256),
+            Shape("wide", 64, 64, 1024, 1024),
+            Shape("char-LSTM, two layers", 128, 64, 256, 256, 2),
+        ),
+    ),
+    ("LSTM batch 1", ("float32",), (Shape("char-LSTM", 128, 1, 256, 256), Shape("word-LSTM", 64, 1, 512, 512))),
+)
+
+
+def sequence_problem(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
     """A layer or stack with the same random weights for both."""
     torch.manual_seed(0)
-    peer_module = torch.nn.LSTM(shape.input, shape.hidden, shape.layers).to(dtype)
-    our_module = nn.LSTM(shape.input, shape.hidden, shape.layers).to(dtype)
+    peer_module = torch.nn.LSTM(shape.input, shape.hidden, shape.layers).to(device, dtype)
+    our_module = nn.LSTM(shape.input, shape.hidden, shape.layers).to(device, dtype)
     our_module._parameters = peer_module._parameters  # shared, so that one list of leaves serves both
     our_module._init_flat_weights()
-    sequence = torch.randn(shape.steps, shape.batch, shape.input).to(dtype).requires_grad_()
+    sequence = torch.randn(shape.steps, shape.batch, shape.input).to(device, dtype).requires_grad_()
 
     def ours(sequence: Tensor, *_: Tensor) -> Tensor:
         return our_module(sequence)[0]
@@ -73,14 +88,14 @@ def sequence_problem(shape: Shape, dtype: torch.dtype) -> Problem:
     return Problem((sequence, *peer_module.parameters()), ours, peer)
 
 
-def cell_problem(shape: Shape, dtype: torch.dtype) -> Problem:
+def cell_problem(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
     """One step from a random state."""
     torch.manual_seed(0)
-    peer_module = torch.nn.LSTMCell(shape.input, shape.hidden).to(dtype)
-    our_module = nn.LSTMCell(shape.input, shape.hidden).to(dtype)
+    peer_module = torch.nn.LSTMCell(shape.input, shape.hidden).to(device, dtype)
+    our_module = nn.LSTMCell(shape.input, shape.hidden).to(device, dtype)
     our_module._parameters = peer_module._parameters
     sizes = (shape.input, shape.hidden, shape.hidden)
-    step, hidden, cell = (torch.randn(shape.batch, size).to(dtype).requires_grad_() for size in sizes)
+    step, hidden, cell = (torch.randn(shape.batch, size).to(device, dtype).requires_grad_() for size in sizes)
 
     def ours(step: Tensor, hidden: Tensor, cell: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
         return our_module(step, (hidden, cell))
@@ -104,9 +119,9 @@ def cost(shape: Shape, element_size: int) -> tuple[Cost, Cost]:
     return Cost(moved, operations), Cost(3 * moved, 3 * operations)
 
 
-def cases(dtypes: tuple[torch.dtype, ...], quick: bool = False) -> Iterator[Case]:
+def cases(dtypes: tuple[torch.dtype, ...], quick: bool = False, gpu: bool = False) -> Iterator[Case]:
     """Sequences, then single steps; only the first shape of a class for a quick run."""
-    for groups, build in ((GROUPS, sequence_problem), (CELLS, cell_problem)):
+    for groups, build in ((GPU_GROUPS if gpu else GROUPS, sequence_problem), (CELLS, cell_problem)):
         for group, group_dtypes, shapes in groups:
             for dtype in dtypes:
                 if str(dtype).removeprefix("torch.") not in group_dtypes:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from .harness import BOTH, FORWARD, OURS, TORCH, Result, geometric_mean
+from .harness import BOTH, FORWARD, OURS, TORCH, Ceilings, Result, geometric_mean
 
 if TYPE_CHECKING:
     from .runner import Run
@@ -82,6 +82,39 @@ def write_json(run: Run, path: Path) -> None:
     path.write_text(json.dumps(as_json(run), indent=1) + "\n", encoding="utf-8")
 
 
+def read_json(path: Path) -> Run:
+    """A run as :func:`write_json` wrote it.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    from .runner import Run
+
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        results = [Result(**entry) for entry in facts["results"]]
+        return Run(facts["environment"], Ceilings(**facts["ceilings"]), facts["quick"], results, facts["seconds"])
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} holds no benchmark run: {type(error).__name__}: {error}") from None
+
+
+def merged(runs: Sequence[Run]) -> Run:
+    """One run of several on the same machine: all results, and the best that the machine did in any of them."""
+    rates: dict[str, float] = {}
+    for run in runs:
+        for name, rate in run.ceilings.arithmetic_rate.items():
+            rates[name] = max(rate, rates.get(name, 0.0))
+    ceilings = Ceilings(max(run.ceilings.copy_bytes_per_second for run in runs), rates)
+    results = [result for run in runs for result in run.results]
+    return replace(
+        runs[-1],
+        ceilings=ceilings,
+        quick=any(run.quick for run in runs),
+        results=results,
+        seconds=sum(run.seconds for run in runs),
+    )
+
+
 def summary_table(run: Run) -> Table:
     """The classes' ratios: torch's time over ours, so that above one is faster than torch."""
     rate = ", ".join(f"{value / 1e9:,.0f} Gop/s {name}" for name, value in run.ceilings.arithmetic_rate.items())
@@ -140,6 +173,16 @@ def class_rows(run: Run) -> tuple[list[str], list[list[str]]]:
     return headings, rows
 
 
+def machine(facts: dict[str, Any]) -> str:
+    """What the operations ran on."""
+    if "gpu" in facts:
+        return (
+            f"{facts['gpu']} ({facts['multiprocessors']} multiprocessors, {facts['memory_bytes'] / 2**30:.0f} GiB), "
+            f"CUDA {facts['cuda']}, cuDNN {facts['cudnn']}"
+        )
+    return f"{facts['processor']} ({facts['isa']}), {facts['threads']} threads of {facts['cores']} cores"
+
+
 def write_report(run: Run, path: Path) -> None:
     """The report at ``path`` (markdown), with every figure in a JSON file of the same name beside it."""
     facts = run.environment
@@ -147,8 +190,7 @@ def write_report(run: Run, path: Path) -> None:
     lines = [
         "# dlkernels against PyTorch",
         "",
-        f"dlkernels {facts['dlkernels']} ({facts['isa']}), PyTorch {facts['torch']}, Python {facts['python']}, "
-        f"{facts['processor']}, {facts['threads']} threads of {facts['cores']} cores.",
+        f"dlkernels {facts['dlkernels']}, PyTorch {facts['torch']}, Python {facts['python']}, {machine(facts)}.",
         f"Ceilings measured in this run: copy {run.ceilings.copy_bytes_per_second / 1e9:.1f} GB/s; "
         f"multiply-adds {rates}.",
         "",
@@ -248,8 +290,8 @@ def write_plot(run: Run, path: Path) -> None:
     axes.set_xlabel("PyTorch's time over ours (right of the line: dlkernels is faster)")
     facts = run.environment
     figure.suptitle(
-        f"dlkernels {facts['dlkernels']} ({facts['isa']}) and PyTorch {facts['torch']}\n"
-        f"{facts['processor']}, {facts['threads']} threads; geometric mean over each class's shapes",
+        f"dlkernels {facts['dlkernels']} and PyTorch {facts['torch']}\n"
+        f"{machine(facts)}; geometric mean over each class's shapes",
         fontsize=10,
         x=0.01,
         horizontalalignment="left",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -20,10 +21,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from .. import info
 from ..train.show import is_live
-from .harness import FULL, QUICK, TORCH, Case, Ceilings, Result, dtype_name, measure, measure_ceilings
+from .harness import BEST, FULL, PROCESSOR, QUICK, TORCH, Case, Ceilings, Result, dtype_name, measure, measure_ceilings
 
 COLUMNS = ("conv2d", "batch_norm", "lstm", "linear", "cross_entropy", "linear_cross_entropy", "attention")
 HUGE_PAGES = "torch, huge pages"
+DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("float32", "bfloat16", "float16")}  # measured where none is chosen
 
 
 class BenchError(Exception):
@@ -50,16 +52,27 @@ class Run:
         ]
 
 
-def find_cases(columns: Sequence[str], dtypes: Sequence[torch.dtype], quick: bool) -> Iterator[Case]:
-    """The cases of the columns, each from the module of that name."""
+def find_cases(columns: Sequence[str], dtypes: Sequence[torch.dtype], quick: bool, gpu: bool = False) -> Iterator[Case]:
+    """The cases of the columns, each from the module of that name; those of a GPU are as large as it needs."""
     for column in columns:
-        yield from importlib.import_module(f"{__package__}.{column}").cases(tuple(dtypes), quick)
+        yield from importlib.import_module(f"{__package__}.{column}").cases(tuple(dtypes), quick, gpu)
+
+
+@contextlib.contextmanager
+def strict_float32(device: torch.device) -> Iterator[None]:
+    """On a GPU: torch's convolutions and LSTMs in full float32, like ours, by the fastest of cuDNN's kernels."""
+    if device.type != "cuda":
+        yield
+        return
+    with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
+        yield
 
 
 def describe(results: list[Result]) -> str:
     """One case's outcome in a line."""
     first = results[0]
-    ratios = ", ".join(f"{r.direction} {r.ratio[TORCH]:.2f}x" if r.same else f"{r.direction} DIFFERS" for r in results)
+    peer = BEST if any(BEST in r.ratio for r in results) else TORCH
+    ratios = ", ".join(f"{r.direction} {r.ratio[peer]:.2f}x" if r.same else f"{r.direction} DIFFERS" for r in results)
     return f"{first.group}, {first.dtype}: {first.name}: {ratios}"
 
 
@@ -67,8 +80,9 @@ def run(
     columns: Sequence[str],
     *,
     quick: bool = False,
-    dtypes: Sequence[str] = ("float32", "bfloat16"),
+    dtypes: Sequence[str] = DTYPES["cpu"],
     peers: Sequence[str] = (),
+    device: torch.device = PROCESSOR,
     console: Console | None = None,
 ) -> Run:
     """Measures every case of ``columns`` against torch as it is, and against ``peers``.
@@ -79,20 +93,21 @@ def run(
         dtypes: element types to measure.
         peers: ``"compile"`` adds torch.compile to the contenders; ``"thp"`` repeats the run in a process whose
             allocator asks for huge pages.
+        device: where the tensors are; on a GPU, one of those that the build has kernels for.
         console: where the progress goes; nowhere if not given.
     """
     console = console or Console(quiet=True)
     types = [getattr(torch, name) for name in dtypes]
     start = time.perf_counter()
-    found = Run(info.environment(), measure_ceilings(types, quick), quick)
-    cases = list(find_cases(columns, types, quick))
+    found = Run(info.environment(device), measure_ceilings(types, quick, device), quick)
+    cases = list(find_cases(columns, types, quick, gpu=device.type == "cuda"))
     layout = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     live = is_live(console)
-    with Progress(*layout, console=console, transient=True, disable=not live) as bar:
+    with Progress(*layout, console=console, transient=True, disable=not live) as bar, strict_float32(device):
         task = bar.add_task("", total=len(cases))
         for case in cases:
             bar.update(task, description=f"{case.group}, {dtype_name(case.dtype)}")
-            results = measure(case, found.ceilings, QUICK if quick else FULL, compiled="compile" in peers)
+            results = measure(case, found.ceilings, QUICK if quick else FULL, "compile" in peers, device)
             found.results += results
             console.print(describe(results), highlight=False, soft_wrap=True)
             bar.advance(task)
