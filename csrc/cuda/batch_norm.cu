@@ -3,15 +3,19 @@
 //   forward    y = relu(w (x - mean) / s + b + residual),   s^2 = variance + eps
 //   backward   g = dy where y > 0;   dx = w / s (g - mean(g) - (x - mean) / s^2 mean(g (x - mean)))
 //
-// A block takes a part of one channel, or, with channels side by side, of 32 channels. Its warps take images in turn
-// and lanes the positions of an image; or rows in turn, with a channel a lane: neighbouring lanes read neighbouring
-// addresses in both layouts. Forward: means and sums of squared deviations of every part, never E[x^2] - mean^2, each
-// thread's about its first element (Welford 1962); the parts of a channel merged in double in their order (Chan, Golub
-// and LeVeque 1979); then the output, blocks in reverse order, to begin where the cache is warm. Backward: the same
-// with sums of g and of g (x - mean). Elements are centred on the mean as rounded, and what was rounded away is folded
-// into the channel's constants.
+// A thread takes packs: 16 bytes of neighbours, or single elements where packs do not divide a row. With contiguous
+// images a block takes packs of one channel, whose images may be of any size; with channels side by side its threads
+// take rows in turn, each the same channels of all its rows. Either way the places of a pack are apart until the end:
+// place e of a thread's packs has sums of its own, in both layouts by the same code, which are of one channel or of
+// several.
 //
-// Memory-bound: three passes over x or y forward, five over x, dy and dx backward.
+// Forward: means and sums of squared deviations, never E[x^2] - mean^2, each place's about its first element (Welford
+// 1962); those of places, threads and blocks are merged in double (Chan, Golub and LeVeque 1979), those of a channel's
+// blocks by a block of their own, which also makes the channel's constants; then the output, blocks in reverse order,
+// to begin where the cache is warm. Backward: the same with sums of g and of g (x - mean). Elements are centred on the
+// mean as rounded, and what was rounded away is folded into the constants.
+//
+// Memory-bound: three passes over x or y forward, five over x, dy and dx backward, and two over y with a ReLU.
 #include "cpu/batch_norm.h"
 #include "cuda/numbers.cuh"
 #include "cuda/reduce.cuh"
@@ -20,83 +24,134 @@ namespace dlkernels::DLKERNELS_ISA {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarpSize;
-constexpr int64_t kPartElements = 16384;  // of a channel, or of 32 side by side, in a block
-constexpr int kRun = 16;                  // additions before a sum is widened
+constexpr int64_t kPacksOfThread = 16;
+constexpr int kRun = 8;  // packs before sums are widened
 
 // ---- which elements a thread has -----------------------------------------------------------------------------------
 
-// How elements are dealt to blocks: [channel blocks][parts] of them.
+// How packs are dealt to blocks: [channel blocks][parts] of them.
 struct Layout {
-  int64_t channels, rows, inner;  // rows: images, or, with channels side by side, positions of all images
+  int64_t channels, inner;
   bool channels_last;
-  int64_t channel_blocks, parts, rows_in_part;
+  int lanes = 1;      // threads that share a row, with channels side by side: a power of two
+  Divider row_packs;  // contiguous: packs of a channel's row in an image
+  int64_t packs;      // of a channel; with channels side by side, rows
+  int64_t channel_blocks, parts, part_packs;
   double elements;  // of a channel
 
-  explicit Layout(const BatchNormShape& shape)
+  Layout(const BatchNormShape& shape, int pack)
       : channels(shape.channels),
-        rows(shape.channels_last ? shape.batch * shape.inner : shape.batch),
         inner(shape.inner),
-        channels_last(shape.channels_last) {
-    const int64_t row_elements = channels_last ? kWarpSize : inner;
-    channel_blocks = channels_last ? ceil_div(channels, kWarpSize) : channels;
-    rows_in_part = kPartElements / row_elements > 1 ? kPartElements / row_elements : 1;
-    parts = ceil_div(rows, rows_in_part);
-    elements = static_cast<double>(rows * (channels_last ? 1 : inner));
+        channels_last(shape.channels_last),
+        row_packs(shape.inner / pack),
+        packs(shape.channels_last ? shape.batch * shape.inner : shape.batch * (shape.inner / pack)),
+        channel_blocks(shape.channels),
+        elements(static_cast<double>(shape.batch * shape.inner)) {
+    if (channels_last) {
+      while (lanes < kWarpSize && lanes * pack < channels) lanes *= 2;
+      channel_blocks = ceil_div(channels, lanes * pack);
+    }
+    part_packs = kThreads / lanes * kPacksOfThread;
+    parts = ceil_div(packs, part_packs);
   }
   int64_t blocks() const { return channel_blocks * parts; }
 };
 
-// A thread's channel and its part of it.
+// A thread's part of the packs, and the channel of each place in them.
+template <int kPack>
 struct Share {
   const Layout& layout;
-  int64_t part, channel;
+  int64_t part, first_channel;
 
-  __device__ Share(const Layout& l, int64_t block) : layout(l), part(block % l.parts), channel(block / l.parts) {
-    if (layout.channels_last) channel = channel * kWarpSize + threadIdx.x % kWarpSize;
+  __device__ Share(const Layout& l, int64_t block) : layout(l), part(block % l.parts), first_channel(block / l.parts) {
+    if (layout.channels_last)
+      first_channel = (first_channel * layout.lanes + static_cast<int>(threadIdx.x) % layout.lanes) * kPack;
   }
-  __device__ bool exists() const { return channel < layout.channels; }
+  __device__ bool exists() const { return first_channel < layout.channels; }
+  __device__ int64_t channel(int place) const { return layout.channels_last ? first_channel + place : first_channel; }
 
-  // body(offset) for every element of the thread.
+  // constants[place] = of(channel), once where all places have one channel.
+  template <class Constant, class Of>
+  __device__ __forceinline__ void for_places(Constant (&constants)[kPack], Of&& of) const {
+#pragma unroll
+    for (int e = 0; e < kPack; ++e) constants[e] = e > 0 && !layout.channels_last ? constants[0] : of(channel(e));
+  }
+
+  // body(offset) for every pack of the thread.
   template <class Body>
   __device__ __forceinline__ void for_each(Body&& body) const {
-    const int warp = static_cast<int>(threadIdx.x) / kWarpSize, lane = static_cast<int>(threadIdx.x) % kWarpSize;
-    const int64_t begin = part * layout.rows_in_part;
-    const int64_t end = begin + layout.rows_in_part < layout.rows ? begin + layout.rows_in_part : layout.rows;
-    for (int64_t row = begin + warp; row < end; row += kWarps) {
+    const int64_t begin = part * layout.part_packs;
+    const int64_t end = begin + layout.part_packs < layout.packs ? begin + layout.part_packs : layout.packs;
+    const int step = kThreads / layout.lanes;
+    for (int64_t pack = begin + static_cast<int>(threadIdx.x) / layout.lanes; pack < end; pack += step) {
       if (layout.channels_last) {
-        body(row * layout.channels + channel);
+        body(pack * layout.channels + first_channel);
       } else {
-        const int64_t first = (row * layout.channels + channel) * layout.inner;
-        for (int64_t i = lane; i < layout.inner; i += kWarpSize) body(first + i);
+        const Division image(pack, layout.row_packs);
+        body((image.quotient * layout.channels + first_channel) * layout.inner + image.remainder * kPack);
       }
     }
   }
 };
 
-// Combines the values of a block's threads, or, with channels side by side, of the threads of each lane; the result is
-// that of the first thread, or of the first warp.
+// The combination of the values of all threads that are a multiple of `lanes` apart, for the first `lanes` threads.
 template <class Value, class Combine>
-__device__ Value reduce_block(Value value, bool channels_last, Combine combine) {
-  Value* values = shared_memory<Value>();
-  const int thread = static_cast<int>(threadIdx.x);
-  values[thread] = value;
-  for (int distance = kThreads / 2; distance >= (channels_last ? kWarpSize : 1); distance /= 2) {
-    __syncthreads();
-    if (thread < distance) values[thread] = combine(values[thread], values[thread + distance]);
+__device__ Value reduce_block(Value value, int lanes, Combine combine) {
+  for (int distance = kWarpSize / 2; distance >= lanes; distance /= 2) {
+    value = combine(value, value.of_lane_across(distance));
   }
-  return values[thread];
+  Value* exchange = shared_memory<Value>();
+  const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarpSize, lane = thread % kWarpSize;
+  __syncthreads();  // of the last use of `exchange`
+  if (lane < lanes) exchange[warp * lanes + lane] = value;
+  __syncthreads();
+  if (thread >= lanes) return value;
+  for (int w = 1; w < kWarps; ++w) value = combine(value, exchange[w * lanes + thread]);
+  return value;
 }
 
 template <class Value>
-__device__ void store_partial(const Share& share, Value value, Value* partials) {
-  const bool holds = share.layout.channels_last ? threadIdx.x < kWarpSize && share.exists() : threadIdx.x == 0;
-  if (holds) partials[share.part * share.layout.channels + share.channel] = value;
+constexpr int64_t kExchangeBytes = kThreads * sizeof(Value);
+
+// of(place): what a thread found in a place of its packs. Writes what the block found of each channel.
+template <int kPack, class Value, class Combine, class Of>
+__device__ void store_partials(const Share<kPack>& share, Value* partials, Combine combine, Of&& of) {
+  const Layout& layout = share.layout;
+  Value* out = partials + share.part * layout.channels;
+  if (!layout.channels_last) {
+    Value value = of(0);
+#pragma unroll
+    for (int e = 1; e < kPack; ++e) value = combine(value, of(e));
+    value = reduce_block(value, 1, combine);
+    if (threadIdx.x == 0) out[share.first_channel] = value;
+    return;
+  }
+#pragma unroll
+  for (int e = 0; e < kPack; ++e) {
+    const Value value = reduce_block(of(e), layout.lanes, combine);
+    if (threadIdx.x < layout.lanes && share.exists()) out[share.channel(e)] = value;
+  }
+}
+
+// What all blocks found of a channel, for the first thread of the block that asks.
+template <class Value, class Combine>
+__device__ Value combine_partials(const Layout& layout, int64_t channel, const Value* partials, Combine combine) {
+  Value value = {};
+  for (int64_t part = threadIdx.x; part < layout.parts; part += kThreads) {
+    value = combine(value, partials[part * layout.channels + channel]);
+  }
+  return reduce_block(value, 1, combine);
 }
 
 // ---- forward -------------------------------------------------------------------------------------------------------
 
 struct Moments {
   double count, mean, squares;  // squares: the sum of squared deviations from the mean
+
+  __device__ Moments of_lane_across(int distance) const {
+    return {__shfl_xor_sync(kAllLanes, count, distance), __shfl_xor_sync(kAllLanes, mean, distance),
+            __shfl_xor_sync(kAllLanes, squares, distance)};
+  }
 };
 
 struct Merge {
@@ -109,64 +164,91 @@ struct Merge {
   }
 };
 
-template <class Scalar>
+template <class Scalar, int kPack>
 __global__ void __launch_bounds__(kThreads, 1) find_moments(Layout layout, const Scalar* input, Moments* partials) {
   using T = accumulate_t<Scalar>;
-  const Share share(layout, blockIdx.x);
-  T first = T(0), mean = T(0), squares = T(0);
-  int64_t count = 0;
+  const Share<kPack> share(layout, blockIdx.x);
+  T first[kPack] = {}, mean[kPack] = {}, squares[kPack] = {};
+  int count = 0;
   if (share.exists()) {
     share.for_each([&](int64_t offset) {
-      const T value = widen(input[offset]);
-      if (count == 0) first = value;
+      T values[kPack];
+      load_pack(input + offset, values);
+      const bool is_first = count == 0;
       ++count;
-      const T difference = (value - first) - mean;
-      mean += difference / static_cast<T>(count);
-      squares += difference * ((value - first) - mean);
+      const T share_of_one = T(1) / static_cast<T>(count);
+#pragma unroll
+      for (int e = 0; e < kPack; ++e) {
+        if (is_first) first[e] = values[e];
+        const T value = values[e] - first[e], difference = value - mean[e];
+        mean[e] += difference * share_of_one;
+        squares[e] += difference * (value - mean[e]);
+      }
     });
   }
-  const Moments mine = {static_cast<double>(count), static_cast<double>(first) + mean, squares};
-  store_partial(share, reduce_block(mine, layout.channels_last, Merge()), partials);
-}
-
-__global__ void __launch_bounds__(kThreads, 1)
-    merge_moments(Layout layout, const Moments* partials, double* mean, double* variance) {
-  const int64_t channel = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  if (channel >= layout.channels) return;
-  Moments moments = {0, 0, 0};
-  for (int64_t part = 0; part < layout.parts; ++part) {
-    moments = Merge()(moments, partials[part * layout.channels + channel]);
-  }
-  mean[channel] = moments.mean;
-  variance[channel] = moments.squares / moments.count;
+  store_partials(share, partials, Merge(), [&](int e) {
+    return Moments{static_cast<double>(count), static_cast<double>(first[e]) + mean[e], squares[e]};
+  });
 }
 
 // y = (x - center) scale + shift
 template <class T>
 struct Affine {
   T center, scale, shift;
-  __device__ Affine(double mean, double variance, double eps, const T* weight, const T* bias, int64_t channel)
-      : center(static_cast<T>(mean)) {
+
+  __device__ static Affine of(double mean, double variance, double eps, const T* weight, const T* bias,
+                              int64_t channel) {
     const double factor = (weight == nullptr ? 1.0 : static_cast<double>(weight[channel])) / sqrt(variance + eps);
-    scale = static_cast<T>(factor);
-    shift = static_cast<T>((bias == nullptr ? 0.0 : static_cast<double>(bias[channel])) -
-                           (mean - static_cast<double>(center)) * factor);
+    const T center = static_cast<T>(mean);
+    return {center, static_cast<T>(factor),
+            static_cast<T>((bias == nullptr ? 0.0 : static_cast<double>(bias[channel])) -
+                           (mean - static_cast<double>(center)) * factor)};
   }
 };
 
-template <class Scalar>
+// A block a channel.
+template <class T>
 __global__ void __launch_bounds__(kThreads, 1)
-    normalize(Layout layout, bool relu, const Scalar* input, const Scalar* residual, const accumulate_t<Scalar>* weight,
-              const accumulate_t<Scalar>* bias, double eps, const double* mean, const double* variance,
-              Scalar* output) {
+    finish_moments(Layout layout, const Moments* partials, const T* weight, const T* bias, double eps, double* mean,
+                   double* variance, Affine<T>* affines) {
+  const int64_t channel = blockIdx.x;
+  const Moments moments = combine_partials(layout, channel, partials, Merge());
+  if (threadIdx.x != 0) return;
+  const double spread = moments.squares / moments.count;
+  mean[channel] = moments.mean;
+  variance[channel] = spread;
+  affines[channel] = Affine<T>::of(moments.mean, spread, eps, weight, bias, channel);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, 1)
+    take_moments(int64_t channels, const T* weight, const T* bias, double eps, const double* mean,
+                 const double* variance, Affine<T>* affines) {
+  const int64_t channel = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (channel >= channels) return;
+  affines[channel] = Affine<T>::of(mean[channel], variance[channel], eps, weight, bias, channel);
+}
+
+template <class Scalar, int kPack>
+__global__ void __launch_bounds__(kThreads, 1)
+    normalize(Layout layout, bool relu, const Scalar* input, const Scalar* residual,
+              const Affine<accumulate_t<Scalar>>* affines, Scalar* output) {
   using T = accumulate_t<Scalar>;
-  const Share share(layout, gridDim.x - 1 - blockIdx.x);
+  const Share<kPack> share(layout, gridDim.x - 1 - blockIdx.x);
   if (!share.exists()) return;
-  const Affine<T> affine(mean[share.channel], variance[share.channel], eps, weight, bias, share.channel);
+  Affine<T> affine[kPack];
+  share.for_places(affine, [&](int64_t channel) { return affines[channel]; });
   share.for_each([&](int64_t offset) {
-    T out = (widen(input[offset]) - affine.center) * affine.scale + affine.shift;
-    if (residual != nullptr) out += widen(residual[offset]);
-    output[offset] = narrow<Scalar>(relu && out < T(0) ? T(0) : out);  // NaN stays
+    T values[kPack], added[kPack] = {};
+    load_pack(input + offset, values);
+    if (residual != nullptr) load_pack(residual + offset, added);
+#pragma unroll
+    for (int e = 0; e < kPack; ++e) {
+      T out = (values[e] - affine[e].center) * affine[e].scale + affine[e].shift;
+      if (residual != nullptr) out += added[e];
+      values[e] = relu && out < T(0) ? T(0) : out;  // NaN stays
+    }
+    store_pack(output + offset, values);
   });
 }
 
@@ -174,6 +256,10 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 struct GradientSums {
   double gradient, product;  // of g, and of g (x - center)
+
+  __device__ GradientSums of_lane_across(int distance) const {
+    return {__shfl_xor_sync(kAllLanes, gradient, distance), __shfl_xor_sync(kAllLanes, product, distance)};
+  }
 };
 struct AddSums {
   __device__ GradientSums operator()(GradientSums a, GradientSums b) const {
@@ -181,126 +267,160 @@ struct AddSums {
   }
 };
 
-// The gradient behind the ReLU; NaN outputs let it pass, as torch's do.
-template <class Scalar>
-__device__ __forceinline__ accumulate_t<Scalar> gradient_at(const Scalar* grad_output, const Scalar* output,
-                                                            int64_t offset) {
+// Gradients behind the ReLU, whose output is null without one; NaN outputs let them pass, as torch's do.
+template <class Scalar, int kPack>
+__device__ __forceinline__ void load_gradients(const Scalar* grad_output, const Scalar* output, int64_t offset,
+                                               accumulate_t<Scalar> (&gradients)[kPack]) {
   using T = accumulate_t<Scalar>;
-  return output != nullptr && widen(output[offset]) <= T(0) ? T(0) : widen(grad_output[offset]);
+  load_pack(grad_output + offset, gradients);
+  if (output == nullptr) return;
+  T outputs[kPack];
+  load_pack(output + offset, outputs);
+#pragma unroll
+  for (int e = 0; e < kPack; ++e) gradients[e] = outputs[e] <= T(0) ? T(0) : gradients[e];
 }
 
-// `output` is null without ReLU.
-template <class Scalar>
+template <class Scalar, int kPack>
 __global__ void __launch_bounds__(kThreads, 1)
     sum_gradients(Layout layout, const Scalar* grad_output, const Scalar* input, const Scalar* output,
                   const double* mean, GradientSums* partials) {
   using T = accumulate_t<Scalar>;
-  const Share share(layout, blockIdx.x);
-  GradientSums sums = {0, 0};
+  const Share<kPack> share(layout, blockIdx.x);
+  GradientSums sums[kPack] = {};
   if (share.exists()) {
-    const T center = static_cast<T>(mean[share.channel]);
-    T gradient = T(0), product = T(0);
+    T center[kPack], gradient[kPack] = {}, product[kPack] = {};
+    share.for_places(center, [&](int64_t channel) { return static_cast<T>(mean[channel]); });
     int run = 0;
     auto widen_sums = [&] {
-      sums.gradient += gradient, sums.product += product;
-      gradient = product = T(0);
+#pragma unroll
+      for (int e = 0; e < kPack; ++e) {
+        sums[e].gradient += gradient[e], sums[e].product += product[e];
+        gradient[e] = product[e] = T(0);
+      }
     };
     share.for_each([&](int64_t offset) {
-      const T g = gradient_at(grad_output, output, offset);
-      gradient += g;
-      product += g * (widen(input[offset]) - center);
+      T values[kPack], gradients[kPack];
+      load_pack(input + offset, values);
+      load_gradients(grad_output, output, offset, gradients);
+#pragma unroll
+      for (int e = 0; e < kPack; ++e) {
+        gradient[e] += gradients[e];
+        product[e] += gradients[e] * (values[e] - center[e]);
+      }
       if (++run % kRun == 0) widen_sums();
     });
     widen_sums();
   }
-  store_partial(share, reduce_block(sums, layout.channels_last, AddSums()), partials);
+  store_partials(share, partials, AddSums(), [&](int e) { return sums[e]; });
 }
 
 // dx = scale g - factor (x - center) - constant
-struct Correction {
-  double factor, constant;
+template <class T>
+struct Derivative {
+  T center, scale, factor, constant;
 };
 
+// A block a channel.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1)
     finish_gradients(Layout layout, const GradientSums* partials, bool training, const T* weight, const double* mean,
-                     const double* variance, double eps, Correction* corrections, T* grad_weight, T* grad_bias) {
-  const int64_t channel = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  if (channel >= layout.channels) return;
-  GradientSums sums = {0, 0};
-  for (int64_t part = 0; part < layout.parts; ++part) {
-    sums = AddSums()(sums, partials[part * layout.channels + channel]);
-  }
-  const double rounded = mean[channel] - static_cast<double>(static_cast<T>(mean[channel]));
+                     const double* variance, double eps, Derivative<T>* derivatives, T* grad_weight, T* grad_bias) {
+  const int64_t channel = blockIdx.x;
+  const GradientSums sums = combine_partials(layout, channel, partials, AddSums());
+  if (threadIdx.x != 0) return;
+  const T center = static_cast<T>(mean[channel]);
+  const double rounded = mean[channel] - static_cast<double>(center);
   const double product = sums.product - rounded * sums.gradient;  // of g (x - mean)
   const double deviation = sqrt(variance[channel] + eps);
   if (grad_weight != nullptr) grad_weight[channel] = static_cast<T>(product / deviation);
   if (grad_bias != nullptr) grad_bias[channel] = static_cast<T>(sums.gradient);
   const double scale = (weight == nullptr ? 1.0 : static_cast<double>(weight[channel])) / deviation;
-  corrections[channel] = {0.0, 0.0};
-  if (!training) return;
   const double share = scale / layout.elements, factor = share * product / (variance[channel] + eps);
-  corrections[channel] = {factor, share * sums.gradient - factor * rounded};
+  const double constant = share * sums.gradient - factor * rounded;
+  derivatives[channel] = {center, static_cast<T>(scale), training ? static_cast<T>(factor) : T(0),
+                          training ? static_cast<T>(constant) : T(0)};
 }
 
-template <class Scalar>
+template <class Scalar, int kPack>
 __global__ void __launch_bounds__(kThreads, 1)
     differentiate(Layout layout, bool training, const Scalar* grad_output, const Scalar* input, const Scalar* output,
-                  const accumulate_t<Scalar>* weight, const double* mean, const double* variance, double eps,
-                  const Correction* corrections, Scalar* grad_input, Scalar* grad_residual) {
+                  const Derivative<accumulate_t<Scalar>>* derivatives, Scalar* grad_input, Scalar* grad_residual) {
   using T = accumulate_t<Scalar>;
-  const Share share(layout, gridDim.x - 1 - blockIdx.x);
+  const Share<kPack> share(layout, gridDim.x - 1 - blockIdx.x);
   if (!share.exists()) return;
-  const T* no_bias = nullptr;
-  const Affine<T> affine(mean[share.channel], variance[share.channel], eps, weight, no_bias, share.channel);
-  const T constant = static_cast<T>(corrections[share.channel].constant);
-  const T factor = static_cast<T>(corrections[share.channel].factor);
+  Derivative<T> derivative[kPack];
+  share.for_places(derivative, [&](int64_t channel) { return derivatives[channel]; });
   share.for_each([&](int64_t offset) {
-    const T g = gradient_at(grad_output, output, offset);
-    if (grad_residual != nullptr) grad_residual[offset] = narrow<Scalar>(g);
+    T gradients[kPack], values[kPack] = {};
+    load_gradients(grad_output, output, offset, gradients);
+    if (grad_residual != nullptr) store_pack(grad_residual + offset, gradients);
     if (grad_input == nullptr) return;
-    T out = affine.scale * g;
-    if (training) out -= (widen(input[offset]) - affine.center) * factor + constant;
-    grad_input[offset] = narrow<Scalar>(out);
+    if (training) load_pack(input + offset, values);
+#pragma unroll
+    for (int e = 0; e < kPack; ++e) {
+      const Derivative<T>& d = derivative[e];
+      gradients[e] *= d.scale;
+      if (training) gradients[e] -= (values[e] - d.center) * d.factor + d.constant;
+    }
+    store_pack(grad_input + offset, gradients);
   });
 }
 
 // ---- launchers -----------------------------------------------------------------------------------------------------
 
+// run(std::integral_constant<int, pack>(), layout): in packs where they divide the rows of the layout.
+template <class Scalar, class Run>
+void with_layout(const BatchNormShape& shape, Run&& run) {
+  constexpr int size = Pack<Scalar>::size;
+  if ((shape.channels_last ? shape.channels : shape.inner) % size == 0) {
+    run(std::integral_constant<int, size>(), Layout(shape, size));
+  } else {
+    run(std::integral_constant<int, 1>(), Layout(shape, 1));
+  }
+}
+
 template <class Scalar>
 void forward_typed(const BatchNormForwardArgs& args) {
   using T = accumulate_t<Scalar>;
-  const Layout layout(args.shape);
   const Scalar* input = static_cast<const Scalar*>(args.input);
-  if (args.shape.training) {
-    Moments* partials = workspace<Moments>(layout.parts * layout.channels);
-    launch({layout.blocks(), kThreads, kThreads * sizeof(Moments)}, find_moments<Scalar>, layout, input, partials);
-    launch({ceil_div(layout.channels, kThreads), kThreads}, merge_moments, layout, partials, args.mean, args.variance);
-  }
-  launch({layout.blocks(), kThreads}, normalize<Scalar>, layout, args.shape.relu, input,
-         static_cast<const Scalar*>(args.residual), static_cast<const T*>(args.weight),
-         static_cast<const T*>(args.bias), args.eps, args.mean, args.variance, static_cast<Scalar*>(args.output));
+  const T *weight = static_cast<const T*>(args.weight), *bias = static_cast<const T*>(args.bias);
+  const int64_t channels = args.shape.channels;
+  Affine<T>* affines = workspace<Affine<T>>(channels);
+  with_layout<Scalar>(args.shape, [&](auto pack, const Layout& layout) {
+    if (args.shape.training) {
+      Moments* partials = workspace<Moments>(layout.parts * channels);
+      launch({layout.blocks(), kThreads, kExchangeBytes<Moments>}, find_moments<Scalar, pack()>, layout, input,
+             partials);
+      launch({channels, kThreads, kExchangeBytes<Moments>}, finish_moments<T>, layout, partials, weight, bias, args.eps,
+             args.mean, args.variance, affines);
+    } else {
+      launch({ceil_div(channels, kThreads), kThreads}, take_moments<T>, channels, weight, bias, args.eps, args.mean,
+             args.variance, affines);
+    }
+    launch({layout.blocks(), kThreads}, normalize<Scalar, pack()>, layout, args.shape.relu, input,
+           static_cast<const Scalar*>(args.residual), affines, static_cast<Scalar*>(args.output));
+  });
 }
 
 template <class Scalar>
 void backward_typed(const BatchNormBackwardArgs& args) {
   using T = accumulate_t<Scalar>;
-  const Layout layout(args.shape);
   const Scalar* grad_output = static_cast<const Scalar*>(args.grad_output);
   const Scalar* input = static_cast<const Scalar*>(args.input);
   const Scalar* output = args.shape.relu ? static_cast<const Scalar*>(args.output) : nullptr;
-  const T* weight = static_cast<const T*>(args.weight);
-  GradientSums* partials = workspace<GradientSums>(layout.parts * layout.channels);
-  Correction* corrections = workspace<Correction>(layout.channels);
-  launch({layout.blocks(), kThreads, kThreads * sizeof(GradientSums)}, sum_gradients<Scalar>, layout, grad_output,
-         input, output, args.mean, partials);
-  launch({ceil_div(layout.channels, kThreads), kThreads}, finish_gradients<T>, layout, partials, args.shape.training,
-         weight, args.mean, args.variance, args.eps, corrections, static_cast<T*>(args.grad_weight),
-         static_cast<T*>(args.grad_bias));
-  if (args.grad_input == nullptr && args.grad_residual == nullptr) return;
-  launch({layout.blocks(), kThreads}, differentiate<Scalar>, layout, args.shape.training, grad_output, input, output,
-         weight, args.mean, args.variance, args.eps, corrections, static_cast<Scalar*>(args.grad_input),
-         static_cast<Scalar*>(args.grad_residual));
+  const int64_t channels = args.shape.channels;
+  Derivative<T>* derivatives = workspace<Derivative<T>>(channels);
+  with_layout<Scalar>(args.shape, [&](auto pack, const Layout& layout) {
+    GradientSums* partials = workspace<GradientSums>(layout.parts * channels);
+    launch({layout.blocks(), kThreads, kExchangeBytes<GradientSums>}, sum_gradients<Scalar, pack()>, layout,
+           grad_output, input, output, args.mean, partials);
+    launch({channels, kThreads, kExchangeBytes<GradientSums>}, finish_gradients<T>, layout, partials,
+           args.shape.training, static_cast<const T*>(args.weight), args.mean, args.variance, args.eps, derivatives,
+           static_cast<T*>(args.grad_weight), static_cast<T*>(args.grad_bias));
+    if (args.grad_input == nullptr && args.grad_residual == nullptr) return;
+    launch({layout.blocks(), kThreads}, differentiate<Scalar, pack()>, layout, args.shape.training, grad_output, input,
+           output, derivatives, static_cast<Scalar*>(args.grad_input), static_cast<Scalar*>(args.grad_residual));
+  });
 }
 
 void forward(const BatchNormForwardArgs& args) {

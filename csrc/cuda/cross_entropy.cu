@@ -64,30 +64,14 @@ __device__ __forceinline__ void for_each_pack(const Scalar* row, int64_t classes
     body(rank, value);
   }
   for (int64_t i = rank; i < packs; i += Team<kWarps>::size) {
-    const auto pack = *reinterpret_cast<const Pack<Scalar>*>(row + head + i * size);
     T values[size];
-#pragma unroll
-    for (int e = 0; e < size; ++e) values[e] = widen(pack.elements[e]);
+    load_pack(row + head + i * size, values);
     body(head + i * size, values);
   }
   if (tail + rank < classes) {
     const T value[1] = {widen(row[tail + rank])};
     body(tail + rank, value);
   }
-}
-
-// values[e] as elements [c, c + size) of an array; a pack of them in one store where its address allows it.
-template <class Scalar, class T, int size>
-__device__ __forceinline__ void store_pack(Scalar* out, const T (&values)[size]) {
-  if (size > 1 && reinterpret_cast<uintptr_t>(out) % sizeof(Pack<Scalar>) == 0) {
-    Pack<Scalar> pack;
-#pragma unroll
-    for (int e = 0; e < size; ++e) pack.elements[e] = narrow<Scalar>(values[e]);
-    *reinterpret_cast<Pack<Scalar>*>(out) = pack;
-    return;
-  }
-#pragma unroll
-  for (int e = 0; e < size; ++e) out[e] = narrow<Scalar>(values[e]);
 }
 
 template <class T>

@@ -107,6 +107,35 @@ struct alignas(16) Pack {
   T elements[size];
 };
 
+// size neighbours from `in`, widened; a pack of them in one load where its address allows it.
+template <class Scalar, int size>
+__device__ __forceinline__ void load_pack(const Scalar* in, accumulate_t<Scalar> (&values)[size]) {
+  static_assert(size == 1 || size == Pack<Scalar>::size);
+  if (size > 1 && reinterpret_cast<uintptr_t>(in) % sizeof(Pack<Scalar>) == 0) {
+    const auto pack = *reinterpret_cast<const Pack<Scalar>*>(in);
+#pragma unroll
+    for (int e = 0; e < size; ++e) values[e] = widen(pack.elements[e]);
+    return;
+  }
+#pragma unroll
+  for (int e = 0; e < size; ++e) values[e] = widen(in[e]);
+}
+
+// The same rounded and stored.
+template <class Scalar, int size>
+__device__ __forceinline__ void store_pack(Scalar* out, const accumulate_t<Scalar> (&values)[size]) {
+  static_assert(size == 1 || size == Pack<Scalar>::size);
+  if (size > 1 && reinterpret_cast<uintptr_t>(out) % sizeof(Pack<Scalar>) == 0) {
+    Pack<Scalar> pack;
+#pragma unroll
+    for (int e = 0; e < size; ++e) pack.elements[e] = narrow<Scalar>(values[e]);
+    *reinterpret_cast<Pack<Scalar>*>(out) = pack;
+    return;
+  }
+#pragma unroll
+  for (int e = 0; e < size; ++e) out[e] = narrow<Scalar>(values[e]);
+}
+
 // The first `count` of two neighbours, in one store where their address allows it.
 template <class Scalar>
 __device__ __forceinline__ void store_pair(Scalar* out, const Scalar (&values)[2], int count) {

@@ -91,17 +91,17 @@ Results cross_entropy(int64_t classes) {
 #if defined(DRIVE_batch_norm)
 // Output, statistics and gradients of batch norm over the batch; the last output is compared.
 Results batch_norm(int64_t batch, int64_t inner, bool channels_last) {
-  constexpr int64_t channels = 3;
+  const int64_t channels = channels_last ? 8 : 3;  // side by side, two threads have four each
   const int64_t count = batch * channels * inner;
   std::vector<float> input(count), output(count), gradient(count), grad_input(count), grads(2 * channels);
   for (int64_t i = 0; i < count; ++i) input[i] = static_cast<float>(i * 7919 % 1009) / 200;
   for (int64_t i = 0; i < count; ++i) gradient[i] = static_cast<float>(i * 104729 % 997) / 500;
-  double mean[channels], variance[channels];
+  std::vector<double> mean(channels), variance(channels);
   const BatchNormShape shape = {DType::float32, batch, channels, inner, channels_last, true, true};
   const HostPlace place;
   const BatchNormKernels kernels = dlkernels::simt::batch_norm_kernels();
-  kernels.forward({shape, input.data(), nullptr, nullptr, nullptr, 0.0, mean, variance, output.data()});
-  kernels.backward({shape, gradient.data(), input.data(), output.data(), nullptr, mean, variance, 0.0,
+  kernels.forward({shape, input.data(), nullptr, nullptr, nullptr, 0.0, mean.data(), variance.data(), output.data()});
+  kernels.backward({shape, gradient.data(), input.data(), output.data(), nullptr, mean.data(), variance.data(), 0.0,
                     grad_input.data(), nullptr, grads.data(), grads.data() + channels});
 
   double sum = 0, squares = 0;  // of the last channel
