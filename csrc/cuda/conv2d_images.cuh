@@ -3,7 +3,7 @@
 
 #include "cpu/conv2d.h"
 #include "cuda/lay_out.cuh"
-#include "cuda/product.cuh"
+#include "cuda/multiply.cuh"
 
 namespace dlkernels::DLKERNELS_ISA {
 

@@ -5,7 +5,7 @@
 #include "cpu/linear.h"
 #include "cuda/column_sums.cuh"
 #include "cuda/lay_out.cuh"
-#include "cuda/product.cuh"
+#include "cuda/multiply.cuh"
 
 namespace dlkernels::DLKERNELS_ISA {
 namespace {

@@ -10,7 +10,7 @@
 #include "cuda/column_sums.cuh"
 #include "cuda/lay_out.cuh"
 #include "cuda/loss.cuh"
-#include "cuda/product.cuh"
+#include "cuda/multiply.cuh"
 
 namespace dlkernels::DLKERNELS_ISA {
 namespace {

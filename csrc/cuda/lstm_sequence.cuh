@@ -11,7 +11,7 @@
 
 #include "cpu/lstm.h"
 #include "cuda/lay_out.cuh"
-#include "cuda/product.cuh"
+#include "cuda/multiply.cuh"
 
 namespace dlkernels::DLKERNELS_ISA {
 

@@ -154,7 +154,7 @@ struct ProductPlan {
   int64_t slices, slice_depth;
   void* partials = nullptr;  // sums of the slices, [slices][groups][rows][columns], where there is more than one
 
-  int64_t blocks() const { return groups * slices * column_tiles * row_tiles; }
+  __host__ __device__ int64_t blocks() const { return groups * slices * column_tiles * row_tiles; }
 };
 
 // What a warp computes of a tile: its sums, and the rows and columns that this lane has of them.
@@ -211,6 +211,17 @@ struct WarpProduct {
   }
 };
 
+// Columns j and j + 1 of row i, as far as they exist: to the sink, or to the slice's sums.
+template <class T, class Sink>
+__device__ __forceinline__ void store_pair_of_product(const ProductPlan& plan, const Sink& sink, int64_t slice,
+                                                      int64_t group, int64_t i, int64_t j, const T (&values)[2]) {
+  if (i >= plan.rows || j >= plan.columns) return;
+  const int count = j + 1 < plan.columns ? 2 : 1;
+  if (plan.partials == nullptr) return sink(group, i, j, values, count);
+  T* out = static_cast<T*>(plan.partials) + ((slice * plan.groups + group) * plan.rows + i) * plan.columns + j;
+  for (int c = 0; c < count; ++c) out[c] = values[c];
+}
+
 // A sink is called as sink(group, row, column, values, count): count, one or two, neighbouring columns of a row.
 template <class Shape, class Left, class Right, class Sink>
 __global__ void __launch_bounds__(Shape::threads, 1)
@@ -252,12 +263,7 @@ __global__ void __launch_bounds__(Shape::threads, 1)
   }
 
   product.for_each_pair([&](int row, int column, const T(&values)[2]) {
-    const int64_t i = first_row + row, j = first_column + column;
-    if (i >= plan.rows || j >= plan.columns) return;
-    const int count = j + 1 < plan.columns ? 2 : 1;
-    if (plan.partials == nullptr) return sink(group, i, j, values, count);
-    T* out = static_cast<T*>(plan.partials) + ((slice * plan.groups + group) * plan.rows + i) * plan.columns + j;
-    for (int c = 0; c < count; ++c) out[c] = values[c];
+    store_pair_of_product(plan, sink, slice, group, first_row + row, first_column + column, values);
   });
 }
 
@@ -290,27 +296,18 @@ ProductPlan plan_product(int64_t rows, int64_t columns, int64_t depth, int64_t g
   return plan;
 }
 
+// Sums of type T, where there are several slices.
+template <class Sink, class T>
+void add_slices_of(const ProductPlan& plan, const Sink& sink, T) {
+  if (plan.partials == nullptr) return;
+  launch({ceil_div(plan.groups * plan.rows * plan.columns, 256), 256}, add_slices<T, Sink>, plan, sink);
+}
+
 template <class Shape, class Left, class Right, class Sink>
 void multiply_as(const ProductPlan& plan, const Left& left, const Right& right, const Sink& sink) {
   launch({plan.blocks(), Shape::threads, Shape::stages * Shape::stage_bytes}, multiply_tiles<Shape, Left, Right, Sink>,
          plan, left, right, sink);
-  if (plan.partials == nullptr) return;
-  launch({ceil_div(plan.groups * plan.rows * plan.columns, 256), 256},
-         add_slices<accumulate_t<typename Left::Scalar>, Sink>, plan, sink);
-}
-
-template <class Left, class Right, class Sink>
-void multiply(int64_t rows, int64_t columns, int64_t depth, int64_t groups, const Left& left, const Right& right,
-              const Sink& sink) {
-  using Scalar = typename Left::Scalar;
-  if constexpr (sizeof(Scalar) < 8) {
-    const int64_t tiles = groups * ceil_div(rows, LargeProduct::rows) * ceil_div(columns, LargeProduct::columns);
-    if (tiles >= processors()) {
-      return multiply_as<LargeProduct>(plan_product<Scalar, LargeProduct>(rows, columns, depth, groups), left, right,
-                                       sink);
-    }
-  }
-  multiply_as<SmallProduct>(plan_product<Scalar, SmallProduct>(rows, columns, depth, groups), left, right, sink);
+  add_slices_of(plan, sink, accumulate_t<typename Left::Scalar>());
 }
 
 }  // namespace dlkernels::DLKERNELS_ISA

@@ -136,6 +136,50 @@ Results linear() {
   product.insert(product.end(), sums.begin(), sums.end());
   return checked(product[columns], expected, product);
 }
+
+// Whole numbers of bfloat16 on Hopper's instructions: tiles for each of four blocks or two, more steps than stages.
+Results linear_on_hopper(int64_t rows, int64_t columns, bool left_along_depth, bool right_along_depth) {
+  constexpr int64_t depth = 456;
+  auto whole_numbers = [](int64_t count, int64_t seed) {
+    std::vector<uint16_t> bits(count);
+    for (int64_t i = 0; i < count; ++i) {
+      const float value = static_cast<float>((i + seed) * 7919 % 9 - 4);
+      uint32_t word;
+      std::memcpy(&word, &value, sizeof word);
+      bits[i] = static_cast<uint16_t>(word >> 16);
+    }
+    return bits;
+  };
+  auto value_of = [](uint16_t bits) {
+    const uint32_t word = uint32_t{bits} << 16;
+    float value;
+    std::memcpy(&value, &word, sizeof value);
+    return value;
+  };
+  const std::vector<uint16_t> a = whole_numbers(rows * depth, 1), b = whole_numbers(columns * depth, 2);
+  std::vector<uint16_t> product(rows * columns);
+  const HostPlace place;
+  ::simt::use_hopper(true);
+  dlkernels::simt::linear_kernels().product(
+      {DType::bfloat16, rows, columns, depth, a.data(), left_along_depth ? depth : 1, left_along_depth ? 1 : rows,
+       b.data(), right_along_depth ? depth : 1, right_along_depth ? 1 : columns, true, nullptr, product.data()});
+  ::simt::use_hopper(false);
+  double all_right = 1;
+  std::vector<float> values;
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < columns; ++j) {
+      values.push_back(value_of(product[i * columns + j]));
+      if ((i + j) % 5 != 0) continue;  // the others are in the same fragments
+      double sum = 0;
+      for (int64_t k = 0; k < depth; ++k) {
+        sum += double{value_of(a[left_along_depth ? i * depth + k : k * rows + i])} *
+               value_of(b[right_along_depth ? j * depth + k : k * columns + j]);
+      }
+      if (!(std::abs(values.back() - sum) <= std::abs(sum) / 256)) all_right = 0;
+    }
+  }
+  return checked(all_right, 1, values);
+}
 #endif
 
 #if defined(DRIVE_conv2d)
@@ -276,6 +320,13 @@ int main() {
   }
 #elif defined(DRIVE_linear)
   all = holds("linear", linear);
+  for (const bool left : {true, false}) {
+    for (const bool right : {true, false}) {
+      if (!left && right) continue;  // the operands are exchanged
+      all &= holds("wide product on Hopper", [=] { return linear_on_hopper(264, 264, left, right); });
+      all &= holds("narrow product on Hopper", [=] { return linear_on_hopper(136, 64, left, right); });
+    }
+  }
 #elif defined(DRIVE_conv2d)
   for (const bool channels_last : {false, true}) {
     all &= holds("depthwise convolution", [=] { return depthwise(channels_last); });

@@ -81,15 +81,60 @@ void misaligned_copy() {
   simt::copy_later(shared() + 1, shared(), 16);
 }
 
+// ---- Hopper: a barrier at the end of a kilobyte of shared memory, a box before it ----------------------------------
+
+constexpr int64_t kBoxBytes = 8 * 128;
+
+void* barrier() {
+  return ::simt::current().shared + kBoxBytes;
+}
+simt::BoxMap eight_lines() {
+  alignas(16) static uint16_t numbers[8 * 64];
+  for (int i = 0; i < 8 * 64; ++i) numbers[i] = static_cast<uint16_t>(i);
+  return {numbers, 8, 64, 128, 8};
+}
+void begin_box(int offset = 0) {
+  if (threadIdx.x == 0) {
+    simt::initialize_barrier(barrier(), 1);
+    simt::arrive(barrier(), static_cast<int>(kBoxBytes));
+    simt::copy_box(::simt::current().shared + offset, eight_lines(), 0, 0, barrier());
+  }
+  __syncthreads();
+}
+void unknown_barrier() {
+  simt::arrive(barrier(), 0);
+}
+void phase_without_end() {
+  begin_box();
+  simt::wait_for_phase(barrier(), 0, Where::current());
+  simt::wait_for_phase(barrier(), 1, Where::current());
+}
+void copy_that_outlives_its_block() {
+  begin_box();
+}
+void misaligned_box() {
+  begin_box(16);
+}
+
+// Thread i takes a number of the first line, which does not change places; correct after waiting for the phase.
+template <bool kWaits>
+void boxes(float* out) {
+  begin_box();
+  if (kWaits || threadIdx.x == 0) simt::wait_for_phase(barrier(), 0, Where::current());
+  uint16_t number;
+  std::memcpy(&number, ::simt::current().shared + (threadIdx.x + 32) % 64 * 2, sizeof number);
+  out[threadIdx.x] = static_cast<float>(number);
+}
+
 // In how many of the four schedules the values are those of the neighbours.
 template <class Kernel>
-std::string schedules_passed(Kernel kernel, unsigned blocks = 1) {
+std::string schedules_passed(Kernel kernel, unsigned blocks = 1, int64_t shared_bytes = 256) {
   int passed = 0;
   for (auto schedule :
        {simt::Schedule::forward, simt::Schedule::reverse, simt::Schedule::random, simt::Schedule::warp_ahead}) {
     simt::set_schedule(schedule);
     float out[64];
-    const simt::LaunchShape shape = {{blocks, 1, 1}, {64, 1, 1}, 256};
+    const simt::LaunchShape shape = {{blocks, 1, 1}, {64, 1, 1}, shared_bytes};
     (blocks == 1 ? simt::run : simt::run_together)(shape, [&] { kernel(out); });
     bool right = true;
     for (int i = 0; i < 64; ++i) right &= out[i] == static_cast<float>((i + 32) % 64);
@@ -98,8 +143,8 @@ std::string schedules_passed(Kernel kernel, unsigned blocks = 1) {
   return std::to_string(passed);
 }
 
-std::string launch(void (*kernel)()) {
-  simt::run({{1, 1, 1}, {64, 1, 1}, 256}, kernel);
+std::string launch(void (*kernel)(), int64_t shared_bytes = 256) {
+  simt::run({{1, 1, 1}, {64, 1, 1}, shared_bytes}, kernel);
   return "";
 }
 
@@ -113,6 +158,12 @@ int main(int, char** arguments) {
       {"writes_outside", [] { return launch(writes_outside); }},
       {"block_that_waits_alone", [] { return launch(block_that_waits_alone); }},
       {"misaligned_copy", [] { return launch(misaligned_copy); }},
+      {"unknown_barrier", [] { return launch(unknown_barrier, kBoxBytes + 8); }},
+      {"phase_without_end", [] { return launch(phase_without_end, kBoxBytes + 8); }},
+      {"copy_that_outlives_its_block", [] { return launch(copy_that_outlives_its_block, kBoxBytes + 8); }},
+      {"misaligned_box", [] { return launch(misaligned_box, kBoxBytes + 1024); }},
+      {"boxes", [] { return schedules_passed(boxes<true>, 1, kBoxBytes + 8); }},
+      {"boxes_without_barrier", [] { return schedules_passed(boxes<false>, 1, kBoxBytes + 8); }},
       {"copies", [] { return schedules_passed(copies<true>); }},
       {"copies_without_barrier", [] { return schedules_passed(copies<false>); }},
       {"grid", [] { return schedules_passed(blocks_of_a_grid<true>, 2); }},

@@ -65,7 +65,7 @@ struct Context {
 
 // ---- a block -------------------------------------------------------------------------------------------------------
 
-enum class State { ready, at_barrier, in_exchange, at_grid_barrier, done };
+enum class State { ready, at_barrier, in_exchange, at_grid_barrier, at_message_barrier, done };
 // Of a block that cannot go on by itself.
 enum class Stop { done, at_grid_barrier };
 
@@ -77,6 +77,42 @@ struct Copy {
 };
 constexpr int kCopyBytes = 16;
 
+// Eight bytes of shared memory.
+struct MessageBarrier {
+  int32_t bytes;  // expected and not there yet
+  uint8_t arrivals, pending, parity, mark;
+  static constexpr uint8_t kMark = 0x5a;
+
+  void finish_phase() {
+    if (pending != 0 || bytes != 0) return;
+    pending = arrivals;
+    parity ^= 1;
+  }
+};
+static_assert(sizeof(MessageBarrier) == 8);
+
+struct BoxCopy {
+  unsigned char* shared;
+  BoxMap map;
+  int64_t line, along;
+  MessageBarrier* barrier;
+};
+constexpr int kBoxLineBytes = 128, kBoxAlignment = 1024;
+
+// The hardware's 128-byte swizzle, on addresses of shared memory.
+uint32_t swizzled(uint32_t address) {
+  return address ^ (address >> 7 & 7) << 4;
+}
+
+struct BoxProduct {
+  float* sums;
+  uint64_t left, right;
+  bool left_along_depth, right_along_depth;
+  float (*value)(uint16_t);
+  int batch;
+  std::vector<float> before;  // of the sums, where no earlier product of them is under way
+};
+
 struct Fiber {
   Context context;
   Thread thread;
@@ -84,6 +120,10 @@ struct Fiber {
   std::source_location where;
   std::vector<Copy> copies;
   int groups = 0;  // of copies, committed so far
+  std::vector<BoxProduct> products;
+  int batches = 0;                          // of products, committed so far
+  const MessageBarrier* barrier = nullptr;  // that it waits for, in a state of that name
+  unsigned parity = 0;
 };
 
 // The lanes of a warp leave their values in one of two sets of slots in turn: who still reads the last exchange reads
@@ -153,6 +193,7 @@ class Block {
     running_block = nullptr;
     if (error_) std::rethrow_exception(error_);
     if (fibers_[0].state == State::at_grid_barrier) return Stop::at_grid_barrier;
+    check_nothing_is_under_way();
     check_fence();
     return Stop::done;
   }
@@ -192,11 +233,39 @@ class Block {
     return slots[0];
   }
 
-  void check_shared(const unsigned char* address, const char* what) const {
-    const uintptr_t at = reinterpret_cast<uintptr_t>(address);
-    if (at % kCopyBytes != 0) fail(std::string(what) + " at an address that is no multiple of 16");
-    if (address < data_ || address + kCopyBytes > data_ + data_bytes_)
-      fail(std::string(what) + " outside of shared memory");
+  void check_shared(const unsigned char* address, const char* what, int64_t bytes = kCopyBytes,
+                    int alignment = kCopyBytes) const {
+    if ((address - data_) % alignment != 0)
+      fail(std::string(what) + " at an address that is no multiple of " + std::to_string(alignment));
+    if (address < data_ || address + bytes > data_ + data_bytes_) fail(std::string(what) + " outside of shared memory");
+  }
+
+  MessageBarrier& barrier_at(void* address) const {
+    auto* bytes = static_cast<unsigned char*>(address);
+    check_shared(bytes, "a barrier", sizeof(MessageBarrier), sizeof(MessageBarrier));
+    return *reinterpret_cast<MessageBarrier*>(bytes);
+  }
+  MessageBarrier& initialized_barrier_at(void* address) const {
+    MessageBarrier& barrier = barrier_at(address);
+    if (barrier.mark != MessageBarrier::kMark) fail("a barrier is used that was not initialized");
+    return barrier;
+  }
+  void wait_for_phase(void* address, unsigned parity, std::source_location where) {
+    running->barrier = &initialized_barrier_at(address);
+    running->parity = parity;
+    while (running->barrier->parity == parity) wait(State::at_message_barrier, where);
+  }
+
+  void copy_later(const BoxCopy& copy) {
+    const int64_t bytes = int64_t{copy.map.box_lines} * kBoxLineBytes;
+    check_shared(copy.shared, "a box", bytes, kBoxAlignment);
+    std::memset(copy.shared, kPoison, static_cast<size_t>(bytes));
+    boxes_.push_back(copy);
+  }
+
+  const unsigned char* shared_at(uint32_t address) const {
+    check_shared(data_ + address, "an operand", 2, 2);
+    return data_ + address;
   }
 
  private:
@@ -235,18 +304,47 @@ class Block {
       }
     } else {
       for (size_t i : order) {
-        if (fibers_[i].state != State::ready) continue;
+        if (!can_run(fibers_[i])) continue;
         resume(fibers_[i]);
         any = true;
       }
     }
     if (error_) return abandon();
-    return any || open_barrier();
+    return any || deliver_box() || open_barrier();
+  }
+
+  // One of the copies that are under way, in the order in which they were ordered or in any; none while nobody waits.
+  bool deliver_box() {
+    const auto waits = [](const Fiber& fiber) { return fiber.state == State::at_message_barrier; };
+    if (boxes_.empty() || std::none_of(fibers_.begin(), fibers_.end(), waits)) return false;
+    const size_t chosen = schedule_ == Schedule::random ? random_() % boxes_.size() : 0;
+    const BoxCopy copy = boxes_[chosen];
+    boxes_.erase(boxes_.begin() + static_cast<int64_t>(chosen));
+    const auto begin = static_cast<uint32_t>(copy.shared - data_);
+    for (int line = 0; line < copy.map.box_lines; ++line) {
+      for (int i = 0; i < kBoxLineBytes / 2; ++i) {
+        const int64_t from_line = copy.line + line, along = copy.along + i;
+        uint16_t number = 0;
+        if (from_line >= 0 && from_line < copy.map.lines && along >= 0 && along < copy.map.length) {
+          const auto* from = static_cast<const unsigned char*>(copy.map.data) + from_line * copy.map.stride_bytes;
+          std::memcpy(&number, from + along * 2, 2);
+        }
+        std::memcpy(data_ + swizzled(begin + static_cast<uint32_t>(line * kBoxLineBytes + i * 2)), &number, 2);
+      }
+    }
+    copy.barrier->bytes -= copy.map.box_lines * kBoxLineBytes;
+    copy.barrier->finish_phase();
+    return true;
+  }
+
+  static bool can_run(Fiber& fiber) {
+    if (fiber.state == State::at_message_barrier && fiber.barrier->parity != fiber.parity) fiber.state = State::ready;
+    return fiber.state == State::ready;
   }
   bool run_ready(size_t begin, size_t end) {
     bool any = false;
     for (size_t i = begin; i < end; ++i) {
-      if (fibers_[i].state != State::ready) continue;
+      if (!can_run(fibers_[i])) continue;
       resume(fibers_[i]);
       any = true;
     }
@@ -260,6 +358,8 @@ class Block {
     for (const Fiber& fiber : fibers_) {
       if (fiber.state == State::done) ++done;
       if (fiber.state == State::in_exchange) return blame("a lane waits for its warp at " + describe(fiber.where));
+      if (fiber.state == State::at_message_barrier)
+        return blame("a thread waits for a phase that nobody ends at " + describe(fiber.where));
       if (fiber.state != State::done && waiting == nullptr) waiting = &fiber;
     }
     if (waiting == nullptr) return false;
@@ -287,6 +387,12 @@ class Block {
     return false;
   }
 
+  void check_nothing_is_under_way() const {
+    const bool products =
+        std::any_of(fibers_.begin(), fibers_.end(), [](const Fiber& f) { return !f.products.empty(); });
+    if (!boxes_.empty() || products) fail("a block ended while copies or products were under way");
+  }
+
   void check_fence() const {
     const auto is_poison = [](unsigned char byte) { return byte == kPoison; };
     if (!std::all_of(shared_.data(), const_cast<const unsigned char*>(data_), is_poison) ||
@@ -305,6 +411,7 @@ class Block {
   std::vector<Fiber> fibers_;
   std::vector<Warp> warps_;
   std::vector<unsigned char*> stacks_;
+  std::vector<BoxCopy> boxes_;
   Context scheduler_;
   std::exception_ptr error_;
 };
@@ -360,6 +467,124 @@ void wait_for_copies(int but_for_groups) {
     std::memcpy(copy.shared, copy.global, static_cast<size_t>(copy.bytes));
     return true;
   });
+}
+
+// ---- what Hopper adds ----------------------------------------------------------------------------------------------
+
+namespace {
+std::atomic<bool> hopper_in_use{false};
+
+// Of 16-bit numbers in boxes; see BoxOperand.
+class Operand {
+ public:
+  Operand(uint64_t descriptor, bool along_depth) : along_depth_(along_depth) {
+    const auto field = [&](int first) { return static_cast<uint32_t>(descriptor >> first & 0x3fff) << 4; };
+    begin_ = field(0), box_bytes_ = field(16), eight_lines_bytes_ = field(32);
+    if (descriptor >> 62 != 1) fail("an operand without the swizzle of 128 bytes");
+  }
+  uint16_t operator()(int row, int k) const {
+    const auto r = static_cast<uint32_t>(row), d = static_cast<uint32_t>(k);
+    const uint32_t line = along_depth_ ? r : d, along = along_depth_ ? d : r % 64;
+    const uint32_t box = along_depth_ ? 0 : r / 64 * box_bytes_;
+    const uint32_t address = begin_ + box + line / 8 * eight_lines_bytes_ + line % 8 * kBoxLineBytes + along * 2;
+    uint16_t number;
+    std::memcpy(&number, running_block->shared_at(swizzled(address)), 2);
+    return number;
+  }
+
+ private:
+  bool along_depth_;
+  uint32_t begin_, box_bytes_, eight_lines_bytes_;
+};
+
+void execute(const BoxProduct& product) {
+  constexpr int kDepth = 16;
+  const int thread = static_cast<int>(current().thread.x % 128), row = thread / 32 * 16 + thread % 32 / 4;
+  const Operand left(product.left, product.left_along_depth), right(product.right, product.right_along_depth);
+  double rows[2][kDepth];
+  for (int half = 0; half < 2; ++half) {
+    for (int k = 0; k < kDepth; ++k) rows[half][k] = product.value(left(row + half * 8, k));
+  }
+  for (int i = 0; i < 64; i += 4) {
+    for (int c = 0; c < 2; ++c) {
+      double sums[2] = {0, 0};
+      for (int k = 0; k < kDepth; ++k) {
+        const double number = product.value(right(i * 2 + thread % 4 * 2 + c, k));
+        sums[0] += rows[0][k] * number, sums[1] += rows[1][k] * number;
+      }
+      for (int half = 0; half < 2; ++half) {
+        float& sum = product.sums[i + half * 2 + c];
+        sum = add_rounded_towards_zero(sum, sums[half]);
+      }
+    }
+  }
+}
+}  // namespace
+
+bool uses_hopper() {
+  return hopper_in_use;
+}
+void use_hopper(bool wanted) {
+  hopper_in_use = wanted;
+}
+
+void initialize_barrier(void* barrier, int arrivals) {
+  if (arrivals < 1 || arrivals > 255) fail("a barrier for " + std::to_string(arrivals) + " arrivals");
+  const auto count = static_cast<uint8_t>(arrivals);
+  running_block->barrier_at(barrier) = {0, count, count, 0, MessageBarrier::kMark};
+}
+
+void arrive(void* barrier, int expected_bytes) {
+  MessageBarrier& state = running_block->initialized_barrier_at(barrier);
+  if (state.pending == 0) fail("more arrivals at a barrier than it was made for");
+  state.bytes += expected_bytes;
+  --state.pending;
+  state.finish_phase();
+}
+
+void wait_for_phase(void* barrier, unsigned parity, std::source_location where) {
+  running_block->wait_for_phase(barrier, parity, where);
+}
+
+void copy_box(void* shared, const BoxMap& map, int64_t line, int64_t along, void* barrier) {
+  if (reinterpret_cast<uintptr_t>(map.data) % 16 != 0 || map.stride_bytes % 16 != 0)
+    fail("boxes of a matrix whose lines begin at no multiples of 16 bytes");
+  running_block->copy_later(
+      {static_cast<unsigned char*>(shared), map, line, along, &running_block->initialized_barrier_at(barrier)});
+}
+
+void multiply_boxes(float (&sums)[64], uint64_t left, uint64_t right, bool left_along_depth, bool right_along_depth,
+                    float (*value)(uint16_t)) {
+  BoxProduct product = {sums, left, right, left_along_depth, right_along_depth, value, running->batches, {}};
+  const auto of_same_sums = [&](const BoxProduct& other) { return other.sums == sums; };
+  if (std::none_of(running->products.begin(), running->products.end(), of_same_sums)) {
+    product.before.assign(sums, sums + 64);
+    std::fill(sums, sums + 64, NAN);
+  }
+  running->products.push_back(std::move(product));
+}
+
+void commit_products() {
+  ++running->batches;
+}
+
+void wait_for_products(int but_for_batches) {
+  std::erase_if(running->products, [&](const BoxProduct& product) {
+    if (product.batch >= running->batches - but_for_batches) return false;
+    if (!product.before.empty()) std::copy(product.before.begin(), product.before.end(), product.sums);
+    execute(product);
+    return true;
+  });
+  // Those that remain begin from sums that are not theirs to show yet.
+  std::vector<float*> hidden;
+  for (BoxProduct& product : running->products) {
+    if (std::find(hidden.begin(), hidden.end(), product.sums) != hidden.end()) continue;
+    hidden.push_back(product.sums);
+    if (product.before.empty()) {
+      product.before.assign(product.sums, product.sums + 64);
+      std::fill(product.sums, product.sums + 64, NAN);
+    }
+  }
 }
 
 void synchronize_grid(std::source_location where) {
@@ -426,4 +651,7 @@ void run_together(const LaunchShape& shape, const std::function<void()>& body) {
 // For tests, which have no other way into an extension.
 extern "C" __attribute__((visibility("default"))) void simt_set_schedule(int schedule) {
   simt::set_schedule(static_cast<simt::Schedule>(schedule));
+}
+extern "C" __attribute__((visibility("default"))) void simt_use_hopper(int wanted) {
+  simt::use_hopper(wanted != 0);
 }

@@ -118,12 +118,38 @@ void multiply_add(Sum (&c)[4], const Word (&left)[4], const Word (&right)[2], Va
 // matrix m. Transposed: numbers l / 4 of rows 2 (l % 4) and the next.
 void load_matrices(uint32_t (&words)[4], const void* row, bool transposed, std::source_location where);
 
-// ---- copies that run beside the thread: seen at the latest moment, and their place poisoned before it
-// ----------------
+// ---- copies that run beside the thread: seen at the latest moment, their place poisoned before ---------------------
 
 void copy_later(void* shared, const void* global, int bytes);  // 16 bytes, zero beyond the first `bytes`
 void commit_copies();
 void wait_for_copies(int but_for_groups);
+
+// ---- what Hopper adds (csrc/cuda/hopper.cuh) -----------------------------------------------------------------------
+
+// Whether kernels on it are chosen.
+bool uses_hopper();
+void use_hopper(bool wanted);
+
+// Barriers of shared memory. The address is that of eight bytes.
+void initialize_barrier(void* barrier, int arrivals);
+void arrive(void* barrier, int expected_bytes);
+void wait_for_phase(void* barrier, unsigned parity, std::source_location where);
+
+// A matrix of 16-bit numbers whose boxes, 64 numbers wide, are copied.
+struct BoxMap {
+  const void* data;
+  int64_t lines, length, stride_bytes;
+  int box_lines;
+};
+// Beside all threads; poisons its place, and arrives when nobody can go on without it.
+void copy_box(void* shared, const BoxMap& map, int64_t line, int64_t along, void* barrier);
+
+// sums += left right^T of boxes, one step deep, for the fragment of this thread. The sums are NaN and the operands are
+// read when the batch is waited for.
+void multiply_boxes(float (&sums)[64], uint64_t left, uint64_t right, bool left_along_depth, bool right_along_depth,
+                    float (*value)(uint16_t));
+void commit_products();
+void wait_for_products(int but_for_batches);
 
 }  // namespace simt
 
@@ -140,6 +166,9 @@ inline void __syncthreads(Where where = Where::current()) {
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int lane_mask, int = 32, Where where = Where::current()) {
   return ::simt::Given<T>(value, where)[(::simt::lane() ^ lane_mask) % 32];
+}
+inline void __syncwarp(Where where = Where::current()) {
+  ::simt::Given<int>(0, where);
 }
 template <class T>
 T __shfl_sync(unsigned, T value, int source, int = 32, Where where = Where::current()) {

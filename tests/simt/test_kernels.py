@@ -6,7 +6,7 @@ That their values and gradients are torch's, the shared suites show: "simt" is o
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -109,6 +109,56 @@ def test_products_of_every_size_and_layout(size: tuple[int, int, int], aligned: 
         for right in (matrix(columns, depth), matrix(depth, columns).t()):
             product, exact = F.linear(left, right), left.double() @ right.double().t()
             assert (product.double() - exact).norm() <= tolerance * exact.norm() + 1e-30
+
+
+@pytest.fixture
+def on_hopper() -> Iterator[Callable[[bool], None]]:
+    """Switches Hopper's own kernels on and off."""
+    library = ctypes.CDLL(_C.__file__)
+    yield lambda wanted: library.simt_use_hopper(int(wanted))
+    library.simt_use_hopper(0)
+
+
+# One tile, ragged tiles of both widths, fewer than two boxes of columns, slices of the depth, more tiles than blocks.
+HOPPER_SIZES = [(128, 128, 64), (193, 131, 200), (64, 64, 65), (70, 72, 2100), (300, 530, 136)]
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", HOPPER_SIZES, ids=str)
+def test_products_on_hopper_are_the_portable_ones(
+    size: tuple[int, int, int], half: torch.dtype, on_hopper: Callable[[bool], None]
+) -> None:
+    """By another kernel, other instructions and other tiles, the same sums in the same order; see test_mutations.py for
+    what its threads wait for."""
+    rows, columns, depth = size
+    generator = torch.Generator().manual_seed(columns)
+
+    def matrix(lines: int, length: int) -> Tensor:
+        storage = torch.randn(lines, (length + 7) // 8 * 8 + 8, generator=generator).to(half)
+        return storage[:, 8:][:, :length]
+
+    bias = torch.randn(columns, generator=generator).to(half)
+    tolerance = 2e-3 if half == torch.float16 else 1e-2
+    for left in (matrix(rows, depth), matrix(depth, rows).t()):
+        for right in (matrix(columns, depth), matrix(depth, columns).t()):
+            on_hopper(False)
+            portable = F.linear(left, right, bias)
+            on_hopper(True)
+            product = F.linear(left, right, bias)
+            exact = left.double() @ right.double().t() + bias.double()
+            assert (product.double() - exact).norm() <= tolerance * exact.norm()
+            # Slices are cut by the number of tiles, which differs.
+            assert depth >= 1024 or torch.equal(product, portable)
+
+
+def test_products_on_hopper_are_chosen_where_they_fit(on_hopper: Callable[[bool], None]) -> None:
+    """An infinity beyond the matrix is not read: boxes end where it does."""
+    on_hopper(True)
+    storage = torch.full((130, 80), float("inf"), dtype=torch.bfloat16)
+    storage[:100, :72] = 1
+    inside = storage[:100, :72]
+    assert torch.equal(F.linear(inside, inside), torch.full((100, 100), 72.0, dtype=torch.bfloat16))
+    assert torch.equal(F.linear(inside[:3], inside[:5]), torch.full((3, 5), 72.0, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan"), torch.finfo(torch.float32).max], ids=str)

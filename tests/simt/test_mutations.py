@@ -1,4 +1,4 @@
-"""Every barrier of the CUDA kernels is needed: without it the simulator gives another result or stops."""
+"""Everything that CUDA kernels wait for is needed: without it the simulator gives another result or stops."""
 
 from __future__ import annotations
 
@@ -11,11 +11,20 @@ import pytest
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parent.parent / "csrc"
-BARRIER = re.compile(r"^\s*__syncthreads\(\);")
+# Whole lines: barriers of a block, and what kernels on Hopper wait for, which is not a block.
+BARRIER = re.compile(
+    r"^\s*(__syncthreads\(\);|__syncwarp\(\);|ring\.\w+\[turn\.stage\]\.wait\(.*\);|wait_for_products<\d>\(\);)"
+)
 
 
 # Columns whose calls meet the barriers of what columns share; a column's own files begin with its name.
-SHARED = {"reduce.cuh": "cross_entropy", "product.cuh": "linear", "lay_out.cuh": "lstm", "column_sums.cuh": "linear"}
+SHARED = {
+    "reduce.cuh": "cross_entropy",
+    "product.cuh": "linear",
+    "hopper_product.cuh": "linear",
+    "lay_out.cuh": "lstm",
+    "column_sums.cuh": "linear",
+}
 COLUMNS = ("attention", "batch_norm", "conv2d", "cross_entropy", "linear", "lstm")
 
 

@@ -35,6 +35,10 @@ def outcome(program: Path, name: str) -> str:
         ("divergent_exchange", "a lane waits for its warp at"),
         ("block_that_waits_alone", "a grid whose blocks do not run together"),
         ("misaligned_copy", "no multiple of 16"),
+        ("unknown_barrier", "a barrier is used that was not initialized"),
+        ("phase_without_end", "a thread waits for a phase that nobody ends at"),
+        ("copy_that_outlives_its_block", "a block ended while copies or products were under way"),
+        ("misaligned_box", "a box at an address that is no multiple of 1024"),
         ("writes_outside", "wrote outside its 256 bytes of shared memory"),
     ],
 )
@@ -42,7 +46,7 @@ def test_what_a_kernel_must_not_do_is_an_error(faults: Path, name: str, message:
     assert message in outcome(faults, name)
 
 
-@pytest.mark.parametrize("name", ["neighbours", "rounds", "copies", "grid"])
+@pytest.mark.parametrize("name", ["neighbours", "rounds", "copies", "grid", "boxes"])
 def test_a_missing_barrier_is_seen_under_some_schedule(faults: Path, name: str) -> None:
     assert outcome(faults, name) == "4"
     assert int(outcome(faults, f"{name}_without_barrier")) < 4
