@@ -7,6 +7,7 @@ compute with other weights: the pass over its output is saved.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,6 +36,12 @@ class Tracer(torch.fx.Tracer):
         """Whether a call of the module is one node of the graph; ``Sequential`` is as many as it has modules."""
         ours = any(base.__module__.startswith(nn.__name__) for base in type(m).__mro__)
         return (ours and not isinstance(m, torch.nn.Sequential)) or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(
+        self, m: torch.nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Traces the module without its hooks, which wait for numbers."""
+        return super().call_module(m, m.forward, args, kwargs)
 
 
 class FoldedNorm(torch.nn.Identity):
@@ -95,24 +102,34 @@ def _foldable_pairs(model: torch.nn.Module, graph: torch.fx.Graph, modules: dict
     read_directly = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
 
     def is_alone(name: Any) -> bool:
-        module = modules[name]
-        return calls[name] == 1 and names[module] == 1 and name not in read_directly and not is_watched(module)
+        return calls[name] == 1 and names[modules[name]] == 1 and name not in read_directly
+
+    def is_watched_between(layer_name: str, norm_name: str) -> bool:
+        between = _with_containers(layer_name) ^ _with_containers(norm_name)
+        return any(is_watched(modules[name]) for name in between)
 
     pairs = []
     for node in graph.nodes:
         if node.op != "call_module" or type(modules[node.target]) not in _LAYERS_BEFORE or not node.args:
             continue
         norm, before = modules[node.target], node.args[0]
-        assert isinstance(before, torch.fx.Node)
-        uses = [*node.args, *node.kwargs.values()].count(before)  # the output may be the residual too
-        if before.op != "call_module" or len(before.users) != 1 or uses != 1:
+        if not isinstance(before, torch.fx.Node) or before.op != "call_module" or len(before.users) != 1:
+            continue
+        if [*node.args, *node.kwargs.values()].count(before) != 1:  # the output is the residual too
             continue
         layer = modules[before.target]
         fits = type(layer) in _LAYERS_BEFORE[type(norm)] and layer.weight.shape[0] == norm.num_features
         fixed = not norm.training and norm.running_mean is not None and norm.running_var is not None
-        if fits and fixed and is_alone(node.target) and is_alone(before.target):
+        alone = is_alone(node.target) and is_alone(before.target)
+        if fits and fixed and alone and not is_watched_between(str(before.target), node.target):
             pairs.append((before.target, node.target))
     return pairs
+
+
+def _with_containers(name: str) -> set[str]:
+    """``a.b.c`` to ``{a, a.b, a.b.c}``."""
+    parts = name.split(".")
+    return {".".join(parts[: end + 1]) for end in range(len(parts))}
 
 
 @torch.no_grad()

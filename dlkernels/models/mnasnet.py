@@ -1,5 +1,5 @@
-"""MnasNet-B1 (Tan et al. 2019, without squeeze-and-excitation): inverted residuals whose kernel sizes, widths and depths
-were found by a search that rewards accuracy and speed on a phone."""
+"""MnasNet-B1 (Tan et al. 2019, without squeeze-and-excitation): inverted residuals whose kernel sizes, widths and
+depths were found by a search that rewards accuracy and speed on a phone."""
 
 from __future__ import annotations
 
