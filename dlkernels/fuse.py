@@ -19,13 +19,12 @@ from .nn.fused import is_watched
 
 # The layers that a batch norm can be folded into. Exact types: a subclass may compute something else.
 _LAYERS_BEFORE: dict[type[torch.nn.Module], tuple[type[torch.nn.Module], ...]] = {
-    norm: layers
-    for norms, layers in (
-        ((torch.nn.BatchNorm1d, nn.BatchNorm1d), (torch.nn.Linear, nn.Linear, torch.nn.Conv1d)),
-        ((torch.nn.BatchNorm2d, nn.BatchNorm2d), (torch.nn.Conv2d, nn.Conv2d)),
-        ((torch.nn.BatchNorm3d, nn.BatchNorm3d), (torch.nn.Conv3d,)),
-    )
-    for norm in norms
+    torch.nn.BatchNorm1d: (torch.nn.Linear, torch.nn.Conv1d, nn.Linear),
+    torch.nn.BatchNorm2d: (torch.nn.Conv2d, nn.Conv2d),
+    torch.nn.BatchNorm3d: (torch.nn.Conv3d,),
+    nn.BatchNorm1d: (torch.nn.Linear, torch.nn.Conv1d, nn.Linear),
+    nn.BatchNorm2d: (torch.nn.Conv2d, nn.Conv2d),
+    nn.BatchNorm3d: (torch.nn.Conv3d,),
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -137,8 +138,10 @@ def test_names_and_shapes_of_the_state_are_torchvisions(name: str) -> None:
         ("efficientnet_b5", {}, 64),
         ("googlenet", {"init_weights": True, "transform_input": True}, 48),
         ("mnasnet0_5", {}, 64),
-        ("mobilenet_v2", {"width_mult": 0.75}, 64),
+        ("mobilenet_v2", {"width_mult": 0.75, "round_nearest": 4}, 64),
+        ("mobilenet_v2", {"inverted_residual_setting": [[1, 16, 1, 1], [4, 24, 2, 2]]}, 32),
         ("resnet18", {"zero_init_residual": True}, 64),
+        ("resnet18", {"norm_layer": partial(torch.nn.GroupNorm, 4)}, 64),
         ("resnext50_32x4d", {"replace_stride_with_dilation": [False, True, True]}, 64),
         ("vgg11_bn", {}, 64),
     ],

@@ -239,6 +239,11 @@ def test_a_shared_weight_stays_what_it_was_elsewhere() -> None:
     assert_fused(filled(model).double(), torch.randn(2, 4, 6, 6, dtype=torch.float64), 0)
 
 
+def test_a_norm_over_the_positions_of_a_sequence_is_left() -> None:
+    model = filled(torch.nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(4))).double()
+    assert_fused(model, torch.randn(2, 4, 3, dtype=torch.float64), 1)
+
+
 def test_a_linear_layer_that_is_folded_into_takes_no_sequences_any_more() -> None:
     model = dlkernels.fuse(filled(torch.nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5))))
     assert model(torch.randn(4, 3)).shape == (4, 5)
