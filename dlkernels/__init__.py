@@ -7,5 +7,6 @@ __version__ = "0.1.0"
 _extension.load()  # first: what follows calls it
 
 from . import _C, functional, nn  # noqa: E402
+from .fuse import fuse  # noqa: E402
 
-__all__ = ["_C", "functional", "nn"]
+__all__ = ["_C", "functional", "fuse", "nn"]

@@ -4,7 +4,93 @@ Every builder takes ``layers``: the module that layers with parameters come from
 ``torch.nn``. Names of parameters, their initial values and the results are the same.
 """
 
+from .alexnet import alexnet
+from .densenet import densenet121, densenet161, densenet169, densenet201
+from .efficientnet import (
+    efficientnet_b0,
+    efficientnet_b1,
+    efficientnet_b2,
+    efficientnet_b3,
+    efficientnet_b4,
+    efficientnet_b5,
+    efficientnet_b6,
+    efficientnet_b7,
+)
+from .googlenet import googlenet
 from .lenet import LeNet
+from .mnasnet import mnasnet0_5, mnasnet0_75, mnasnet1_0, mnasnet1_3
+from .mobilenet import mobilenet_v1, mobilenet_v2
 from .registry import get_model, get_model_builder, list_models, load_weights
+from .resnet import (
+    preact_resnet18,
+    preact_resnet50,
+    resnet18,
+    resnet20,
+    resnet32,
+    resnet34,
+    resnet44,
+    resnet50,
+    resnet56,
+    resnet101,
+    resnet110,
+    resnet152,
+    resnext50_32x4d,
+    resnext101_32x8d,
+    resnext101_64x4d,
+    wide_resnet50_2,
+    wide_resnet101_2,
+)
+from .vgg import vgg11, vgg11_bn, vgg13, vgg13_bn, vgg16, vgg16_bn, vgg19, vgg19_bn
 
-__all__ = ["LeNet", "get_model", "get_model_builder", "list_models", "load_weights"]
+__all__ = [
+    "LeNet",
+    "alexnet",
+    "densenet121",
+    "densenet161",
+    "densenet169",
+    "densenet201",
+    "efficientnet_b0",
+    "efficientnet_b1",
+    "efficientnet_b2",
+    "efficientnet_b3",
+    "efficientnet_b4",
+    "efficientnet_b5",
+    "efficientnet_b6",
+    "efficientnet_b7",
+    "get_model",
+    "get_model_builder",
+    "googlenet",
+    "list_models",
+    "load_weights",
+    "mnasnet0_5",
+    "mnasnet0_75",
+    "mnasnet1_0",
+    "mnasnet1_3",
+    "mobilenet_v1",
+    "mobilenet_v2",
+    "preact_resnet18",
+    "preact_resnet50",
+    "resnet101",
+    "resnet110",
+    "resnet152",
+    "resnet18",
+    "resnet20",
+    "resnet32",
+    "resnet34",
+    "resnet44",
+    "resnet50",
+    "resnet56",
+    "resnext101_32x8d",
+    "resnext101_64x4d",
+    "resnext50_32x4d",
+    "vgg11",
+    "vgg11_bn",
+    "vgg13",
+    "vgg13_bn",
+    "vgg16",
+    "vgg16_bn",
+    "vgg19",
+    "vgg19_bn",
+    "wide_resnet101_2",
+    "wide_resnet50_2",
+]

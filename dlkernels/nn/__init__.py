@@ -4,10 +4,11 @@ from .attention import MultiheadAttention
 from .batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from .conv2d import Conv2d
 from .cross_entropy import CrossEntropyLoss
-from .fused import norm_activation
+from .fused import Sequential, norm_activation
 from .linear import Linear
 from .linear_cross_entropy import LinearCrossEntropyLoss
 from .lstm import LSTM, LSTMCell
+from .stochastic_depth import StochasticDepth
 
 __all__ = [
     "LSTM",
@@ -20,5 +21,7 @@ __all__ = [
     "Linear",
     "LinearCrossEntropyLoss",
     "MultiheadAttention",
+    "Sequential",
+    "StochasticDepth",
     "norm_activation",
 ]
