@@ -8,6 +8,7 @@ from .fused import norm_activation
 from .linear import Linear
 from .linear_cross_entropy import LinearCrossEntropyLoss
 from .lstm import LSTM, LSTMCell
+from .positions import LearnedPositions, SinusoidalPositions
 
 __all__ = [
     "LSTM",
@@ -17,8 +18,10 @@ __all__ = [
     "Conv2d",
     "CrossEntropyLoss",
     "LSTMCell",
+    "LearnedPositions",
     "Linear",
     "LinearCrossEntropyLoss",
     "MultiheadAttention",
+    "SinusoidalPositions",
     "norm_activation",
 ]
