@@ -1,9 +1,9 @@
 """Image captioning: a convolutional encoder, and a decoder that writes the caption word by word.
 
-- :class:`Captioner` without attention: Vinyals et al. 2015, *Show and tell: a neural image caption generator*; as in the
-  course, the image's features make the LSTM's first state rather than its first input.
-- :class:`Captioner` with spatial attention: Xu et al. 2015, *Show, attend and tell*, section 3.1 and 4.2 (soft
-  attention; the first state from the mean of the features).
+- :class:`Captioner` without attention: Vinyals et al. 2015, *Show and tell: a neural image caption generator*; as in
+  the course, the image's features make the LSTM's first state rather than its first input.
+- :class:`Captioner` with spatial attention: Xu et al. 2015, *Show, attend and tell*, sections 3.1 and 4.2
+  (soft attention; the first state from the mean of the features).
 - :class:`CaptioningTransformer`: a Transformer decoder (Vaswani et al. 2017) attends to the grid of features, as in
   Cornia et al. 2020, *Meshed-memory Transformer for image captioning*, without its memory and mesh.
 """
@@ -96,7 +96,7 @@ class Captioner(torch.nn.Module):
         )
 
     def forward(self, images: Tensor, inputs: Tensor) -> Tensor:
-        """Logits ``[N, T, vocabulary_size]`` of what follows the inputs ``[N, T]``, given the images ``[N, C, H, W]``."""
+        """Logits ``[N, T, vocabulary_size]`` of what follows the inputs ``[N, T]``, given images ``[N, C, H, W]``."""
         hidden, _ = self.decoder(inputs, self.start(images))
         return self.decoder.output(hidden)
 
@@ -162,17 +162,13 @@ class CaptioningTransformer(torch.nn.Module):
         self.encoder = ConvEncoder(encoder_channels, 3, layers) if encoder is None else encoder
         self.projection = layers.Linear(encoder_channels, d_model)
         self.grid_positions = nn.SinusoidalPositions()
-        self.embedding = TokenEmbedding(
-            vocabulary_size, d_model, dropout, padding_index, nn.SinusoidalPositions()
-        )
+        self.embedding = TokenEmbedding(vocabulary_size, d_model, dropout, padding_index, nn.SinusoidalPositions())
         layer = (d_model, nhead, dim_feedforward, dropout, activation, norm_first, layers)
-        self.decoder = TransformerDecoder(
-            [TransformerDecoderLayer(*layer) for _ in range(num_layers)], d_model
-        )
+        self.decoder = TransformerDecoder([TransformerDecoderLayer(*layer) for _ in range(num_layers)], d_model)
         self.output = layers.Linear(d_model, vocabulary_size)
 
     def forward(self, images: Tensor, inputs: Tensor) -> Tensor:
-        """Logits ``[N, T, vocabulary_size]`` of what follows the inputs ``[N, T]``, given the images ``[N, C, H, W]``."""
+        """Logits ``[N, T, vocabulary_size]`` of what follows the inputs ``[N, T]``, given images ``[N, C, H, W]``."""
         return self.output(self._hidden(images, inputs))
 
     def loss(self, images: Tensor, captions: Tensor) -> Tensor:

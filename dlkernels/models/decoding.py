@@ -19,7 +19,7 @@ class SequenceModel(Protocol):
 
     start_index: int | None  # the token that every sequence begins with, None if the caller gives the beginning
     end_index: int | None  # the token after which a sequence is complete, None if there is none
-    padding_index: int | None  # what follows the end
+    padding_index: int | None  # what follows the end, and is never written before it
     max_length: int | None  # most tokens of a sequence, None for any number
 
     def start(self, *context: Tensor) -> Any:
@@ -51,7 +51,7 @@ def greedy(model: SequenceModel, *context: Tensor, max_length: int, prompt: Tens
         ValueError: there is no prompt or an empty one, or ``max_length`` leaves no token to write or is more than the
             model has positions for.
     """
-    return _generate(model, context, prompt, max_length, lambda logits: logits.argmax(-1))
+    return _generate(model, context, prompt, max_length, lambda log_probabilities: log_probabilities.argmax(-1))
 
 
 def sample(
@@ -80,11 +80,11 @@ def sample(
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be at least 1, got {top_k}")
 
-    def choose(logits: Tensor) -> Tensor:
+    def choose(log_probabilities: Tensor) -> Tensor:
         if top_k is not None:
-            largest, tokens = logits.topk(min(top_k, logits.shape[-1]))
-            logits = torch.full_like(logits, float("-inf")).scatter(-1, tokens, largest)
-        return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator).squeeze(-1)
+            largest, tokens = log_probabilities.topk(min(top_k, log_probabilities.shape[-1]))
+            log_probabilities = torch.full_like(log_probabilities, float("-inf")).scatter(-1, tokens, largest)
+        return torch.multinomial((log_probabilities / temperature).softmax(-1), 1, generator=generator).squeeze(-1)
 
     return _generate(model, context, prompt, max_length, choose)
 
@@ -121,43 +121,43 @@ def beam_search(
     tokens = _beginning(model, context, prompt, max_length)  # [N, P]
     prompt_length = tokens.shape[1]
     with _evaluating(model):
-        logits, state = model.step(tokens, model.start(*context))  # [N, V]
+        log_probabilities, state = _read(model, tokens, model.start(*context))  # [N, V]
         batch = torch.arange(len(tokens), device=tokens.device).unsqueeze(1)  # [N, 1]
         rows = batch.expand(-1, beams).flatten()
-        tokens, logits, state = tokens[rows], logits[rows], model.reorder(state, rows)
-        log_probability = logits.new_full((len(batch), beams), float("-inf"), dtype=torch.float32)
-        log_probability[:, 0] = 0  # the other beams are copies, which nothing may choose before they differ
-        complete = torch.zeros_like(log_probability, dtype=torch.bool)
-        lengths = torch.zeros_like(log_probability)
+        tokens, log_probabilities, state = tokens[rows], log_probabilities[rows], model.reorder(state, rows)
+        total = log_probabilities.new_full((len(batch), beams), float("-inf"))  # log probability of each beam
+        total[:, 0] = 0  # the other beams are copies, which nothing may choose before they differ
+        complete = torch.zeros_like(total, dtype=torch.bool)
+        lengths = torch.zeros_like(total)
         while True:
-            parent, token, log_probability = _best_continuations(model, logits, log_probability, complete)
+            parent, token, total = _best_continuations(model, log_probabilities, total, complete)
             complete, lengths = complete.gather(1, parent), lengths.gather(1, parent)
             lengths = lengths + ~complete
-            complete = complete | _ends(model, token) & log_probability.isfinite()
+            complete = complete | _ends(model, token) & total.isfinite()
             rows = (batch * beams + parent).flatten()  # [N * beams]
             tokens = torch.cat([tokens[rows], token.view(-1, 1)], 1)
             if tokens.shape[1] == max_length or bool(complete.all()):
                 break
-            logits, state = model.step(token.view(-1, 1), model.reorder(state, rows))
-    scores, best = (log_probability / lengths**length_penalty).max(1)
+            log_probabilities, state = _read(model, token.view(-1, 1), model.reorder(state, rows))
+    scores, best = (total / lengths**length_penalty).max(1)
     longest = prompt_length + int(lengths.gather(1, best.unsqueeze(1)).max())
     return tokens.unflatten(0, (-1, beams))[batch.squeeze(1), best, :longest], scores
 
 
 def _best_continuations(
-    model: SequenceModel, logits: Tensor, log_probability: Tensor, complete: Tensor
+    model: SequenceModel, log_probabilities: Tensor, total: Tensor, complete: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The ``beams`` best of all beams' continuations by one token: the beam that each continues, the token, and the log
-    probability of both, ``[N, beams]`` each."""
-    beams, vocabulary_size = log_probability.shape[1], logits.shape[-1]
-    rank = logits.float().log_softmax(-1).unflatten(0, (-1, beams)) + log_probability.unsqueeze(-1)  # [N, beams, V]
+    """The ``beams`` best of all beams' continuations by one token: the beam that each continues, the token, and the
+    total log probability, ``[N, beams]`` each."""
+    beams, vocabulary_size = total.shape[1], log_probabilities.shape[-1]
+    rank = total.unsqueeze(-1) + log_probabilities.unflatten(0, (-1, beams))  # [N, beams, V]
     # A complete beam goes on with padding, before all others.
-    filler = torch.arange(vocabulary_size, device=logits.device) == _filler(model)
+    filler = torch.arange(vocabulary_size, device=rank.device) == _filler(model)
     rank = rank.masked_fill(complete.unsqueeze(-1), float("-inf"))
     rank = rank.masked_fill(complete.unsqueeze(-1) & filler, float("inf"))
     best, chosen = rank.flatten(1).topk(beams)
     parent, token = chosen // vocabulary_size, chosen % vocabulary_size
-    return parent, token, torch.where(complete.gather(1, parent), log_probability.gather(1, parent), best)
+    return parent, token, torch.where(complete.gather(1, parent), total.gather(1, parent), best)
 
 
 @torch.no_grad()
@@ -171,16 +171,16 @@ def _generate(
     tokens = _beginning(model, context, prompt, max_length)  # [N, P]
     complete = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
     with _evaluating(model):
-        logits, state = model.step(tokens, model.start(*context))
+        log_probabilities, state = _read(model, tokens, model.start(*context))  # [N, V]
         while True:
-            token = choose(logits)  # [N]
+            token = choose(log_probabilities)  # [N]
             if model.end_index is not None:
                 token = token.masked_fill(complete, _filler(model))
             complete = complete | _ends(model, token)
             tokens = torch.cat([tokens, token.unsqueeze(1)], 1)
             if tokens.shape[1] == max_length or bool(complete.all()):
                 return tokens
-            logits, state = model.step(token.unsqueeze(1), state)
+            log_probabilities, state = _read(model, token.unsqueeze(1), state)
 
 
 def _beginning(model: SequenceModel, context: tuple[Tensor, ...], prompt: Tensor | None, max_length: int) -> Tensor:
@@ -196,6 +196,15 @@ def _beginning(model: SequenceModel, context: tuple[Tensor, ...], prompt: Tensor
     if model.max_length is not None and max_length > model.max_length:
         raise ValueError(f"max_length must be at most {model.max_length}, the model's positions, got {max_length}")
     return prompt
+
+
+def _read(model: SequenceModel, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
+    """Log probabilities ``[N, V]`` of what follows the tokens ``[N, T]``, which padding never does; the new state."""
+    logits, state = model.step(tokens, state)
+    log_probabilities = logits.float().log_softmax(-1)
+    if model.padding_index is not None:
+        log_probabilities[:, model.padding_index] = float("-inf")
+    return log_probabilities, state
 
 
 def _filler(model: SequenceModel) -> int:

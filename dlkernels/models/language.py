@@ -93,7 +93,5 @@ def causal_attention(
     mask = None
     if 1 < queries < keys:  # the kernel's own causal mask lets query i see keys 0 to i, here 0 to i + S - T
         mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
-    attended = functions.scaled_dot_product_attention(
-        query, key, value, mask, dropout_p, is_causal=queries == keys
-    )
+    attended = functions.scaled_dot_product_attention(query, key, value, mask, dropout_p, is_causal=queries == keys)
     return attended.transpose(1, 2).flatten(2)

@@ -28,7 +28,7 @@ State = Tensor | tuple[Tensor, Tensor] | None  # of torch's RNN and GRU: hidden;
 
 @register
 class CharLM(torch.nn.Module):
-    """Language model over characters, or any tokens: ``[N, T]`` to logits of the next token ``[N, T, vocabulary_size]``.
+    """Language model over characters or any tokens: ``[N, T]`` to logits of the next ones ``[N, T, vocabulary_size]``.
 
     Args:
         vocabulary_size: number of different tokens.
@@ -249,12 +249,13 @@ class RecurrentDecoder(torch.nn.Module):
 
     def start(self, hidden: Tensor, cell: Tensor, memory: Tensor, visible: Tensor | None = None) -> RecurrentState:
         """The state before the first token."""
-        if self.attend is not None:
-            return RecurrentState(hidden, cell, memory, self.attend.key(memory), visible)
-        return RecurrentState(hidden, cell, memory, None, visible) if self.mix is not None else RecurrentState(hidden, cell)
+        if self.attend is None and self.mix is None:
+            return RecurrentState(hidden, cell)
+        keys = None if self.attend is None else self.attend.key(memory)
+        return RecurrentState(hidden, cell, memory, keys, visible)
 
     def forward(self, tokens: Tensor, state: RecurrentState) -> tuple[Tensor, RecurrentState]:
-        """Features ``[N, T, hidden_size]`` for the output layer, and the state after the last of the tokens ``[N, T]``."""
+        """Features ``[N, T, hidden_size]`` for the output layer, and the state after the tokens ``[N, T]``."""
         embedded = self.input_dropout(self.embedding(tokens))  # [N, T, embedding_size]
         if self.attend is not None:
             features, state = self._attend_before_each_token(embedded, state)

@@ -1,8 +1,9 @@
 """Transformer encoder-decoder (Vaswani et al. 2017, *Attention is all you need*, sections 3.1 to 3.5).
 
-Layer norms stand after each residual sum (post-norm, as in the paper) or before each block (pre-norm; Xiong et al. 2020,
-*On layer normalization in the Transformer architecture*). Layers, encoder and decoder have the parameters of those of
-``torch.nn``, by the same names, and a last layer norm each, as in ``torch.nn.Transformer``. Batches come first.
+Layer norms stand after each residual sum (post-norm, as in the paper) or before each block (pre-norm; Xiong et al.
+2020, *On layer normalization in the Transformer architecture*). Layers, encoder and decoder have the parameters of
+those of ``torch.nn`` by the same names, and one more layer norm at their end, as in ``torch.nn.Transformer``. Batches
+come first.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -147,8 +148,8 @@ class TransformerDecoderLayer(torch.nn.Module):
         """``tgt`` ``[N, T, d_model]`` to the same, given ``memory`` ``[N, S, d_model]``.
 
         Args:
-            tgt_mask, memory_mask: ``[T, T]`` and ``[T, S]``, or one for each of ``N * nhead``; ``True`` hides a key from
-                a query, a float is added.
+            tgt_mask, memory_mask: ``[T, T]`` and ``[T, S]``, or one for each of ``N * nhead``; ``True`` hides a key
+                from a query, a float is added.
             tgt_key_padding_mask, memory_key_padding_mask: ``[N, T]`` and ``[N, S]``; ``True`` hides a key from all
                 queries, a float is added.
             tgt_is_causal, memory_is_causal: hints that the masks are causal.
@@ -211,7 +212,7 @@ class TransformerDecoderLayer(torch.nn.Module):
 
 
 def _project(attention: torch.nn.MultiheadAttention, x: Tensor, rows: slice) -> tuple[Tensor, ...]:
-    """Those of queries, keys and values that ``rows`` of the input projection give, each ``[N, nhead, T, head size]``."""
+    """What ``rows`` of the input projection give of queries, keys and values: ``[N, nhead, T, head size]`` each."""
     weight, bias = attention.in_proj_weight[rows], attention.in_proj_bias[rows]
     projected = functions_for(attention).linear(x, weight, bias)  # [N, T, 1 to 3 times d_model]
     return projected.unflatten(-1, (-1, attention.num_heads, attention.head_dim)).permute(2, 0, 3, 1, 4).unbind()
@@ -304,14 +305,15 @@ class TransformerDecoder(torch.nn.Module):
 
     def start(self, memory: Tensor, memory_key_padding_mask: Tensor | None = None) -> TransformerState:
         """The state before the first token."""
-        past = [KeyValueCache() for _ in self.layers]
+        layers = cast(Sequence[TransformerDecoderLayer], self.layers)
         visible = None if memory_key_padding_mask is None else ~memory_key_padding_mask[:, None, None]
-        return TransformerState(past, [layer.remember(memory) for layer in self.layers], visible)
+        return TransformerState([KeyValueCache() for _ in layers], [x.remember(memory) for x in layers], visible)
 
     def step(self, tgt: Tensor, state: TransformerState) -> tuple[Tensor, TransformerState]:
         """What :meth:`causal` gives for the next tokens ``[N, T, d_model]``, and the state after them."""
+        layers = cast(Sequence[TransformerDecoderLayer], self.layers)
         state = state._replace(past=[copy.copy(cache) for cache in state.past])
-        for layer, past, memory in zip(self.layers, state.past, state.memory, strict=True):
+        for layer, past, memory in zip(layers, state.past, state.memory, strict=True):
             tgt = layer.step(tgt, past, memory, state.visible)
         return self.norm(tgt), state
 
