@@ -181,8 +181,9 @@ def test_enough_beams_search_everything(seed: int, length_penalty: float) -> Non
             steps = zip((1, *tokens), tokens, strict=False)
             scores[tokens] = sum(math.log(table[a, b]) for a, b in steps) / length**length_penalty
     expected = max(scores, key=lambda tokens: scores[tokens])
+    # Of three tokens at most 1 + 2 + 4 beginnings are complete and 8 others: no beam may be lost to an impossible one.
     best, score = decoding.beam_search(
-        Chain(table), max_length=5, prompt=torch.tensor([[1]]), beams=40, length_penalty=length_penalty
+        Chain(table), max_length=5, prompt=torch.tensor([[1]]), beams=15, length_penalty=length_penalty
     )
     assert best.tolist() == [[1, *expected]]
     assert score.item() == pytest.approx(scores[expected], abs=1e-5)
@@ -200,6 +201,19 @@ def test_sequences_stop_at_the_end_symbol_and_are_padded() -> None:
     best, scores = decoding.beam_search(Chain(table), max_length=20, prompt=prompt)
     assert best.tolist() == expected
     assert scores.tolist() == [0.0, 0.0]
+
+
+def test_padding_is_never_written_before_the_end() -> None:
+    table = torch.tensor([0.7, 0.0, 0.1, 0.2]).expand(4, 4)  # an unlikely end
+    options = {"max_length": 6, "prompt": torch.tensor([[3]] * 50)}
+    assert decoding.greedy(Chain(table), **options).eq(3).all()
+    sampled = decoding.sample(Chain(table), **options)
+    is_written = (sampled == END).cumsum(1) - (sampled == END).long() == 0
+    assert torch.equal(sampled == PADDING, ~is_written)
+    assert bool((sampled == PADDING).any())
+    best, scores = decoding.beam_search(Chain(table), beams=2, length_penalty=0.0, **options)
+    assert best[0].tolist() == [3, END]
+    assert scores[0].item() == pytest.approx(math.log(0.1))  # of all tokens, padding too
 
 
 def test_samples_repeat_with_their_generator(writer: Writer) -> None:

@@ -168,7 +168,7 @@ def test_dot_attention_follows_its_formula() -> None:
 
 
 def test_additive_attention_feeds_what_the_state_before_finds() -> None:
-    model = models.Seq2Seq(11, 11, 6, 8, 1, "additive").double()
+    model = models.Seq2Seq(11, 11, 6, 8, 2, "additive").double()
     source, inputs = torch.tensor([[5, 3, 8], [7, 4, PADDING]]), torch.tensor([[1, 3, 4, 6], [1, 9, 3, END]])
     memory, (hidden, cell) = model.encoder(source)
     attend, logits = model.decoder.attend, []

@@ -73,11 +73,17 @@ def test_a_batch_of_questions_as_each_alone(attention: bool) -> None:
         torch.testing.assert_close(together[row : row + 1], alone, rtol=0, atol=1e-12)
 
 
-def test_fusion_is_the_product_of_both_projections() -> None:
-    model = models.VQA(9, 4, torch.nn.Identity(), 5, 6, 7).double()
+@pytest.mark.parametrize("attention", [False, True])
+def test_fusion_is_the_product_of_both_projections(attention: bool) -> None:
+    model = models.VQA(9, 4, torch.nn.Identity(), 5, 6, 7, attention=attention).double()
     images, questions = torch.randn(2, 5, 2, 3, dtype=torch.float64), torch.tensor([[3, 4], [5, 0]])
     _, (hidden, _) = model.question_encoder(questions)
-    image, question = model.image_projection(images.mean((2, 3))), model.question_projection(hidden[-1])
+    if attention:  # of the question to the places, [2, 6, 5]
+        places = images.flatten(2).transpose(1, 2)
+        image = model.attend(hidden[-1], model.attend.key(places), places, None)[0]
+    else:
+        image = images.mean((2, 3))
+    image, question = model.image_projection(image), model.question_projection(hidden[-1])
     torch.testing.assert_close(model(images, questions), model.classifier(image.tanh() * question.tanh()))
 
 

@@ -27,7 +27,7 @@ WORDS = ["<padding>", "<start>", "<end>", *"a at the what colour is shape it top
 WORDS += [*COLOURS, *SHAPES]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Writer:
     """A network that writes sequences about something, or goes on with sequences that are begun."""
 
@@ -46,7 +46,7 @@ class Writer:
         return None if self.context else self.sequences[:, :2]
 
     def trained(self, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-        """The network in evaluation mode, after so few steps that it is still in doubt."""
+        """The network in evaluation mode, after few steps of learning: the recurrent ones are still in doubt."""
         if self not in _trained:
             torch.manual_seed(0)
             _trained[self] = model = self.build(layers=nn)
@@ -60,9 +60,6 @@ class Writer:
     def loss_arguments(self) -> tuple[Tensor, ...]:
         """What ``loss`` takes after the context."""
         return (self.sequences,) if self.context else (self.sequences[:, :-1], self.sequences[:, 1:])
-
-    def __hash__(self) -> int:
-        return id(self)
 
 
 _trained: dict[Writer, torch.nn.Module] = {}
