@@ -28,11 +28,11 @@ def writer(request: pytest.FixtureRequest) -> Writer:
 class Chain(torch.nn.Module):
     """A model whose next token depends on the last one alone, by a table ``[V, V]`` of probabilities."""
 
-    start_index, end_index, padding_index, max_length = 1, 2, 0, None
+    start_index, max_length = 1, None
 
-    def __init__(self, table: Tensor) -> None:
+    def __init__(self, table: Tensor, end_index: int = END, padding_index: int | None = PADDING) -> None:
         super().__init__()
-        self.table = table
+        self.table, self.end_index, self.padding_index = table, end_index, padding_index
 
     def start(self, *context: Tensor) -> None:
         """There is no state."""
@@ -150,21 +150,23 @@ def test_decoding_drops_nothing_and_leaves_the_mode(writer: Writer) -> None:
     assert torch.equal(found, decoding.greedy(model.eval(), *writer.context, **options))
 
 
-def test_beam_search_finds_what_greedy_misses() -> None:
-    # From the start (1), token 3 is likelier than 4, but only 4 is followed by anything certain.
+@pytest.mark.parametrize("shift", range(7))
+def test_beam_search_finds_what_greedy_misses(shift: int) -> None:
+    # After token 1 token 3 is likelier than 4, but only 4 is followed by anything certain.
     table = torch.full((7, 7), 1e-9)
     table[1, 3], table[1, 4] = 0.6, 0.4
     table[3, 5], table[3, 6] = 0.5, 0.5
-    table[4, 5] = 1.0
-    table[5, 2] = table[6, 2] = 1.0
-    table /= table.sum(1, keepdim=True)
-    prompt = torch.tensor([[1]])
-    greedy = decoding.greedy(Chain(table), max_length=6, prompt=prompt)
-    best, scores = decoding.beam_search(Chain(table), max_length=6, prompt=prompt, beams=2)
-    assert greedy[0, 1] == 3
-    assert best.tolist() == [[1, 4, 5, 2]]
-    assert scores.item() == pytest.approx(math.log(0.4) / 3, abs=1e-5)
-    assert scores.item() > math.log(0.6 * 0.5) / 3
+    table[4, 5] = table[5, 2] = table[6, 2] = 1.0
+    # At first there is one possible token for two beams. The other beam must not end, wherever the end symbol stands.
+    table[0] = torch.eye(7)[1]
+    model = Chain(table.roll((shift, shift), (0, 1)), end_index=(END + shift) % 7, padding_index=None)
+    options = {"max_length": 8, "prompt": torch.tensor([[shift]])}
+    greedy = decoding.greedy(model, **options)
+    best, scores = decoding.beam_search(model, beams=2, **options)
+    assert (greedy[0, 2] - shift) % 7 == 3
+    assert best.tolist() == [[(token + shift) % 7 for token in (0, 1, 4, 5, 2)]]
+    assert scores.item() == pytest.approx(math.log(0.4) / 4, abs=1e-5)
+    assert scores.item() > math.log(0.6 * 0.5) / 4
 
 
 @pytest.mark.parametrize("length_penalty", [0.0, 0.5, 1.0, 2.0])
