@@ -280,7 +280,7 @@ def test_temperature_must_be_positive(temperature: float) -> None:
     [
         ({"prompt": torch.zeros(2, 0, dtype=torch.int64)}, r"prompt must be \[N, P\] with at least one .* \[2, 0\]"),
         ({"prompt": torch.tensor([1, 2])}, r"prompt must be \[N, P\] with at least one token, got shape \[2\]"),
-        ({}, "prompt must be given, for CharLM has no start symbol"),
+        ({}, "prompt must be given to CharLM, which begins no sequence by itself"),
         ({"prompt": torch.tensor([[1, 2]]), "max_length": 2}, "max_length must be more than the 2 tokens .*, got 2"),
     ],
 )

@@ -133,11 +133,13 @@ def test_a_packed_batch_is_encoded_as_each_sequence_alone() -> None:
         assert not outputs[row, length:].any()
 
 
-@pytest.mark.parametrize("source", [[[3, 4], [0, 0]], [[3, 4], [0, 3]], [[3, 0, 4]]])
-def test_sources_that_are_empty_or_go_on_after_padding_are_refused(source: list[list[int]]) -> None:
+@pytest.mark.parametrize("wrong", [[0, 0, 0], [0, 3, 4], [3, 0, 4]])
+def test_sources_that_are_empty_or_go_on_after_padding_are_refused(wrong: list[int]) -> None:
     model = models.Seq2Seq(8, 8, 4, 4)
-    with pytest.raises(ValueError, match=r"a sequence must be tokens and then padding \(0\), got"):
-        model(torch.tensor(source), torch.tensor([[1]] * len(source)))
+    with pytest.raises(
+        ValueError, match=rf"a sequence must be tokens and then padding \(0\), got \[{wrong[0]}, {wrong[1]}"
+    ):
+        model(torch.tensor([[3, 4, 0], wrong]), torch.tensor([[1], [1]]))
 
 
 def test_additive_attention_follows_its_formula() -> None:

@@ -187,7 +187,7 @@ def _beginning(model: SequenceModel, context: tuple[Tensor, ...], prompt: Tensor
     """The tokens ``[N, P]`` that sequences begin with, checked."""
     if prompt is None:
         if model.start_index is None or not context:
-            raise ValueError(f"prompt must be given, for {type(model).__name__} has no start symbol")
+            raise ValueError(f"prompt must be given to {type(model).__name__}, which begins no sequence by itself")
         prompt = torch.full((len(context[0]), 1), model.start_index, device=context[0].device)
     if prompt.dim() != 2 or prompt.shape[1] == 0:
         raise ValueError(f"prompt must be [N, P] with at least one token, got shape {list(prompt.shape)}")

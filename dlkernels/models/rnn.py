@@ -158,8 +158,10 @@ class RecurrentEncoder(torch.nn.Module):
         """
         is_token = tokens != self.padding_index
         lengths = is_token.sum(1)
-        if bool((lengths == 0).any() | (is_token[:, 1:] > is_token[:, :-1]).any()):
-            raise ValueError(f"a sequence must be tokens and then padding ({self.padding_index}), got {tokens}")
+        is_wrong = (lengths == 0) | (is_token[:, 1:] > is_token[:, :-1]).any(1)
+        if bool(is_wrong.any()):
+            got = tokens[is_wrong][0].tolist()
+            raise ValueError(f"a sequence must be tokens and then padding ({self.padding_index}), got {got}")
         embedded = self.dropout(self.embedding(tokens))  # [N, T, embedding_size]
         packed = pack_padded_sequence(embedded, lengths.cpu(), batch_first=True, enforce_sorted=False)
         outputs, state = self.lstm(packed)
@@ -168,7 +170,7 @@ class RecurrentEncoder(torch.nn.Module):
 
 
 class AdditiveAttention(torch.nn.Module):
-    """Weights the rows of a memory by a small network's score of each with the query: ``v^T tanh(W q + U k)``."""
+    """Weights the rows of a memory by a small network's score of each with the query: ``v^T tanh(W q + U k + b)``."""
 
     def __init__(self, query_size: int, memory_size: int, hidden_size: int, layers: ModuleType) -> None:
         super().__init__()
