@@ -4,7 +4,9 @@ Every builder takes ``layers``: the module that layers with parameters come from
 ``torch.nn``. Names of parameters, their initial values and the results are the same.
 """
 
+from . import decoding
 from .alexnet import alexnet
+from .captioning import Captioner, CaptioningTransformer
 from .densenet import densenet121, densenet161, densenet169, densenet201
 from .efficientnet import (
     efficientnet_b0,
@@ -17,6 +19,7 @@ from .efficientnet import (
     efficientnet_b7,
 )
 from .googlenet import googlenet
+from .gpt import GPT, gpt2_small
 from .lenet import LeNet
 from .mnasnet import mnasnet0_5, mnasnet0_75, mnasnet1_0, mnasnet1_3
 from .mobilenet import mobilenet_v1, mobilenet_v2
@@ -43,8 +46,16 @@ from .resnet import (
 from .vgg import vgg11, vgg11_bn, vgg13, vgg13_bn, vgg16, vgg16_bn, vgg19, vgg19_bn
 
 __all__ = [
+    "GPT",
+    "VQA",
+    "Captioner",
+    "CaptioningTransformer",
+    "CharLM",
     "LeNet",
+    "Seq2Seq",
+    "Transformer",
     "alexnet",
+    "decoding",
     "densenet121",
     "densenet161",
     "densenet169",
@@ -60,6 +71,7 @@ __all__ = [
     "get_model",
     "get_model_builder",
     "googlenet",
+    "gpt2_small",
     "list_models",
     "load_weights",
     "mnasnet0_5",

@@ -8,6 +8,7 @@ from .fused import Sequential, norm_activation
 from .linear import Linear
 from .linear_cross_entropy import LinearCrossEntropyLoss
 from .lstm import LSTM, LSTMCell
+from .positions import LearnedPositions, SinusoidalPositions
 from .stochastic_depth import StochasticDepth
 
 __all__ = [
@@ -18,10 +19,12 @@ __all__ = [
     "Conv2d",
     "CrossEntropyLoss",
     "LSTMCell",
+    "LearnedPositions",
     "Linear",
     "LinearCrossEntropyLoss",
     "MultiheadAttention",
     "Sequential",
+    "SinusoidalPositions",
     "StochasticDepth",
     "norm_activation",
 ]
