@@ -43,7 +43,10 @@ from .resnet import (
     wide_resnet50_2,
     wide_resnet101_2,
 )
+from .rnn import CharLM, Seq2Seq
+from .transformer import Transformer
 from .vgg import vgg11, vgg11_bn, vgg13, vgg13_bn, vgg16, vgg16_bn, vgg19, vgg19_bn
+from .vqa import VQA
 
 __all__ = [
     "GPT",
