@@ -126,7 +126,8 @@ def run(stage: Stage, digest: str) -> str:
     if finished.returncode == 0:
         record.write_text(json.dumps({"digest": digest, "seconds": seconds, "last": last}))
     outcome = "passed" if finished.returncode == 0 else f"FAILED ({finished.returncode}), see {log.relative_to(ROOT)}"
-    return f"{stage.name:<26} {outcome} in {seconds:.0f} s: {last}"
+    told = f": {last}" if "passed" in last or finished.returncode != 0 else ""
+    return f"{stage.name:<26} {outcome} in {seconds:.0f} s{told}"
 
 
 def main() -> int:
