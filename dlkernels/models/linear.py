@@ -1,10 +1,10 @@
 """The linear classifier: one score for each class, a weighted sum of the pixels.
 
-**Templates.** The score of class c is the inner product of the image with row c of the weight, so the row is a picture of
-what the class looks for: ``model.scores.weight.unflatten(1, (3, 32, 32))`` are the templates of a classifier of CIFAR-10.
+**Templates.** The score of class c is the inner product of the image with row c of the weight, so the row is a picture
+of what the class looks for: ``model.scores.weight.unflatten(1, (3, 32, 32))`` are ten pictures for CIFAR-10.
 
-**The bias trick.** ``W x + b`` is ``[W b] [x; 1]``: a pixel that is always one makes the bias a column of the weight. The
-bias stays apart here, so that it is neither decayed nor multiplied, and the numbers are the same.
+**The bias trick.** ``W x + b`` is ``[W b] [x; 1]``: a pixel that is always one makes the bias a column of the weight.
+The numbers are the same; here the bias stays apart, so that an optimiser can leave it out of weight decay.
 
 The loss is not part of the classifier: softmax with temperature T is ``CrossEntropyLoss()(logits / T, labels)``, the
 multiclass support vector machine (Weston & Watkins 1999) is ``torch.nn.MultiMarginLoss(p=1)``, and ``p=2`` squared.

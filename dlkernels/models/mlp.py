@@ -91,10 +91,7 @@ class MLP(torch.nn.Module):
         super().__init__()
         sizes = (in_features, *hidden_features)
         self.hidden = torch.nn.Sequential(
-            *(
-                HiddenLayer(inputs, outputs, activation, norm, dropout, layers)
-                for inputs, outputs in pairwise(sizes)
-            )
+            *(HiddenLayer(inputs, outputs, activation, norm, dropout, layers) for inputs, outputs in pairwise(sizes))
         )
         self.scores = layers.Linear(sizes[-1], num_classes)
 

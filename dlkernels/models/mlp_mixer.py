@@ -111,8 +111,8 @@ class MLPMixer(torch.nn.Module):
         for module in self.modules():
             if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
                 lecun_normal_(module.weight)
-                torch.nn.init.zeros_(module.bias)
-        torch.nn.init.zeros_(self.head.weight)
+                torch.nn.init.zeros_(module.get_parameter("bias"))
+        torch.nn.init.zeros_(self.head.weight)  # all classes equally likely at first
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-2:] != (self.image_size, self.image_size):

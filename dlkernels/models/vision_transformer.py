@@ -159,19 +159,11 @@ class VisionTransformer(torch.nn.Module):
             heads["act"] = torch.nn.Tanh()
         heads["head"] = layers.Linear(representation_size or hidden_dim, num_classes)
         self.heads = torch.nn.Sequential(heads)
-        self._initialize(3 * patch_size**2)
-
-    def _initialize(self, patch_elements: int) -> None:
-        """LeCun's scale for the patches and the hidden layer, zeros for the logits: the first loss is log C."""
-        torch.nn.init.trunc_normal_(self.conv_proj.weight, std=math.sqrt(1 / patch_elements))
-        torch.nn.init.zeros_(self.conv_proj.bias)
-        if hasattr(self.heads, "pre_logits"):
-            torch.nn.init.trunc_normal_(
-                self.heads.pre_logits.weight, std=math.sqrt(1 / self.heads.pre_logits.in_features)
-            )
-            torch.nn.init.zeros_(self.heads.pre_logits.bias)
-        torch.nn.init.zeros_(self.heads.head.weight)
-        torch.nn.init.zeros_(self.heads.head.bias)
+        for layer in (self.conv_proj, *self.heads):  # LeCun's scale
+            if isinstance(layer, torch.nn.Conv2d | torch.nn.Linear):
+                torch.nn.init.trunc_normal_(layer.weight, std=math.sqrt(1 / layer.weight[0].numel()))
+                torch.nn.init.zeros_(layer.get_parameter("bias"))
+        torch.nn.init.zeros_(heads["head"].get_parameter("weight"))  # all classes equally likely at first
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-2:] != (self.image_size, self.image_size):

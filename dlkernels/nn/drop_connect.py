@@ -13,8 +13,8 @@ class DropConnectLinear(Linear):
     """A linear layer that leaves each of its weights out with probability ``p`` while training.
 
     Inverted scaling: weights that stay are divided by ``1 - p``, so that evaluation uses all of them as they are, the
-    mean of what training uses. One mask serves a whole mini-batch, as in Merity et al. 2018, so that a batch remains one
-    product; Wan et al. draw one for each example, and in evaluation average activations over samples of a Gaussian.
+    mean of what training uses. One mask serves a whole mini-batch, as in Merity et al. 2018, so that a batch remains
+    one product; Wan et al. draw one for each example, and in evaluation average activations over Gaussian samples.
 
     Args:
         in_features: size of the input's last dimension.
