@@ -60,15 +60,6 @@ def test_the_bias_is_the_weight_of_a_pixel_that_is_always_one() -> None:
     torch.testing.assert_close(model(images), extended @ weight.T)
 
 
-def test_a_hidden_layer_of_batch_norm_is_one_module_for_hooks() -> None:
-    model = models.MLP(12, (8, 7), 5, norm=nn.BatchNorm1d)
-    seen = []
-    for layer in model.hidden:
-        layer.activation.register_forward_hook(lambda module, args, output: seen.append(output.min().item()))
-    model(torch.randn(6, 12))
-    assert seen == [0.0, 0.0]
-
-
 LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "softmax": nn.CrossEntropyLoss(),
     "softmax, temperature 2": lambda logits, labels: functional.cross_entropy(logits / 2, labels),

@@ -5,6 +5,8 @@ The denoising variant (Vincent et al. 2010) sees images with noise and rebuilds 
 
 from __future__ import annotations
 
+import math
+from functools import partial
 from types import ModuleType
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import nn
-from .blocks import ConvNormActivation
+from .blocks import conv_norm_activation
 from .registry import register
 
 
@@ -51,19 +53,19 @@ class Autoencoder(torch.nn.Module):
         self.noise = noise
         narrow, wide = widths
         smallest = (wide, image_size // 4, image_size // 4)
-        features = wide * (image_size // 4) ** 2
+        conv = partial(conv_norm_activation, activation=torch.nn.ReLU, norm_layer=layers.BatchNorm2d, layers=layers)
         self.encoder = torch.nn.Sequential(
-            ConvNormActivation(in_channels, narrow, 3, 2, torch.nn.ReLU(), layers),  # [N, narrow, S/2, S/2]
-            ConvNormActivation(narrow, wide, 3, 2, torch.nn.ReLU(), layers),  # [N, wide, S/4, S/4]
+            conv(in_channels, narrow, stride=2),  # [N, narrow, S/2, S/2]
+            conv(narrow, wide, stride=2),  # [N, wide, S/4, S/4]
             torch.nn.Flatten(),
-            layers.Linear(features, code_features),
+            layers.Linear(math.prod(smallest), code_features),
         )
         self.decoder = torch.nn.Sequential(
-            layers.Linear(code_features, features),
+            layers.Linear(code_features, math.prod(smallest)),
             torch.nn.ReLU(),
             torch.nn.Unflatten(1, smallest),  # [N, wide, S/4, S/4]
             torch.nn.Upsample(scale_factor=2),
-            ConvNormActivation(wide, narrow, 3, 1, torch.nn.ReLU(), layers),  # [N, narrow, S/2, S/2]
+            conv(wide, narrow),  # [N, narrow, S/2, S/2]
             torch.nn.Upsample(scale_factor=2),
             layers.Conv2d(narrow, in_channels, 3, padding=1),  # [N, in_channels, S, S]
         )

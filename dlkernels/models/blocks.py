@@ -1,43 +1,39 @@
-"""Blocks that several families share."""
+"""Pieces that several convolutional families are made of."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
-from torch import Tensor
 
-from .. import nn
+Layer = Callable[[], torch.nn.Module]
+NormLayer = Callable[[int], torch.nn.Module]  # of the number of channels
 
 
-class ConvNormActivation(torch.nn.Module):
-    """Convolution, batch norm and an activation, the last two in one kernel where they can be.
+def conv_norm_activation(
+    in_channels: int,
+    out_channels: int,
+    kernel_size: int = 3,
+    stride: int = 1,
+    groups: int = 1,
+    *,
+    activation: Layer | None,
+    norm_layer: NormLayer,
+    layers: ModuleType,
+) -> torch.nn.Sequential:
+    """Convolution padded to divide height and width by ``stride`` alone, norm, and activation unless it is None."""
+    padding = (kernel_size - 1) // 2
+    modules = [
+        layers.Conv2d(in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=False),
+        norm_layer(out_channels),
+    ]
+    if activation is not None:
+        modules.append(activation())
+    return layers.Sequential(*modules)
 
-    Args:
-        in_channels: channels of the input.
-        out_channels: channels of the output.
-        kernel_size: height and width of the filters.
-        stride: distance between two outputs in the input.
-        activation: what follows the norm.
-        layers: where the layers with parameters come from, ``dlkernels.nn`` or ``torch.nn``.
-    """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int,
-        stride: int,
-        activation: torch.nn.Module,
-        layers: ModuleType,
-    ) -> None:
-        super().__init__()
-        padding = (kernel_size - 1) // 2
-        # No bias: batch norm subtracts the mean, and any bias with it.
-        self.conv = layers.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=False)
-        self.norm = layers.BatchNorm2d(out_channels)
-        self.activation = activation
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[N, in_channels, H, W]`` to ``[N, out_channels, H/stride, W/stride]``."""
-        return nn.norm_activation(self.norm, self.activation, self.conv(x))
+def make_divisible(channels: float, divisor: int = 8) -> int:
+    """The multiple of ``divisor`` nearest to ``channels``, but never less than nine tenths of it."""
+    nearest = max(divisor, int(channels + divisor / 2) // divisor * divisor)
+    return nearest if nearest >= 0.9 * channels else nearest + divisor

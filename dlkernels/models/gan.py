@@ -7,6 +7,7 @@ between -1 and 1 (as in Karras et al. 2018).
 
 from __future__ import annotations
 
+import math
 from types import ModuleType
 
 import torch
@@ -14,46 +15,43 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import nn
-from .blocks import ConvNormActivation
 from .registry import register
 
 
-class Generator(torch.nn.Module):
+def generator(
+    image_size: int, out_channels: int, latent_features: int, widths: tuple[int, int], layers: ModuleType
+) -> torch.nn.Sequential:
     """Noise ``[N, latent_features]`` to images ``[N, out_channels, S, S]``."""
-
-    def __init__(
-        self, image_size: int, out_channels: int, latent_features: int, widths: tuple[int, int], layers: ModuleType
-    ) -> None:
-        super().__init__()
-        narrow, wide = widths
-        self.smallest = (wide, image_size // 4, image_size // 4)
-        self.project = layers.Linear(latent_features, wide * (image_size // 4) ** 2, bias=False)
-        self.norm = layers.BatchNorm2d(wide)
-        self.activation = torch.nn.ReLU()
-        self.blocks = torch.nn.Sequential(
-            torch.nn.Upsample(scale_factor=2),
-            ConvNormActivation(wide, narrow, 3, 1, torch.nn.ReLU(), layers),  # [N, narrow, S/2, S/2]
-            torch.nn.Upsample(scale_factor=2),
-            layers.Conv2d(narrow, out_channels, 3, padding=1),  # [N, out_channels, S, S]
-        )
-
-    def forward(self, latent: Tensor) -> Tensor:
-        x = self.project(latent).unflatten(1, self.smallest)  # [N, wide, S/4, S/4]
-        return self.blocks(nn.norm_activation(self.norm, self.activation, x))
+    narrow, wide = widths
+    smallest = (wide, image_size // 4, image_size // 4)
+    return layers.Sequential(
+        layers.Linear(latent_features, math.prod(smallest), bias=False),
+        torch.nn.Unflatten(1, smallest),  # [N, wide, S/4, S/4]
+        layers.BatchNorm2d(wide),
+        torch.nn.ReLU(),
+        torch.nn.Upsample(scale_factor=2),
+        layers.Conv2d(wide, narrow, 3, padding=1, bias=False),  # [N, narrow, S/2, S/2]
+        layers.BatchNorm2d(narrow),
+        torch.nn.ReLU(),
+        torch.nn.Upsample(scale_factor=2),
+        layers.Conv2d(narrow, out_channels, 3, padding=1),  # [N, out_channels, S, S]
+    )
 
 
-class Discriminator(torch.nn.Sequential):
+def discriminator(
+    image_size: int, in_channels: int, widths: tuple[int, int], layers: ModuleType
+) -> torch.nn.Sequential:
     """Images ``[N, in_channels, S, S]`` to logits ``[N, 1]`` of their being real."""
-
-    def __init__(self, image_size: int, in_channels: int, widths: tuple[int, int], layers: ModuleType) -> None:
-        narrow, wide = widths
-        super().__init__(
-            layers.Conv2d(in_channels, narrow, 4, stride=2, padding=1),  # [N, narrow, S/2, S/2]
-            torch.nn.LeakyReLU(0.2),
-            ConvNormActivation(narrow, wide, 4, 2, torch.nn.LeakyReLU(0.2), layers),  # [N, wide, S/4, S/4]
-            torch.nn.Flatten(),
-            layers.Linear(wide * (image_size // 4) ** 2, 1),
-        )
+    narrow, wide = widths
+    return layers.Sequential(
+        layers.Conv2d(in_channels, narrow, 4, stride=2, padding=1),  # [N, narrow, S/2, S/2]
+        torch.nn.LeakyReLU(0.2),
+        layers.Conv2d(narrow, wide, 4, stride=2, padding=1, bias=False),  # [N, wide, S/4, S/4]
+        layers.BatchNorm2d(wide),
+        torch.nn.LeakyReLU(0.2),
+        torch.nn.Flatten(),
+        layers.Linear(wide * (image_size // 4) ** 2, 1),
+    )
 
 
 @register
@@ -83,8 +81,8 @@ class GAN(torch.nn.Module):
         if image_size < 4 or image_size % 4 != 0:
             raise ValueError(f"image_size must be a positive multiple of 4, got {image_size}")
         self.latent_features = latent_features
-        self.generator = Generator(image_size, in_channels, latent_features, widths, layers)
-        self.discriminator = Discriminator(image_size, in_channels, widths, layers)
+        self.generator = generator(image_size, in_channels, latent_features, widths, layers)
+        self.discriminator = discriminator(image_size, in_channels, widths, layers)
         for module in self.modules():  # DCGAN's initial values
             if isinstance(module, torch.nn.Conv2d | torch.nn.Linear):
                 torch.nn.init.normal_(module.weight, std=0.02)
@@ -93,7 +91,7 @@ class GAN(torch.nn.Module):
 
     def latent(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """Normal noise ``[n, latent_features]`` for ``n`` images, of the type and on the device of the weights."""
-        weight = self.generator.project.weight
+        weight = next(self.generator.parameters())
         return torch.randn(n, self.latent_features, dtype=weight.dtype, device=weight.device, generator=generator)
 
     def forward(self, latent: Tensor) -> Tensor:

@@ -41,31 +41,11 @@ class TwoLayerNet(torch.nn.Module):
         return self.scores(x)  # [N, num_classes]
 
 
-class HiddenLayer(torch.nn.Module):
-    """Linear, norm, activation, dropout: ``[N, in_features]`` to ``[N, out_features]``."""
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        activation: Callable[[], torch.nn.Module],
-        norm: Callable[[int], torch.nn.Module] | None,
-        dropout: float,
-        layers: ModuleType,
-    ) -> None:
-        super().__init__()
-        self.linear = layers.Linear(in_features, out_features)
-        self.norm = torch.nn.Identity() if norm is None else norm(out_features)
-        self.activation = activation()
-        self.dropout = torch.nn.Dropout(dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(nn.norm_activation(self.norm, self.activation, self.linear(x)))
-
-
 @register
 class MLP(torch.nn.Module):
-    """Hidden layers, then a linear one: images ``[N, ...]`` of ``in_features`` pixels in all to ``[N, num_classes]``.
+    """Any number of hidden layers, each linear, norm, activation and dropout, then a linear one.
+
+    Images ``[N, ...]`` of ``in_features`` pixels in all to logits ``[N, num_classes]``.
 
     Args:
         in_features: pixels of an image times its channels; 3072 for CIFAR-10, 784 for MNIST.
@@ -90,9 +70,11 @@ class MLP(torch.nn.Module):
     ) -> None:
         super().__init__()
         sizes = (in_features, *hidden_features)
-        self.hidden = torch.nn.Sequential(
-            *(HiddenLayer(inputs, outputs, activation, norm, dropout, layers) for inputs, outputs in pairwise(sizes))
-        )
+        modules: list[torch.nn.Module] = []
+        for inputs, outputs in pairwise(sizes):
+            modules += [layers.Linear(inputs, outputs), *([] if norm is None else [norm(outputs)]), activation()]
+            modules += [torch.nn.Dropout(dropout)]
+        self.hidden = layers.Sequential(*modules)
         self.scores = layers.Linear(sizes[-1], num_classes)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -69,6 +69,7 @@ class Patches(torch.nn.Module):
         return self.proj(x).flatten(2).transpose(1, 2)
 
 
+@register
 class MLPMixer(torch.nn.Module):
     """Images ``[N, 3, S, S]`` to logits ``[N, num_classes]``.
 

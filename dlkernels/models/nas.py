@@ -21,6 +21,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .. import nn
 from .registry import register
@@ -42,7 +43,7 @@ class ConvNorm(torch.nn.Module):
 
 
 class FactorizedReduce(torch.nn.Module):
-    """ReLU, two 1x1 convolutions of stride 2 on pixels that lie diagonally, side by side, batch norm."""
+    """ReLU, two 1x1 convolutions of stride 2, the second one pixel to the right and below, side by side, batch norm."""
 
     def __init__(self, in_channels: int, out_channels: int, layers: ModuleType) -> None:
         super().__init__()
@@ -53,7 +54,7 @@ class FactorizedReduce(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.activation(x)
-        return self.norm(torch.cat([self.conv1(x), self.conv2(x[:, :, 1:, 1:])], 1))
+        return self.norm(torch.cat([self.conv1(x), self.conv2(F.pad(x, (-1, 1, -1, 1)))], 1))
 
 
 class DepthwiseSeparable(torch.nn.Sequential):
@@ -226,13 +227,13 @@ class CellBlock(torch.nn.Module):
 
 @register
 class CellNetwork(torch.nn.Module):
-    """A stack of cells: images ``[N, in_channels, S, S]``, S a multiple of 4, to logits ``[N, num_classes]``.
+    """A stack of cells: images ``[N, in_channels, H, W]`` to logits ``[N, num_classes]``.
 
     The cells at one and two thirds of the depth are reduction cells. The default is the network of DARTS for CIFAR-10,
     without its auxiliary head.
 
     Args:
-        genotype: the two cells.
+        genotype: the two cells, or the text that :meth:`Genotype.parse` reads.
         channels: of an operation in the first cells.
         num_cells: depth, at least 3.
         in_channels: channels of the images.
@@ -240,12 +241,12 @@ class CellNetwork(torch.nn.Module):
         layers: where the layers with parameters come from, ``dlkernels.nn`` or ``torch.nn``.
 
     Raises:
-        ValueError: ``num_cells`` is below 3; the size of an image is no multiple of 4.
+        ValueError: ``num_cells`` is below 3, or ``genotype`` is no genotype.
     """
 
     def __init__(
         self,
-        genotype: Genotype = DARTS,
+        genotype: Genotype | str = DARTS,
         channels: int = 36,
         num_cells: int = 20,
         in_channels: int = 3,
@@ -255,6 +256,8 @@ class CellNetwork(torch.nn.Module):
         super().__init__()
         if num_cells < 3:
             raise ValueError(f"num_cells must be at least 3, got {num_cells}")
+        if isinstance(genotype, str):
+            genotype = Genotype.parse(genotype)
         widths = (3 * channels, 3 * channels)  # of the outputs of the last two cells
         self.stem = torch.nn.Sequential(
             layers.Conv2d(in_channels, widths[0], 3, padding=1, bias=False), layers.BatchNorm2d(widths[0])
@@ -273,9 +276,7 @@ class CellNetwork(torch.nn.Module):
         self.classifier = layers.Linear(widths[1], num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[-2] % 4 != 0 or x.shape[-1] % 4 != 0:
-            raise ValueError(f"the height and width of x must be multiples of 4, got {list(x.shape)}")
-        before = last = self.stem(x)  # [N, 3 * channels, S, S]
+        before = last = self.stem(x)  # [N, 3 * channels, H, W]
         for cell in self.cells:
             before, last = last, cell(before, last)
         return self.classifier(self.pool(last).flatten(1))  # [N, num_classes]

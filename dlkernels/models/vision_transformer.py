@@ -33,9 +33,10 @@ class MLPBlock(torch.nn.Sequential):
             layers.Linear(mlp_dim, hidden_dim),
             torch.nn.Dropout(dropout),
         )
-        for linear in (self[0], self[3]):
-            torch.nn.init.xavier_uniform_(linear.weight)
-            torch.nn.init.normal_(linear.bias, std=1e-6)
+        for linear in self:
+            if isinstance(linear, torch.nn.Linear):
+                torch.nn.init.xavier_uniform_(linear.weight)
+                torch.nn.init.normal_(linear.bias, std=1e-6)
 
 
 class EncoderBlock(torch.nn.Module):
@@ -97,6 +98,7 @@ class Encoder(torch.nn.Module):
         return self.ln(self.layers(self.dropout(x + self.pos_embedding)))
 
 
+@register
 class VisionTransformer(torch.nn.Module):
     """Images ``[N, 3, S, S]`` to logits ``[N, num_classes]``.
 

@@ -8,7 +8,7 @@ from .batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from .conv2d import Conv2d
 from .cross_entropy import CrossEntropyLoss
 from .drop_connect import DropConnectLinear
-from .fused import norm_activation
+from .fused import Sequential, norm_activation
 from .linear import Linear
 from .linear_cross_entropy import LinearCrossEntropyLoss
 from .lstm import LSTM, LSTMCell
@@ -28,6 +28,7 @@ __all__ = [
     "LinearCrossEntropyLoss",
     "Maxout",
     "MultiheadAttention",
+    "Sequential",
     "StochasticDepth",
     "norm_activation",
 ]

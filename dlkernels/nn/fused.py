@@ -7,8 +7,10 @@ from torch import Tensor
 
 from .batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 
+_BATCH_NORMS = (BatchNorm1d, BatchNorm2d, BatchNorm3d)
 
-def _is_watched(module: torch.nn.Module) -> bool:
+
+def is_watched(module: torch.nn.Module) -> bool:
     """Whether a hook waits for the module to be called."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
@@ -29,8 +31,26 @@ def norm_activation(
         input: what ``norm`` takes.
         residual: shaped as ``input``; added before the activation.
     """
-    fusable = isinstance(norm, BatchNorm1d | BatchNorm2d | BatchNorm3d) and type(activation) is torch.nn.ReLU
-    if fusable and not _is_watched(norm) and not _is_watched(activation):
+    fusable = isinstance(norm, _BATCH_NORMS) and type(activation) is torch.nn.ReLU
+    if fusable and not is_watched(norm) and not is_watched(activation):
         return norm(input, activation="relu", residual=residual)
     normalized = norm(input)
     return activation(normalized if residual is None else normalized + residual)
+
+
+class Sequential(torch.nn.Sequential):
+    """``torch.nn.Sequential`` that computes each of our batch norms together with the module after it, as
+    :func:`norm_activation` does."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """What the first module takes to what the last returns."""
+        norm = None  # met, and waiting for the module after it
+        for module in self:
+            if norm is not None:
+                input = norm_activation(norm, module, input)
+                norm = None
+            elif isinstance(module, _BATCH_NORMS):
+                norm = module
+            else:
+                input = module(input)
+        return input if norm is None else norm(input)
