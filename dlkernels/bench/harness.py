@@ -71,9 +71,27 @@ class Case:
     both: Cost
 
 
-@dataclass
-class Result:
-    """One case in one direction. Seconds and faults are per call, by contender."""
+@dataclass(kw_only=True)
+class Times:
+    """What was measured of several contenders. Seconds and faults are per call, by contender."""
+
+    median: dict[str, float] = field(default_factory=dict)
+    minimum: dict[str, float] = field(default_factory=dict)
+    page_faults: dict[str, float] = field(default_factory=dict)
+    ratio: dict[str, float] = field(default_factory=dict)  # the contender's median time over ours
+
+    def take(self, programs: dict[str, Program], budget: Budget) -> None:
+        """Measures ``programs``, ours among them, in turns."""
+        seconds, faults = interleave(programs, budget)
+        self.median = {name: statistics.median(samples) for name, samples in seconds.items()}
+        self.minimum = {name: min(samples) for name, samples in seconds.items()}
+        self.page_faults = {name: statistics.median(samples) for name, samples in faults.items()}
+        self.ratio = {name: self.median[name] / self.median[OURS] for name in programs if name != OURS}
+
+
+@dataclass(kw_only=True)
+class Result(Times):
+    """One case in one direction."""
 
     column: str
     group: str
@@ -84,10 +102,6 @@ class Result:
     operations: float
     error: float  # relative difference between ours and torch's, the largest over outputs and gradients
     same: bool
-    median: dict[str, float] = field(default_factory=dict)
-    minimum: dict[str, float] = field(default_factory=dict)
-    page_faults: dict[str, float] = field(default_factory=dict)
-    ratio: dict[str, float] = field(default_factory=dict)  # the contender's median time over ours
     share_of_ceiling: float | None = None
 
 
@@ -220,11 +234,7 @@ def measure(case: Case, ceilings: Ceilings, budget: Budget, compiled: bool = Fal
         results.append(result)
         if not result.same:
             continue
-        seconds, faults = interleave(programs, budget)
-        result.median = {name: statistics.median(samples) for name, samples in seconds.items()}
-        result.minimum = {name: min(samples) for name, samples in seconds.items()}
-        result.page_faults = {name: statistics.median(samples) for name, samples in faults.items()}
-        result.ratio = {name: result.median[name] / result.median[OURS] for name in programs if name != OURS}
+        result.take(programs, budget)
         result.share_of_ceiling = ceilings.seconds(cost, result.dtype) / result.median[OURS]
     return results
 

@@ -106,15 +106,23 @@ def summary_table(run: Run) -> Table:
     return table
 
 
-def markdown_table(headings: list[str], rows: Iterable[list[str]]) -> list[str]:
-    """The first column to the left, figures to the right."""
-    lines = ["| " + " | ".join(headings) + " |", "|---|" + "---:|" * (len(headings) - 1)]
+def markdown_table(headings: list[str], rows: Iterable[list[str]], left: int = 1) -> list[str]:
+    """The first ``left`` columns to the left, figures to the right."""
+    lines = ["| " + " | ".join(headings) + " |", "|" + "---|" * left + "---:|" * (len(headings) - left)]
     return lines + ["| " + " | ".join(row) + " |" for row in rows]
 
 
 def milliseconds(seconds: float) -> str:
     """Three significant digits."""
     return f"{1e3 * seconds:.3g}" if seconds < 1 else f"{1e3 * seconds:.0f}"
+
+
+def machine(facts: dict[str, Any]) -> str:
+    """What was measured on what, from :func:`dlkernels.info.environment`."""
+    return (
+        f"dlkernels {facts['dlkernels']} ({facts['isa']}), PyTorch {facts['torch']}, Python {facts['python']}, "
+        f"{facts['processor']}, {facts['threads']} threads of {facts['cores']} cores."
+    )
 
 
 def class_rows(run: Run) -> tuple[list[str], list[list[str]]]:
@@ -142,13 +150,11 @@ def class_rows(run: Run) -> tuple[list[str], list[list[str]]]:
 
 def write_report(run: Run, path: Path) -> None:
     """The report at ``path`` (markdown), with every figure in a JSON file of the same name beside it."""
-    facts = run.environment
     rates = ", ".join(f"{value / 1e9:,.0f} Gop/s {name}" for name, value in run.ceilings.arithmetic_rate.items())
     lines = [
         "# dlkernels against PyTorch",
         "",
-        f"dlkernels {facts['dlkernels']} ({facts['isa']}), PyTorch {facts['torch']}, Python {facts['python']}, "
-        f"{facts['processor']}, {facts['threads']} threads of {facts['cores']} cores.",
+        machine(run.environment),
         f"Ceilings measured in this run: copy {run.ceilings.copy_bytes_per_second / 1e9:.1f} GB/s; "
         f"multiply-adds {rates}.",
         "",

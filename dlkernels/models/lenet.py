@@ -15,8 +15,8 @@ from .registry import register
 class LeNet5(torch.nn.Module):
     """LeNet-5 as it is taught: images ``[N, in_channels, S, S]`` to logits ``[N, num_classes]``; 61,706 parameters.
 
-    Hyperbolic tangents and average pooling as in 1998. Since then dropped: trainable coefficients of the pooling, a
-    second convolution that sees only some of the maps, and Gaussian connections at the end.
+    Hyperbolic tangents and average pooling as in LeCun et al. 1998. Dropped since then: trainable coefficients of the
+    pooling, a second convolution that sees only some of the maps, and Gaussian connections at the end.
 
     Args:
         image_size: height and width S of the images, 32, or 28, which are padded to 32.

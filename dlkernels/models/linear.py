@@ -1,4 +1,4 @@
-"""The linear classifier: one score for each class, a weighted sum of the pixels.
+"""The linear classifier (Rosenblatt 1958): a score for each class, a weighted sum of the pixels.
 
 **Templates.** The score of class c is the inner product of the image with row c of the weight, so the row is a picture
 of what the class looks for: ``model.scores.weight.unflatten(1, (3, 32, 32))`` are ten pictures for CIFAR-10.
