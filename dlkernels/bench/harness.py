@@ -143,6 +143,12 @@ def geometric_mean(values: Iterable[float]) -> float:
     return math.exp(math.fsum(map(math.log, numbers)) / len(numbers))
 
 
+def largest(values: Iterable[float]) -> float:
+    """The maximum; NaN where any of ``values`` is."""
+    numbers = list(values)
+    return math.nan if any(map(math.isnan, numbers)) else max(numbers)
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """``torch.float32`` as ``float32``."""
     return str(dtype).removeprefix("torch.")
@@ -219,7 +225,7 @@ def measure(case: Case, ceilings: Ceilings, budget: Budget, compiled: bool = Fal
     for direction, cost, grads in ((FORWARD, case.forward, None), (BOTH, case.both, grad_outputs)):
         programs = {name: program(function, problem.inputs, grads) for name, function in functions.items()}
         pairs = zip(programs[OURS](), programs[TORCH](), strict=True)  # type: ignore[call-overload]
-        error = max(relative_difference(ours, peer) for ours, peer in pairs)
+        error = largest(relative_difference(ours, peer) for ours, peer in pairs)
         result = Result(
             column=case.column,
             group=case.group,

@@ -30,7 +30,7 @@ from rich.console import Console
 from torch import Tensor
 
 from .. import info, models, nn
-from .harness import OURS, SAME, TORCH, Budget, Program, Times, dtype_name, geometric_mean
+from .harness import OURS, SAME, TORCH, Budget, Program, Times, dtype_name, geometric_mean, largest
 from .report import machine, markdown_table
 from .runner import progressing
 
@@ -204,7 +204,7 @@ def distance(answer: list[list[Tensor]], reference: list[list[Tensor]]) -> float
     def norm(tensors: Iterable[Tensor]) -> float:
         return math.sqrt(math.fsum(torch.linalg.vector_norm(tensor).item() ** 2 for tensor in tensors))
 
-    return max(
+    return largest(
         norm(a.double() - b for a, b in zip(got, right, strict=True)) / max(norm(right), 1e-30)
         for got, right in zip(answer, reference, strict=True)
     )
