@@ -83,9 +83,24 @@ def test_distance_takes_the_gradients_as_one_vector() -> None:
     assert math.isnan(models.distance([reference[0], [reference[1][0], torch.tensor([math.nan])]], reference))
 
 
-def test_a_last_layer_of_zeros_is_filled_lest_all_results_agree() -> None:
-    model = models.WORKLOADS["vit_s_16"].build(nn)
-    assert all(parameter.any() for parameter in model.parameters() if parameter.dim() > 1 and parameter.shape[0] > 1)
+@pytest.mark.parametrize("key", ["lenet", "vit_s_16"])
+def test_nothing_of_a_network_is_left_constant_lest_all_results_agree(key: str) -> None:
+    first, second = (models.WORKLOADS[key].build(layers).state_dict() for layers in (nn, torch.nn))
+    assert all(len(tensor.unique()) > 1 for tensor in first.values() if tensor.numel() > 1)
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+def test_smooth_activations_take_the_place_of_every_relu() -> None:
+    model = models.smoothed(get_model("lenet"))
+    assert sum(isinstance(module, torch.nn.SiLU) for module in model.modules()) == 4
+    assert not any(isinstance(module, torch.nn.ReLU) for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("ours", "torchs", "same"), [(1e-5, 0.0, True), (1e-3, 6e-4, True), (1e-3, 4e-4, False), (math.nan, 1.0, False)]
+)
+def test_results_agree_within_a_tolerance_or_twice_torchs_error(ours: float, torchs: float, same: bool) -> None:
+    assert models.agree({OURS: ours, TORCH: torchs}, 1e-4) is same
 
 
 def test_training_steps_move_the_weights_and_hardly_so() -> None:

@@ -12,6 +12,7 @@ from dlkernels.models import mlp_mixer
 
 from .cases.learning import accuracy, fit
 from .cases.networks import compare_with_torch
+from .cases.reference import import_torchvision
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -57,7 +58,8 @@ def test_names_and_shapes_are_timms() -> None:
 
 
 def test_it_computes_as_timms() -> None:
-    mixers = pytest.importorskip("timm.models.mlp_mixer")
+    import_torchvision()  # which timm needs
+    mixers = pytest.importorskip("timm.models.mlp_mixer", reason="pip install --no-deps timm==1.0.31")
     theirs = mixers.MlpMixer(num_classes=5, img_size=12, patch_size=4, num_blocks=2, embed_dim=16)
     ours = models.MLPMixer(12, 4, 2, 16, 8, 64, num_classes=5)
     torch.nn.init.normal_(theirs.head.weight)

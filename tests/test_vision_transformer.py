@@ -14,6 +14,7 @@ from dlkernels.models import vision_transformer
 
 from .cases.learning import accuracy, fit
 from .cases.networks import compare_with_torch
+from .cases.reference import import_torchvision
 
 
 def tiny(layers: ModuleType = nn, **arguments: Any) -> models.VisionTransformer:
@@ -86,9 +87,9 @@ def test_names_and_shapes_are_torchvisions() -> None:
 
 @pytest.mark.parametrize("representation_size", [None, 7])
 def test_it_starts_and_computes_as_torchvisions(representation_size: int | None) -> None:
-    transformers = pytest.importorskip("torchvision.models.vision_transformer")
+    torchvision = import_torchvision()
     networks = []
-    for network in (transformers.VisionTransformer, models.VisionTransformer):
+    for network in (torchvision.models.VisionTransformer, models.VisionTransformer):
         torch.manual_seed(0)
         networks.append(network(12, 4, 2, 2, 16, 24, num_classes=5, representation_size=representation_size))
     theirs, ours = networks
