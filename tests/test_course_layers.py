@@ -7,6 +7,8 @@ import torch
 
 from dlkernels import nn
 
+from .cases.reference import import_torchvision
+
 # ---- Stochastic depth ------------------------------------------------------------------------------------------------
 
 
@@ -45,6 +47,17 @@ def test_stochastic_depth_scales_the_gradient_as_the_output() -> None:
     output = nn.StochasticDepth(0.5, "row")(x)
     output.sum().backward()
     assert x.grad is not None and torch.equal(x.grad, output)
+
+
+@pytest.mark.parametrize("mode", ["row", "batch"])
+@pytest.mark.parametrize("p", [0.3, 1.0])
+def test_stochastic_depth_draws_as_torchvisions(p: float, mode: str) -> None:
+    x = torch.randn(16, 3, 2)
+    outputs = []
+    for layer in (nn.StochasticDepth(p, mode), import_torchvision().ops.StochasticDepth(p, mode)):
+        torch.manual_seed(0)
+        outputs.append(layer(x))
+    torch.testing.assert_close(*outputs)
 
 
 @pytest.mark.parametrize("p", [-0.1, 1.1, float("nan")])

@@ -72,8 +72,10 @@ class MLP(torch.nn.Module):
         sizes = (in_features, *hidden_features)
         modules: list[torch.nn.Module] = []
         for inputs, outputs in pairwise(sizes):
-            modules += [layers.Linear(inputs, outputs), *([] if norm is None else [norm(outputs)]), activation()]
-            modules += [torch.nn.Dropout(dropout)]
+            modules.append(layers.Linear(inputs, outputs))
+            if norm is not None:
+                modules.append(norm(outputs))
+            modules += [activation(), torch.nn.Dropout(dropout)]
         self.hidden = layers.Sequential(*modules)
         self.scores = layers.Linear(sizes[-1], num_classes)
 

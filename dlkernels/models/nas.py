@@ -5,8 +5,9 @@ doubles the channels (Zoph et al. 2018, section 3). A cell is a small graph: its
 two cells before it, every other node is the sum of two operations on earlier nodes, and its output is the concatenation
 of those sums. What a search chooses, the operations and the nodes that they are applied to, is a :class:`Genotype`.
 
-Operations, their order and the network around the cells are those of DARTS (Liu et al. 2019, section 3.1), whose
-published cells are the default. The search is regularised evolution (Real et al. 2019, algorithm 1).
+The operations (all but a 5x5 dilated convolution) and the network around the cells are those of DARTS (Liu et al.
+2019, section 3.1), whose published cells are the default. The search is regularised evolution (Real et al. 2019,
+algorithm 1).
 """
 
 from __future__ import annotations
