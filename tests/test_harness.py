@@ -250,6 +250,18 @@ def test_nan_is_a_difference() -> None:
     assert not entry.same
 
 
+def test_nan_in_a_gradient_is_a_difference() -> None:
+    def right_forward_only(x: Tensor) -> Tensor:
+        output = 2 * x
+        if output.requires_grad:
+            output.register_hook(lambda gradient: gradient * float("nan"))
+        return output
+
+    forward, both = measure(case(ours=right_forward_only), CEILINGS, SHORT)
+    assert forward.same
+    assert not both.same
+
+
 def test_relative_difference() -> None:
     assert relative_difference(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 4.0])) == 0.0
     assert relative_difference(torch.tensor([0.0, 0.0]), torch.tensor([3.0, 4.0])) == 1.0

@@ -82,9 +82,27 @@ class Case:
     both: Cost
 
 
-@dataclass
-class Result:
-    """One case in one direction. Seconds and faults are per call, by contender."""
+@dataclass(kw_only=True)
+class Times:
+    """What was measured of several contenders. Seconds and faults are per call, by contender."""
+
+    median: dict[str, float] = field(default_factory=dict)
+    minimum: dict[str, float] = field(default_factory=dict)
+    page_faults: dict[str, float] = field(default_factory=dict)
+    ratio: dict[str, float] = field(default_factory=dict)  # the contender's median time over ours
+
+    def take(self, programs: dict[str, Program], budget: Budget, elapsed: Stopwatch) -> None:
+        """Measures ``programs``, ours among them, in turns."""
+        seconds, faults = interleave(programs, budget, elapsed)
+        self.median = {name: statistics.median(samples) for name, samples in seconds.items()}
+        self.minimum = {name: min(samples) for name, samples in seconds.items()}
+        self.page_faults = {name: statistics.median(samples) for name, samples in faults.items()}
+        self.ratio = {name: self.median[name] / self.median[OURS] for name in programs if name != OURS}
+
+
+@dataclass(kw_only=True)
+class Result(Times):
+    """One case in one direction."""
 
     column: str
     group: str
@@ -95,10 +113,6 @@ class Result:
     operations: float
     error: float  # relative difference between ours and torch's, the largest over outputs and gradients
     same: bool
-    median: dict[str, float] = field(default_factory=dict)
-    minimum: dict[str, float] = field(default_factory=dict)
-    page_faults: dict[str, float] = field(default_factory=dict)
-    ratio: dict[str, float] = field(default_factory=dict)  # the contender's median time over ours
     share_of_ceiling: float | None = None
 
 
@@ -138,6 +152,12 @@ def geometric_mean(values: Iterable[float]) -> float:
     if not numbers or min(numbers) <= 0:
         raise ValueError(f"a geometric mean needs positive values, got {numbers}")
     return math.exp(math.fsum(map(math.log, numbers)) / len(numbers))
+
+
+def largest(values: Iterable[float]) -> float:
+    """The maximum; NaN where any of ``values`` is."""
+    numbers = list(values)
+    return math.nan if any(map(math.isnan, numbers)) else max(numbers)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -252,7 +272,7 @@ def measure(
     for direction, cost, grads in ((FORWARD, case.forward, None), (BOTH, case.both, grad_outputs)):
         programs = {name: program(function, problem.inputs, grads) for name, function in functions.items()}
         pairs = zip(programs[OURS](), programs[TORCH](), strict=True)  # type: ignore[call-overload]
-        error = max(relative_difference(ours, peer) for ours, peer in pairs)
+        error = largest(relative_difference(ours, peer) for ours, peer in pairs)
         result = Result(
             column=case.column,
             group=case.group,
@@ -267,13 +287,10 @@ def measure(
         results.append(result)
         if not result.same:
             continue
-        seconds, faults = interleave(programs, budget, stopwatch(device))
-        result.median = {name: statistics.median(samples) for name, samples in seconds.items()}
+        result.take(programs, budget, stopwatch(device))
         if problem.backends:
-            result.median[BEST] = min(result.median[name] for name in (TORCH, *problem.backends) if name in functions)
-        result.minimum = {name: min(samples) for name, samples in seconds.items()}
-        result.page_faults = {name: statistics.median(samples) for name, samples in faults.items()}
-        result.ratio = {name: time / result.median[OURS] for name, time in result.median.items() if name != OURS}
+            best = min(result.median[name] for name in (TORCH, *problem.backends) if name in programs)
+            result.median[BEST], result.ratio[BEST] = best, best / result.median[OURS]
         result.share_of_ceiling = ceilings.seconds(cost, result.dtype) / result.median[OURS]
     return results
 

@@ -139,9 +139,9 @@ def summary_table(run: Run) -> Table:
     return table
 
 
-def markdown_table(headings: list[str], rows: Iterable[list[str]]) -> list[str]:
-    """The first column to the left, figures to the right."""
-    lines = ["| " + " | ".join(headings) + " |", "|---|" + "---:|" * (len(headings) - 1)]
+def markdown_table(headings: list[str], rows: Iterable[list[str]], left: int = 1) -> list[str]:
+    """The first ``left`` columns to the left, figures to the right."""
+    lines = ["| " + " | ".join(headings) + " |", "|" + "---|" * left + "---:|" * (len(headings) - left)]
     return lines + ["| " + " | ".join(row) + " |" for row in rows]
 
 
@@ -174,7 +174,7 @@ def class_rows(run: Run) -> tuple[list[str], list[list[str]]]:
 
 
 def machine(facts: dict[str, Any]) -> str:
-    """What the operations ran on."""
+    """What was measured on, from :func:`dlkernels.info.environment`."""
     if "gpu" in facts:
         return (
             f"{facts['gpu']} ({facts['multiprocessors']} multiprocessors, {facts['memory_bytes'] / 2**30:.0f} GiB), "
@@ -183,14 +183,18 @@ def machine(facts: dict[str, Any]) -> str:
     return f"{facts['processor']} ({facts['isa']}), {facts['threads']} threads of {facts['cores']} cores"
 
 
+def circumstances(facts: dict[str, Any]) -> str:
+    """What was measured, and on what."""
+    return f"dlkernels {facts['dlkernels']}, PyTorch {facts['torch']}, Python {facts['python']}, {machine(facts)}."
+
+
 def write_report(run: Run, path: Path) -> None:
     """The report at ``path`` (markdown), with every figure in a JSON file of the same name beside it."""
-    facts = run.environment
     rates = ", ".join(f"{value / 1e9:,.0f} Gop/s {name}" for name, value in run.ceilings.arithmetic_rate.items())
     lines = [
         "# dlkernels against PyTorch",
         "",
-        f"dlkernels {facts['dlkernels']}, PyTorch {facts['torch']}, Python {facts['python']}, {machine(facts)}.",
+        circumstances(run.environment),
         f"Ceilings measured in this run: copy {run.ceilings.copy_bytes_per_second / 1e9:.1f} GB/s; "
         f"multiply-adds {rates}.",
         "",

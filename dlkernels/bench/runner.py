@@ -10,10 +10,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -26,6 +26,8 @@ from .harness import BEST, FULL, PROCESSOR, QUICK, TORCH, Case, Ceilings, Result
 COLUMNS = ("conv2d", "batch_norm", "lstm", "linear", "cross_entropy", "linear_cross_entropy", "attention")
 HUGE_PAGES = "torch, huge pages"
 DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("float32", "bfloat16", "float16")}  # measured where none is chosen
+
+Item = TypeVar("Item")
 
 
 class BenchError(Exception):
@@ -76,6 +78,17 @@ def describe(results: list[Result]) -> str:
     return f"{first.group}, {first.dtype}: {first.name}: {ratios}"
 
 
+def progressing(items: Sequence[Item], console: Console, label: Callable[[Item], str]) -> Iterator[Item]:
+    """Passes ``items`` on, with a bar that tells how far they are where ``console`` can be redrawn."""
+    layout = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*layout, console=console, transient=True, disable=not is_live(console)) as bar:
+        task = bar.add_task("", total=len(items))
+        for item in items:
+            bar.update(task, description=label(item))
+            yield item
+            bar.advance(task)
+
+
 def run(
     columns: Sequence[str],
     *,
@@ -101,16 +114,11 @@ def run(
     start = time.perf_counter()
     found = Run(info.environment(device), measure_ceilings(types, quick, device), quick)
     cases = list(find_cases(columns, types, quick, gpu=device.type == "cuda"))
-    layout = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    live = is_live(console)
-    with Progress(*layout, console=console, transient=True, disable=not live) as bar, strict_float32(device):
-        task = bar.add_task("", total=len(cases))
-        for case in cases:
-            bar.update(task, description=f"{case.group}, {dtype_name(case.dtype)}")
+    with strict_float32(device):
+        for case in progressing(cases, console, lambda case: f"{case.group}, {dtype_name(case.dtype)}"):
             results = measure(case, found.ceilings, QUICK if quick else FULL, "compile" in peers, device)
             found.results += results
             console.print(describe(results), highlight=False, soft_wrap=True)
-            bar.advance(task)
     if "thp" in peers:
         console.print("the same with THP_MEM_ALLOC_ENABLE=1", highlight=False)
         add_huge_pages(found, columns, dtypes)

@@ -6,7 +6,9 @@ Every builder takes ``layers``: the module that layers with parameters come from
 
 from . import decoding
 from .alexnet import alexnet
+from .autoencoder import Autoencoder
 from .captioning import Captioner, CaptioningTransformer
+from .convnet import ThreeLayerConvNet
 from .densenet import densenet121, densenet161, densenet169, densenet201
 from .efficientnet import (
     efficientnet_b0,
@@ -18,11 +20,16 @@ from .efficientnet import (
     efficientnet_b6,
     efficientnet_b7,
 )
+from .gan import GAN
 from .googlenet import googlenet
 from .gpt import GPT, gpt2_small
-from .lenet import LeNet
+from .lenet import LeNet, LeNet5
+from .linear import LinearClassifier
+from .mlp import MLP, TwoLayerNet
+from .mlp_mixer import MLPMixer, mixer_b_16, mixer_l_16, mixer_s_16
 from .mnasnet import mnasnet0_5, mnasnet0_75, mnasnet1_0, mnasnet1_3
 from .mobilenet import mobilenet_v1, mobilenet_v2
+from .nas import CellNetwork
 from .registry import get_model, get_model_builder, list_models, load_weights
 from .resnet import (
     preact_resnet18,
@@ -46,17 +53,28 @@ from .resnet import (
 from .rnn import CharLM, Seq2Seq
 from .transformer import Transformer
 from .vgg import vgg11, vgg11_bn, vgg13, vgg13_bn, vgg16, vgg16_bn, vgg19, vgg19_bn
+from .vision_transformer import VisionTransformer, vit_b_16, vit_b_32, vit_h_14, vit_l_16, vit_l_32
 from .vqa import VQA
 
 __all__ = [
+    "GAN",
     "GPT",
+    "MLP",
     "VQA",
+    "Autoencoder",
     "Captioner",
     "CaptioningTransformer",
+    "CellNetwork",
     "CharLM",
     "LeNet",
+    "LeNet5",
+    "LinearClassifier",
+    "MLPMixer",
     "Seq2Seq",
+    "ThreeLayerConvNet",
     "Transformer",
+    "TwoLayerNet",
+    "VisionTransformer",
     "alexnet",
     "decoding",
     "densenet121",
@@ -77,6 +95,9 @@ __all__ = [
     "gpt2_small",
     "list_models",
     "load_weights",
+    "mixer_b_16",
+    "mixer_l_16",
+    "mixer_s_16",
     "mnasnet0_5",
     "mnasnet0_75",
     "mnasnet1_0",
@@ -106,6 +127,11 @@ __all__ = [
     "vgg16_bn",
     "vgg19",
     "vgg19_bn",
+    "vit_b_16",
+    "vit_b_32",
+    "vit_h_14",
+    "vit_l_16",
+    "vit_l_32",
     "wide_resnet101_2",
     "wide_resnet50_2",
 ]

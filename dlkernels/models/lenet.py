@@ -1,4 +1,4 @@
-"""LeNet-5 (LeCun et al. 1998, section II.B) with batch normalisation (Ioffe & Szegedy 2015) after each convolution."""
+"""LeNet-5 (LeCun et al. 1998, section II.B), and the same with batch normalisation (Ioffe & Szegedy 2015)."""
 
 from __future__ import annotations
 
@@ -6,10 +6,53 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .. import nn
 from .registry import register
+
+
+@register
+class LeNet5(torch.nn.Module):
+    """LeNet-5 as it is taught: images ``[N, in_channels, S, S]`` to logits ``[N, num_classes]``; 61,706 parameters.
+
+    Hyperbolic tangents and average pooling as in LeCun et al. 1998. Dropped since then: trainable coefficients of the
+    pooling, a second convolution that sees only some of the maps, and Gaussian connections at the end.
+
+    Args:
+        image_size: height and width S of the images, 32, or 28, which are padded to 32.
+        in_channels: channels of the images.
+        num_classes: classes to tell apart.
+        layers: where the layers with parameters come from, ``dlkernels.nn`` or ``torch.nn``.
+
+    Raises:
+        ValueError: ``image_size`` is neither 28 nor 32.
+    """
+
+    def __init__(
+        self, image_size: int = 32, in_channels: int = 1, num_classes: int = 10, layers: ModuleType = nn
+    ) -> None:
+        super().__init__()
+        if image_size not in (28, 32):
+            raise ValueError(f"image_size must be 28 or 32, got {image_size}")
+        self.features = torch.nn.Sequential(
+            layers.Conv2d(in_channels, 6, kernel_size=5, padding=(32 - image_size) // 2),  # [N, 6, 28, 28]
+            torch.nn.Tanh(),
+            torch.nn.AvgPool2d(2),  # [N, 6, 14, 14]
+            layers.Conv2d(6, 16, kernel_size=5),  # [N, 16, 10, 10]
+            torch.nn.Tanh(),
+            torch.nn.AvgPool2d(2),  # [N, 16, 5, 5]
+        )
+        self.classifier = torch.nn.Sequential(
+            layers.Linear(16 * 5 * 5, 120),
+            torch.nn.Tanh(),
+            layers.Linear(120, 84),
+            torch.nn.Tanh(),
+            layers.Linear(84, num_classes),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.features(x).flatten(1)  # [N, 400]
+        return self.classifier(x)  # [N, num_classes]
 
 
 class ConvBlock(torch.nn.Module):
@@ -20,11 +63,12 @@ class ConvBlock(torch.nn.Module):
         # No bias: batch norm subtracts the mean, and any bias with it.
         self.conv = layers.Conv2d(in_channels, out_channels, kernel_size=5, padding=2, bias=False)
         self.norm = layers.BatchNorm2d(out_channels)
+        self.activation = torch.nn.ReLU()
+        self.pool = torch.nn.MaxPool2d(2)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv(x)  # [N, out, H, W]
-        x = F.relu(self.norm(x))
-        return F.max_pool2d(x, 2)  # [N, out, H/2, W/2]
+        x = nn.norm_activation(self.norm, self.activation, self.conv(x))  # [N, out, H, W]
+        return self.pool(x)  # [N, out, H/2, W/2]
 
 
 @register
