@@ -231,7 +231,10 @@ def test_norm_and_relu_are_one_kernel_until_somebody_looks(training: bool, with_
     assert "dlkernels::batch_norm" in names
     assert not names & {"aten::relu", "aten::add"}
     torch.testing.assert_close(fused, expected)
-    torch.testing.assert_close(dlkernels.nn.norm_activation(peer.eval(), relu, x, residual), relu(peer(x) + (residual if residual is not None else 0)))
+    torch.testing.assert_close(
+        dlkernels.nn.norm_activation(peer.eval(), relu, x, residual),
+        relu(peer(x) + (residual if residual is not None else 0)),
+    )
 
     seen: list[torch.Tensor] = []
     relu.register_forward_hook(lambda module, inputs, output: seen.append(output))
