@@ -230,6 +230,13 @@ def test_no_class_is_set_up_by_a_pickle(protocol: int, tmp_path: Path) -> None:
             read_pickle(path)
 
 
+def content_or_problem(path: Path) -> dict[bytes, Any] | str:
+    try:
+        return read_pickle(path)
+    except data.DataError as error:
+        return str(error)
+
+
 @given(st.binary(max_size=60), st.integers(0, 400))
 def test_no_bytes_within_a_pickle_do_more_than_an_error(
     tmp_path_factory: pytest.TempPathFactory, piece: bytes, place: int
@@ -238,9 +245,5 @@ def test_no_bytes_within_a_pickle_do_more_than_an_error(
     whole = pickled({b"data": np.zeros((2, 40), np.uint8), b"labels": [1, 2]})
     place %= len(whole)
     path.write_bytes(whole[:place] + piece + whole[place + len(piece) :])
-    try:
-        content = read_pickle(path)
-    except data.DataError as error:
-        assert str(error).startswith(str(path))
-    else:
-        assert isinstance(content, dict)
+    found = content_or_problem(path)
+    assert isinstance(found, dict) or found.startswith(f"{path}")

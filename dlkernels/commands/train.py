@@ -34,7 +34,7 @@ from . import Failure, missing_package
 DEVICES = ("cpu", "cuda")
 SETTINGS = tuple(field.name for field in fields(Settings))
 RECIPE = ("network", "source", "arguments", "image_size", "tokens", "length", "backend")
-JOB = ("device", "threads", "log", "tensorboard", "save_every")
+JOB = ("device", "threads", "log_file", "tensorboard", "save_every")
 
 
 def train_command(
@@ -69,7 +69,7 @@ def train_command(
     threads: Annotated[int | None, typer.Option(min=1, help="1 if not given: enough for a small network.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, if not given, or cuda.")] = None,
     backend: Annotated[str | None, typer.Option(help="Whose operators compute: dlkernels or torch.")] = None,
-    log: Annotated[Path | None, typer.Option(help="Write every step to this file, a line of JSON each.")] = None,
+    log_file: Annotated[Path | None, typer.Option(help="Write every step to this file, a line of JSON each.")] = None,
     tensorboard: Annotated[Path | None, typer.Option(help="Write every step to this folder for TensorBoard.")] = None,
     save: Annotated[Path | None, typer.Option(help="Keep checkpoints in this folder.")] = None,
     save_every: Annotated[
@@ -84,11 +84,13 @@ def train_command(
     """
     given = {name: value for name, value in locals().items() if value is not None}  # first: these are the parameters
     with errors_in_a_line():
-        job = new_job(given) if resume is None else saved_job(resume, given)
+        with asked_wrongly():
+            job = new_job(given) if resume is None else saved_job(resume, given)
         torch.set_num_threads(job.threads)
         with distributed.processes(job.device) as own:
             console = Console(quiet=distributed.rank() != 0)
-            trainer = prepared(job.recipe, own)
+            with asked_wrongly():
+                trainer = train.prepare(job.recipe, own)
             if resume is not None:
                 checkpoint.resume(trainer, resume)
             console.print(heading(job, trainer), highlight=False, soft_wrap=True)
@@ -103,7 +105,7 @@ class Job:
     recipe: Recipe
     device: str = "cpu"
     threads: int = 1
-    log: str | None = None
+    log_file: str | None = None
     tensorboard: str | None = None
     save_every: int | None = None
 
@@ -162,7 +164,10 @@ def as_in_a_job(network: str, given: Mapping[str, Any]) -> dict[str, Any]:
             raise typer.BadParameter(f"{problem}; there is no {asked['source']}", param_hint=option("source"))
         asked["source"] = absolute(Path(asked["source"]))
     if "arguments" in asked:
-        asked["arguments"] = networks.chosen(models.get_model_builder(network), asked["arguments"])
+        try:
+            asked["arguments"] = networks.chosen(models.get_model_builder(network), asked["arguments"])
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint=option("arguments")) from None
     return asked
 
 
@@ -176,21 +181,11 @@ def option(name: str) -> str:
     return {"source": "--data", "arguments": "--set", "network": "NETWORK"}.get(name, f"--{name.replace('_', '-')}")
 
 
-def prepared(recipe: Recipe, device: torch.device) -> Trainer:
-    """The trainer of a recipe; what is wrong with a file is a failure, anything else was asked for wrongly."""
-    try:
-        return train.prepare(recipe, device)
-    except DataError as error:
-        raise Failure(str(error)) from None
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-
-
 def take_steps(job: Job, trainer: Trainer, folder: Path | None, console: Console) -> None:
     """Runs to the end, showing, logging and saving."""
     run, since, first = trainer.run(), trainer.step, distributed.rank() == 0
-    if job.log is not None and first:
-        run = logs.logged(run, Path(job.log), since)
+    if job.log_file is not None and first:
+        run = logs.logged(run, Path(job.log_file), since)
     if job.tensorboard is not None and first:
         run = logs.boarded(run, Path(job.tensorboard), since)
     if folder is not None:
@@ -228,8 +223,8 @@ def report(job: Job, trainer: Trainer, console: Console) -> None:
         epoch = trainer.best_step // trainer.steps_per_epoch
         console.print(f"the weights are those of epoch {epoch}, the best of {trainer.step // trainer.steps_per_epoch}")
     console.print(f"test {show.figures(figures)} after {trainer.seconds:.1f} s of training", highlight=False)
-    if job.log is not None and distributed.rank() == 0:
-        logs.conclude(Path(job.log), figures)
+    if job.log_file is not None and distributed.rank() == 0:
+        logs.conclude(Path(job.log_file), figures)
     if distributed.size() > 1 or job.device != "cpu":
         return  # the profile is of one process on the processor
     about_a_second = min(20, max(1, round(trainer.step / max(trainer.seconds, 1e-9))))
@@ -255,6 +250,17 @@ def operations_table(used: list[train.OperationTime]) -> Table:
         calls = (str(entry.calls), str(entry.on_dlkernels)) if entry.calls else ("", "")
         table.add_row(entry.name, f"{entry.seconds / total:.1%}", f"{1e3 * entry.seconds:.1f}", *calls)
     return table
+
+
+@contextmanager
+def asked_wrongly() -> Iterator[None]:
+    """Values that cannot be are errors of usage, but for what is wrong with a file."""
+    try:
+        yield
+    except DataError as error:
+        raise Failure(str(error)) from None
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 @contextmanager

@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from .. import nn
 from ..data import DataSet
 from ..data.sets import Columns
 from ..models import load_weights
@@ -86,7 +84,6 @@ class Trainer:
         task: what it is trained for.
         data: what it is trained on.
         settings: how.
-        layers: where loss modules come from, ``dlkernels.nn`` or ``torch.nn``.
         device: where to compute.
 
     Raises:
@@ -99,8 +96,6 @@ class Trainer:
         task: Task,
         data: DataSet,
         settings: Settings,
-        *,
-        layers: ModuleType = nn,
         device: torch.device | str = "cpu",
     ) -> None:
         self.device = torch.device(device)
@@ -108,11 +103,10 @@ class Trainer:
         self.task = task
         self.data = data
         self.settings = settings
-        self.layers = layers
         self._check()
         self.steps_per_epoch = len(data.train[0]) // settings.batch_size
         self.steps = settings.epochs * self.steps_per_epoch
-        self.turns = [Turn(model, player, settings) for player in task.players(model, layers, settings)]
+        self.turns = [Turn(model, player, settings) for player in task.players(model, settings)]
         self.average: AveragedModel | None = None
         if settings.ema is not None:
             update = get_ema_multi_avg_fn(settings.ema)
@@ -123,6 +117,7 @@ class Trainer:
         self.best_loss = math.inf
         self.best_step = 0  # of the best weights, 0 before there are any
         self.best_weights: Tensors | None = None  # kept where they are to be restored
+        self._orders: dict[int, Tensor] = {}  # of the epoch that is under way
         self.stop_requested = False  # set from outside, in any rank
         self.stopping = False  # what all ranks have agreed on at the end of a step
         generators.seed_all(settings.seed, distributed.rank())
@@ -159,33 +154,39 @@ class Trainer:
         Raises:
             TrainingError: a loss is no longer finite.
         """
-        settings = self.settings
-        order = self._order(self.step // self.steps_per_epoch)
         self.model.train()
         while not self.finished:
-            epoch, position = divmod(self.step, self.steps_per_epoch)
-            if position == 0:
-                order = self._order(epoch)
-            start = time.perf_counter()
-            learning_rate = settings.learning_rate * self.schedule.factor(self.step)
-            losses = self._take_step(order[position * settings.batch_size :][: settings.batch_size], learning_rate)
-            self.seconds += time.perf_counter() - start
-            self.step += 1
-            for name, loss in losses.items():
-                if not math.isfinite(loss):
-                    name = "loss" if name == "loss" else f"{name}'s loss"
-                    raise TrainingError(f"the {name} became {loss} at step {self.step}; try a smaller learning rate")
+            learning_rate = self.settings.learning_rate * self.schedule.factor(self.step)
+            losses = self.take_step(learning_rate)
             yield Progress(
                 step=self.step,
                 steps=self.steps,
-                epoch=epoch + 1,
-                epochs=settings.epochs,
+                epoch=(self.step - 1) // self.steps_per_epoch + 1,
+                epochs=self.settings.epochs,
                 losses=losses,
                 learning_rate=learning_rate,
                 seconds=self.seconds,
-                examples=self.step * settings.batch_size,
-                validation=self._validate() if position + 1 == self.steps_per_epoch else {},
+                examples=self.step * self.settings.batch_size,
+                validation=self._validate() if self.step % self.steps_per_epoch == 0 else {},
             )
+
+    def take_step(self, learning_rate: float) -> dict[str, float]:
+        """One step (the first three points above); returns the losses.
+
+        Raises:
+            TrainingError: one is no longer finite.
+        """
+        start = time.perf_counter()
+        epoch, position = divmod(self.step, self.steps_per_epoch)
+        size = self.settings.batch_size
+        losses = self._move_weights(self._order(epoch)[position * size : (position + 1) * size], learning_rate)
+        self.step += 1
+        self.seconds += time.perf_counter() - start
+        for name, loss in losses.items():
+            if not math.isfinite(loss):
+                whose = "loss" if name == "loss" else f"{name}'s loss"
+                raise TrainingError(f"the {whose} became {loss} at step {self.step}; try a smaller learning rate")
+        return losses
 
     def finish(self) -> dict[str, float]:
         """Leaves the weights that count in the network; returns their figures on the test part.
@@ -267,8 +268,10 @@ class Trainer:
 
     def _order(self, epoch: int) -> Tensor:
         """The examples of an epoch. What does not fill a last batch is left for another epoch's order."""
-        examples = len(self.data.train[0])
-        return torch.from_numpy(np.random.default_rng((self.settings.seed, epoch)).permutation(examples))
+        if epoch not in self._orders:
+            generator = np.random.default_rng((self.settings.seed, epoch))
+            self._orders = {epoch: torch.from_numpy(generator.permutation(len(self.data.train[0])))}
+        return self._orders[epoch]
 
     def _batch(self, part: Columns, rows: Tensor) -> Columns:
         return tuple(column.to(self.device) for column in self.task.inputs(self.data.batch(part, rows)))
@@ -282,7 +285,7 @@ class Trainer:
         whole = count(train, rows)
         return [(self._batch(train, part), count(train, part) / whole) for part in own]
 
-    def _take_step(self, rows: Tensor, learning_rate: float) -> dict[str, float]:
+    def _move_weights(self, rows: Tensor, learning_rate: float) -> dict[str, float]:
         parts = self._parts(rows)
         losses = []
         for turn in self.turns:

@@ -54,7 +54,7 @@ class Recipe:
     @property
     def task(self) -> Task:
         """What the network is trained for."""
-        return task_for(self.network)
+        return task_for(self.network, self.backend)
 
     def to_json(self) -> dict[str, Any]:
         """What JSON can hold."""
@@ -79,13 +79,13 @@ def recipe(
     return Recipe(network=network, source=source or task.source, settings=chosen, **options)
 
 
-def task_for(network: str) -> Task:
+def task_for(network: str, backend: str = "dlkernels") -> Task:
     """What the network called ``network`` is trained for.
 
     Raises:
         ValueError: there is no such network.
     """
-    return task_of(networks.network_class(get_model_builder(network)))
+    return task_of(networks.network_class(get_model_builder(network)))(BACKENDS[backend])
 
 
 def prepare(recipe: Recipe, device: torch.device | str = "cpu") -> Trainer:
@@ -97,7 +97,7 @@ def prepare(recipe: Recipe, device: torch.device | str = "cpu") -> Trainer:
         TrainingError: the network does not take the data, or the settings do not fit it.
         ValueError: the data is not of the network's kind, or the network refuses an argument.
     """
-    settings, task, layers = recipe.settings, recipe.task, BACKENDS[recipe.backend]
+    settings, task = recipe.settings, recipe.task
     dataset = data.load(
         recipe.source,
         task.kind,
@@ -111,7 +111,7 @@ def prepare(recipe: Recipe, device: torch.device | str = "cpu") -> Trainer:
         dataset = dataclasses.replace(dataset, channels=3)  # as networks for photographs have it
     model = build(recipe, {name: value for name, value in task.arguments(dataset).items() if name in known})
     try_out(recipe.network, model.to(device), task, dataset)
-    return Trainer(model, task, dataset, settings, layers=layers, device=device)
+    return Trainer(model, task, dataset, settings, device)
 
 
 def build(recipe: Recipe, found: Mapping[str, object]) -> torch.nn.Module:
@@ -143,10 +143,9 @@ def some_steps(trainer: Trainer, steps: int = 20) -> Callable[[], None]:
     """A program of a few training steps like those of a run, to be measured. It moves the weights on."""
 
     def program() -> None:
-        again = Trainer(
-            trainer.model, trainer.task, trainer.data, trainer.settings, layers=trainer.layers, device=trainer.device
-        )
-        for _ in zip(range(steps), again.run(), strict=False):
-            pass
+        again = Trainer(trainer.model, trainer.task, trainer.data, trainer.settings, trainer.device)
+        again.model.train()
+        for _ in range(steps):
+            again.take_step(again.settings.learning_rate)
 
     return program

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .. import data as datasets
+from .. import nn
 from ..data import Images
 from ..data.sets import Columns
 from .settings import Settings
@@ -42,6 +42,9 @@ class Task:
         source: what it is trained on unless something else is asked for.
         settings: how it is trained unless something else is asked for.
         has_validation_loss: whether a network with a smaller one is a better one.
+
+    Args:
+        layers: where losses come from that are not the network's own, ``dlkernels.nn`` or ``torch.nn``.
     """
 
     title: str
@@ -50,11 +53,14 @@ class Task:
     settings: Settings
     has_validation_loss = True
 
+    def __init__(self, layers: ModuleType = nn) -> None:
+        self.layers = layers
+
     def arguments(self, data: Any) -> dict[str, object]:
         """Arguments of constructors that follow from the data. A network is given those that it has."""
         raise NotImplementedError
 
-    def players(self, model: Any, layers: ModuleType, settings: Settings) -> list[Player]:
+    def players(self, model: Any, settings: Settings) -> list[Player]:
         """The losses to minimise, in turns where there are several. Each is a mean over :meth:`count` targets."""
         return [Player("loss", model.loss, model)]
 
@@ -92,8 +98,8 @@ class Classification(Task):
     def arguments(self, data: datasets.ClassifiedImages) -> dict[str, object]:
         return {**image_arguments(data), "num_classes": data.num_classes}
 
-    def players(self, model: Any, layers: ModuleType, settings: Settings) -> list[Player]:
-        criterion = layers.CrossEntropyLoss(label_smoothing=settings.label_smoothing)
+    def players(self, model: Any, settings: Settings) -> list[Player]:
+        criterion = self.layers.CrossEntropyLoss(label_smoothing=settings.label_smoothing)
 
         def loss(images: Tensor, labels: Tensor) -> Tensor:
             logits = model(images)  # [N, classes]
@@ -109,7 +115,7 @@ class Classification(Task):
         images, labels = batch
         logits = model(images)  # [N, classes]
         accuracy = (logits.argmax(1) == labels).float().mean()
-        return {"accuracy": accuracy, "loss": F.cross_entropy(logits.float(), labels)}
+        return {"accuracy": accuracy, "loss": self.layers.CrossEntropyLoss()(logits, labels)}
 
 
 class LanguageModelling(Task):
@@ -221,7 +227,7 @@ class Adversarial(Task):
     def inputs(self, batch: Columns) -> Columns:
         return batch[:1]
 
-    def players(self, model: Any, layers: ModuleType, settings: Settings) -> list[Player]:
+    def players(self, model: Any, settings: Settings) -> list[Player]:
         return [
             Player("discriminator", model.discriminator_loss, model.discriminator),
             Player("generator", lambda images: model.generator_loss(len(images)), model.generator),
@@ -233,25 +239,25 @@ class Adversarial(Task):
 
 
 # By the parameters of ``loss``.
-BY_LOSS: dict[tuple[str, ...], Task] = {
-    ("tokens", "targets"): LanguageModelling(),
-    ("source", "target"): Translation(),
-    ("images", "captions"): Captioning(),
-    ("images", "questions", "answers"): QuestionAnswering(),
-    ("images",): Autoencoding(),
+BY_LOSS: dict[tuple[str, ...], type[Task]] = {
+    ("tokens", "targets"): LanguageModelling,
+    ("source", "target"): Translation,
+    ("images", "captions"): Captioning,
+    ("images", "questions", "answers"): QuestionAnswering,
+    ("images",): Autoencoding,
 }
 
 
-def task_of(network: type[torch.nn.Module]) -> Task:
+def task_of(network: type[torch.nn.Module]) -> type[Task]:
     """What networks of this class are trained for.
 
     Raises:
         ValueError: its ``loss`` has parameters that no kind of data gives.
     """
     if hasattr(network, "generator_loss") and hasattr(network, "discriminator_loss"):
-        return Adversarial()
+        return Adversarial
     if not hasattr(network, "loss"):
-        return Classification()
+        return Classification
     names = tuple(inspect.signature(network.loss).parameters)[1:]  # without self
     if names not in BY_LOSS:
         known = " or ".join(f"({', '.join(names)})" for names in BY_LOSS)
