@@ -152,19 +152,19 @@ def test_every_setting_has_its_option(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     options = [text for name, value in settings.items() for text in (f"--{name.replace('_', '-')}", str(value))]
     sets = ["--set", "image_size=12", "--set", "num_classes=11"]
-    others = ["--image-size", "12", "--tokens", "word", "--length", "9", "--backend", "torch"]
+    others = ["--image-size", "12", "--backend", "torch"]
     assert cli.run(["train", "lenet", *options, "--amp", *sets, *others]) == 1
     (recipe,) = given
     assert recipe.settings == train.Settings(amp=True, **settings)
     assert recipe.arguments == {"image_size": 12, "num_classes": 11}
-    assert (recipe.image_size, recipe.tokens, recipe.length, recipe.backend) == (12, "word", 9, "torch")
+    assert (recipe.image_size, recipe.backend) == (12, "torch")
 
 
 def test_torchrun_leaves_every_option_to_the_command() -> None:
     """torchrun takes an option of the program for its own where it is the beginning of one."""
     run = pytest.importorskip("torch.distributed.run")
     names = [name for name in inspect.signature(train_command).parameters if name != "network"]
-    for option in map(commands.train.option, names):
+    for option in map(commands.job.option, names):
         arguments = ["--nproc-per-node", "2", "-m", "dlkernels", "train", option, "value"]
         parsed = run.get_args_parser().parse_args(arguments)
         assert parsed.training_script_args == ["train", option, "value"], option
@@ -249,7 +249,13 @@ def test_models_lists_every_network_with_its_parameters(capsys: pytest.CaptureFi
     lines = capsys.readouterr().out.splitlines()
     found = {line.split("│")[1].strip(): line for line in lines if line.startswith("│")}
     assert sorted(found) == models.list_models()
-    assert [cell.strip() for cell in found["lenet"].split("│")[1:-1]] == ["lenet", "lenet", "a classifier", "212,590"]
+    assert [cell.strip() for cell in found["lenet"].split("│")[1:-1]] == [
+        "lenet",
+        "lenet",
+        "a classifier",
+        "",
+        "212,590",
+    ]
     assert cli.run(["models", "lenet"]) == 0
     listed = [line.split("│")[2].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
     assert set(listed) == {"lenet"}
@@ -274,6 +280,7 @@ def test_models_lists_every_network_with_its_parameters(capsys: pytest.CaptureFi
         (["train", "lenet", "--schedule", "zigzag"], ["schedule", "zigzag", "cosine", "plateau"]),
         (["train", "lenet", "--ema", "2"], ["ema", "(0, 1)", "2"]),
         (["train", "lenet", "--patience", "0"], ["--patience"]),
+        (["train", "lenet", "--tokens", "word"], ["--tokens", "lenet is a classifier"]),
         (["train", "lenet", "--device", "tpu"], ["--device", "cpu or cuda", "tpu"]),
         (["train", "lenet", "--epochs", "0"], ["--epochs"]),
         (["train", "lenet", "--epochs", "many"], ["--epochs"]),

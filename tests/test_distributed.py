@@ -83,7 +83,7 @@ def test_the_command_runs_on_two_ranks_and_one_of_them_speaks(tmp_path: Path) ->
     said = [line for line in error.splitlines() if "dlkernels: " in line]
     assert len(said) == 1
     assert "interrupted at epoch" in said[0]
-    assert said[0].endswith(f"go on with: dlkernels train --resume {folder}")
+    assert said[0].endswith(f"go on with: torchrun --nproc-per-node 2 -m dlkernels train --resume {folder}")
     steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
     assert steps == list(range(1, len(steps) + 1))
     _, facts = checkpoint.read(folder / checkpoint.LAST)

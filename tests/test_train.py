@@ -475,11 +475,18 @@ def test_a_gan_is_not_stopped_early() -> None:
         prepared("tinygan", patience=3)
 
 
+def test_labels_are_smoothed_where_there_are_some() -> None:
+    with pytest.raises(TrainingError, match="an autoencoder has no labels to smooth"):
+        prepared("tinyautoencoder", label_smoothing=0.1)
+
+
 def test_a_network_that_does_not_take_the_data_is_named_before_training() -> None:
     with pytest.raises(TrainingError, match=r"tiny_colour_net does not take examples of shape \[3, 2, 2\]"):
         prepared("tiny_colour_net", options={"image_size": 2})
     with pytest.raises(ValueError, match="tinyclassifier: hidden_features must be positive, got 0"):
         small(options={"arguments": {"hidden_features": 0}})
+    with pytest.raises(ValueError, match="tinyencoder needs code_features; give it as an argument"):
+        prepared("tinyencoder", "digits")
     with pytest.raises(ValueError, match="tiny_colour_net: .*unexpected keyword argument 'depth'"):
         prepared("tiny_colour_net", options={"arguments": {"depth": 3}})
 
@@ -546,6 +553,15 @@ def test_digits_are_split_without_overlap() -> None:
     assert [len(part[0]) for part in (parts.train, parts.validation)] == [1294, 144]
     images = torch.cat([part[0] for part in (parts.train, parts.validation, parts.test)]).flatten(1)
     assert images.unique(dim=0).shape[0] == 1797
+
+
+def test_batches_of_ones_own_loop_meet_every_example_at_most_once() -> None:
+    images = torch.arange(10.0).view(10, 1)
+    batches = list(data.shuffled_batches(images, torch.arange(10), 3, torch.Generator().manual_seed(0)))
+    assert [len(labels) for _, labels in batches] == [3, 3, 3]
+    seen = torch.cat([labels for _, labels in batches])
+    assert len(seen.unique()) == 9
+    assert torch.equal(torch.cat([x for x, _ in batches]).flatten(), seen.float())
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0, -0.5, math.nan])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Annotated
 
 import torch
@@ -10,10 +9,19 @@ import typer
 from rich.table import Table
 
 from .. import models, train
+from ..train import networks
 from . import wide_console
 
-# For networks that are built for a vocabulary, and have none of their own.
-STAND_INS = {
+# For what a network has no default of.
+SIZES = {
+    "image_size": 32,
+    "patch_size": 4,
+    "num_layers": 6,
+    "num_heads": 4,
+    "hidden_dim": 128,
+    "mlp_dim": 256,
+    "tokens_mlp_dim": 64,
+    "channels_mlp_dim": 256,
     "vocabulary_size": 10_000,
     "source_vocabulary_size": 10_000,
     "target_vocabulary_size": 10_000,
@@ -29,28 +37,14 @@ def models_command(
         names = models.list_models(family)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    table = Table()
-    table.add_column("network")
-    table.add_column("family")
-    table.add_column("is", no_wrap=True)
+    table = Table("network", "family", "is", "built with")
     table.add_column("parameters", justify="right")
     for name in names:
-        family_of_it = models.get_model_builder(name).__module__.rpartition(".")[2]
-        table.add_row(name, family_of_it, train.task_for(name).title, f"{count_parameters(name):,}")
-    console = wide_console()
-    console.print(table)
-    console.print("where one is needed, the vocabulary has 10,000 symbols; there are 1,000 answers", highlight=False)
-
-
-def count_parameters(name: str) -> int:
-    """Of the network called ``name`` as it is built by default, without any memory for them."""
-    builder = models.get_model_builder(name)
-    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    needed = [
-        parameter.name
-        for parameter in inspect.signature(builder).parameters.values()
-        if parameter.default is inspect.Parameter.empty and parameter.kind in named
-    ]
-    with torch.device("meta"):
-        network = builder(**{parameter: STAND_INS[parameter] for parameter in needed})
-    return sum(parameter.numel() for parameter in network.parameters())
+        builder = models.get_model_builder(name)
+        arguments = {parameter: SIZES[parameter] for parameter in networks.required(builder)}
+        with torch.device("meta"):
+            network = builder(**arguments)
+        count = sum(parameter.numel() for parameter in network.parameters())
+        given = ", ".join(f"{parameter}={value}" for parameter, value in arguments.items())
+        table.add_row(name, builder.__module__.rpartition(".")[2], train.task_for(name).title, given, f"{count:,}")
+    wide_console().print(table)

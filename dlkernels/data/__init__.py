@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .cifar import find_layout, load_cifar
-from .digits import Split, digit_images, load_digits
+from .digits import Split, digit_images, load_digits, shuffled_batches
 from .files import DataError
 from .image_folder import load_image_folder
 from .mnist import is_mnist, load_mnist
@@ -40,6 +40,7 @@ __all__ = [
     "load_digits",
     "load_image_folder",
     "load_mnist",
+    "shuffled_batches",
     "sources",
 ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +41,15 @@ def load_digits(seed: int = 0, test_share: float = TEST_SHARE) -> Split:
     mean, deviation = images.mean(), images.std()
     images, test_images = (images - mean) / deviation, (test_images - mean) / deviation
     return Split(images, labels, test_images, test_labels, NUM_CLASSES)
+
+
+def shuffled_batches(
+    images: Tensor, labels: Tensor, batch_size: int, generator: torch.Generator
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """One pass over the examples in random order. What does not fill a last batch is left for another epoch's order."""
+    order = torch.randperm(len(labels), generator=generator)
+    for chosen in order[: len(order) // batch_size * batch_size].split(batch_size):
+        yield images[chosen], labels[chosen]
 
 
 def digit_images(seed: int = 0) -> ClassifiedImages:

@@ -8,6 +8,9 @@ A file is written beside its place under another name, forced to the disk, and t
 in one step; the folder's entry is forced to the disk too. The best weights are written before the state that counts on
 them, so that whenever the process is killed, the two fit: best weights newer than the state are those that the run
 comes to again.
+
+On a processor the run goes on bit for bit: everything that is drawn or computed depends on the state, the settings and
+the data. On a GPU this holds as far as torch's own operators there give the same bits twice.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -108,16 +112,37 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         CheckpointError: the file is missing, damaged, or none of :func:`write`.
     """
+    with opened(path) as file:
+        return {name: file.get_tensor(name).clone() for name in file.keys()}, facts_of(file)  # noqa: SIM118
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """The facts alone.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or none of :func:`write`.
+    """
+    with opened(path) as file:
+        return facts_of(file)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """The file as safetensors reads it."""
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
         raise CheckpointError(f"{path}: there is no such checkpoint")
     try:
         with safe_open(path, framework="pt") as file:
-            facts = json.loads((file.metadata() or {})[KEY])
-            return {name: file.get_tensor(name).clone() for name in file.keys()}, facts  # noqa: SIM118
+            yield file
     except (SafetensorError, KeyError, ValueError) as error:
         raise CheckpointError(f"{path}: this is no checkpoint, or a damaged one: {error}") from None
+
+
+def facts_of(file: Any) -> dict[str, Any]:
+    """What :func:`write` put into the header."""
+    return json.loads((file.metadata() or {})[KEY])
 
 
 def separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

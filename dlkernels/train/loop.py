@@ -135,6 +135,8 @@ class Trainer:
             raise TrainingError(f"batch norm needs two examples at once, but a batch of {parts} has {parts} parts")
         if settings.patience is not None and not self.task.has_validation_loss:
             raise TrainingError(f"{self.task.title} has no validation loss to stop early by; leave patience out")
+        if settings.label_smoothing > 0 and not self.task.smooths_labels:
+            raise TrainingError(f"{self.task.title} has no labels to smooth; leave label_smoothing out")
 
     @property
     def finished(self) -> bool:

@@ -13,6 +13,7 @@ import torch
 from ..models.registry import Builder
 
 Value = bool | int | float | str | None
+BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
 def network_class(builder: Builder) -> type[torch.nn.Module]:
@@ -26,6 +27,12 @@ def parameters(builder: Builder) -> dict[str, Any]:
         return _named(builder.__init__)  # type: ignore[misc]
     passes_on = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in inspect.signature(builder).parameters.values())
     return {**(parameters(network_class(builder)) if passes_on else {}), **_named(builder)}
+
+
+def required(builder: Builder) -> list[str]:
+    """Those of its own parameters that ``builder`` has no default for."""
+    found = inspect.signature(builder).parameters.values()
+    return [p.name for p in found if p.default is p.empty and p.kind in BY_NAME]
 
 
 def chosen(builder: Builder, texts: Iterable[str]) -> dict[str, Value]:
@@ -47,9 +54,8 @@ def chosen(builder: Builder, texts: Iterable[str]) -> dict[str, Value]:
 
 def _named(function: Callable[..., Any]) -> dict[str, Any]:
     hints = typing.get_type_hints(function)
-    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     found = inspect.signature(function).parameters.values()
-    return {p.name: hints.get(p.name) for p in found if p.kind in kinds and p.name != "self"}
+    return {p.name: hints.get(p.name) for p in found if p.kind in BY_NAME and p.name != "self"}
 
 
 def _simple(hint: Any) -> list[type]:

@@ -116,10 +116,15 @@ def prepare(recipe: Recipe, device: torch.device | str = "cpu") -> Trainer:
 
 def build(recipe: Recipe, found: Mapping[str, object]) -> torch.nn.Module:
     """The network with arguments ``found`` in the data and those that the recipe has instead of or beside them."""
+    builder = get_model_builder(recipe.network)
     arguments = {**found, **recipe.arguments, "layers": BACKENDS[recipe.backend]}
+    missing = [name for name in networks.required(builder) if name not in arguments]
+    if missing:
+        them = "it as an argument" if len(missing) == 1 else "them as arguments"
+        raise ValueError(f"{recipe.network} needs {', '.join(missing)}; give {them}")
     torch.manual_seed(recipe.settings.seed)
     try:
-        return get_model_builder(recipe.network)(**arguments)
+        return builder(**arguments)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{recipe.network}: {error}") from None
 

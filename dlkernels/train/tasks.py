@@ -42,6 +42,7 @@ class Task:
         source: what it is trained on unless something else is asked for.
         settings: how it is trained unless something else is asked for.
         has_validation_loss: whether a network with a smaller one is a better one.
+        smooths_labels: whether ``label_smoothing`` means anything.
 
     Args:
         layers: where losses come from that are not the network's own, ``dlkernels.nn`` or ``torch.nn``.
@@ -52,6 +53,7 @@ class Task:
     source: str
     settings: Settings
     has_validation_loss = True
+    smooths_labels = False
 
     def __init__(self, layers: ModuleType = nn) -> None:
         self.layers = layers
@@ -94,6 +96,7 @@ class Classification(Task):
     kind = "images"
     source = "digits"
     settings = Settings(label_smoothing=0.1)
+    smooths_labels = True
 
     def arguments(self, data: datasets.ClassifiedImages) -> dict[str, object]:
         return {**image_arguments(data), "num_classes": data.num_classes}

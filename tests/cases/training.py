@@ -140,6 +140,13 @@ class TinyAutoencoder(torch.nn.Module):
         return F.mse_loss(self(images), images)
 
 
+class TinyEncoder(TinyAutoencoder):
+    """Has an argument that nothing tells but who builds it."""
+
+    def __init__(self, in_features: int, code_features: int, layers: ModuleType = nn) -> None:
+        super().__init__(in_features, layers)
+
+
 class TinyGAN(torch.nn.Module):
     """Linear players. Its noise can be turned off, so that its losses do not depend on who draws it."""
 
@@ -188,6 +195,7 @@ NETWORKS = (
     TinyCaptioner,
     TinyAnswerer,
     TinyAutoencoder,
+    TinyEncoder,
     TinyGAN,
     tiny_colour_net,
 )
