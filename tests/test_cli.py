@@ -247,7 +247,7 @@ def test_train_reads_a_folder_and_names_what_is_wrong_with_it(
 def test_models_lists_every_network_with_its_parameters(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["models"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    found = {line.split("│")[1].strip(): line for line in lines if line.startswith("│")}
+    found = {line.split("│")[1].strip(): line for line in lines if line.startswith("│ ") and line[2] != " "}
     assert sorted(found) == models.list_models()
     assert [cell.strip() for cell in found["lenet"].split("│")[1:-1]] == [
         "lenet",

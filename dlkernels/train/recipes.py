@@ -138,7 +138,7 @@ def try_out(name: str, model: torch.nn.Module, task: Task, dataset: DataSet) -> 
         with torch.no_grad():
             task.figures(model, *batch)
     except (IndexError, RuntimeError, ValueError) as error:
-        shapes = " and ".join(str(list(column.shape[1:])) for column in batch)
+        shapes = " and ".join(str(list(column.shape[1:])) for column in batch if column.dim() > 1)
         hint = "; images can be given another size" if isinstance(dataset, Images) else ""
         raise TrainingError(f"{name} does not take examples of shape {shapes}{hint}: {error}") from None
     model.train()
