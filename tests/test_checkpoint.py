@@ -309,6 +309,21 @@ def test_best_weights_that_do_not_belong_to_the_state_are_refused(tmp_path: Path
         checkpoint.resume(prepared(patience=5), tmp_path)
 
 
+def test_weights_of_another_network_are_named(tmp_path: Path) -> None:
+    trainer = prepared()
+    list(itertools.islice(checkpoint.saved(trainer.run(), trainer, tmp_path, {}, every=1), 1))
+    other = train.prepare(train.recipe("tinyclassifier", "synthetic", image_size=4))
+    with pytest.raises(CheckpointError, match=r"the weights have 'norm\.\w+', which TinyClassifier has not") as caught:
+        checkpoint.resume(other, tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path / checkpoint.LAST}: ")
+
+
+def test_a_state_of_no_run_of_the_command_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint.write(tmp_path / checkpoint.LAST, {}, {"run": {"recipe": {"network": "lenet"}}})
+    assert cli.run(["train", "--resume", str(tmp_path)]) == 1
+    assert f"{tmp_path} has no run of this version of dlkernels: " in capsys.readouterr().err
+
+
 def test_other_data_and_other_ranks_are_refused(tmp_path: Path) -> None:
     trainer = prepared()
     list(itertools.islice(trainer.run(), 2))

@@ -181,9 +181,13 @@ def test_noisy_patterns_can_be_told_apart() -> None:
 @pytest.mark.parametrize(
     ("source", "kind", "words"),
     [
-        ("mnist", "images", "there is no data called 'mnist' here; images come from digits or synthetic or a path"),
-        ("synthetic", "text", "there is no data called 'synthetic' here; text come from text or a path"),
-        (".", "pairs", "there is no data called '.' here; pairs come from synthetic"),
+        (
+            "mnist",
+            "images",
+            "there is no data called 'mnist' here; images can be loaded from digits or synthetic or a path",
+        ),
+        ("synthetic", "text", "there is no data called 'synthetic' here; text can be loaded from text or a path"),
+        (".", "pairs", "there is no data called '.' here; pairs can be loaded from synthetic"),
         ("digits", "sounds", "kind must be one of images, text, pairs, captions, questions, got 'sounds'"),
     ],
 )

@@ -71,7 +71,10 @@ def new_job(given: Mapping[str, Any]) -> Job:
 
 def saved_job(folder: Path, given: Mapping[str, Any]) -> Job:
     """The job of the run in ``folder``. What is given nevertheless must be what it was started with."""
-    job = Job.from_json(checkpoint.read_facts(folder / checkpoint.LAST)["run"])
+    try:
+        job = Job.from_json(checkpoint.read_facts(folder / checkpoint.LAST)["run"])
+    except (KeyError, TypeError) as error:
+        raise Failure(f"{folder} has no run of this version of dlkernels: {error}") from None
     known = {**job.options(), "save": absolute(folder), "resume": absolute(folder)}
     for name, value in as_in_a_job(job.recipe.network, given).items():
         if value != known[name]:

@@ -121,7 +121,7 @@ def load(
     elif kind in AT_PATH and Path(source).exists():
         found = AT_PATH[kind][0](Path(source), options)
     else:
-        raise ValueError(f"there is no data called {str(source)!r} here; {kind} come from {sources(kind)}")
+        raise ValueError(f"there is no data called {str(source)!r} here; {kind} can be loaded from {sources(kind)}")
     if isinstance(found, Images) and image_size is not None:
         found = replace(found, image_size=image_size)
     return found

@@ -78,7 +78,7 @@ def resume(trainer: Trainer, folder: Path) -> None:
     """Puts ``trainer`` where the run that was saved in ``folder`` stood.
 
     Raises:
-        CheckpointError: a file is missing or damaged.
+        CheckpointError: a file is missing or damaged, or the network is another.
         TrainingError: the data or the number of ranks is another.
     """
     tensors, facts = read(folder / LAST)
@@ -87,7 +87,10 @@ def resume(trainer: Trainer, folder: Path) -> None:
         best, about = read(folder / BEST)
         if about["step"] < facts["state"]["best_step"]:
             raise CheckpointError(f"{folder / BEST}: these weights are older than {folder / LAST} says")
-    trainer.load(tensors, facts["state"], best)
+    try:
+        trainer.load(tensors, facts["state"], best)
+    except ValueError as error:
+        raise CheckpointError(f"{folder / LAST}: {error}") from None
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:

@@ -77,7 +77,8 @@ class Trainer:
     4. After an epoch's last batch the average, or the weights themselves, is measured on the validation part. The
        schedule and early stopping see the loss.
 
-    Between two items of :meth:`run` :meth:`state` holds everything that decides how it goes on.
+    Between two items of :meth:`run` :meth:`state` holds everything that decides how it goes on. The generators of
+    Python, numpy and torch are part of it: a new trainer seeds them, and :meth:`load` sets them.
 
     Args:
         model: the network; trained in place.
