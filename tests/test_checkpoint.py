@@ -21,6 +21,7 @@ from torch import Tensor
 from dlkernels import cli, data, models, train
 from dlkernels.models import registry
 from dlkernels.train import CheckpointError, Progress, Trainer, TrainingError, checkpoint, generators
+from dlkernels.train.optimizers import Schedule
 
 from .cases.training import BUILDERS, load_once
 
@@ -90,6 +91,21 @@ def test_a_resumed_run_is_the_run_bit_for_bit(network: str, settings: dict[str, 
     assert resumed.state()[1]["generators"] == whole.state()[1]["generators"]
     assert resumed.finish() == whole.finish()
     assert_same(dict(resumed.model.state_dict()), dict(whole.model.state_dict()))
+
+
+def test_a_learning_rate_that_a_plateau_has_reduced_stays_reduced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Schedule, "PATIENCE", 1)
+    settings = {"schedule": "plateau", "learning_rate": 3.0, "epochs": 12}
+    whole = prepared(**settings)
+    rates = [progress.learning_rate for progress in whole.run()]
+    reduced = next(step for step, rate in enumerate(rates, 1) if rate < 3.0 and step > whole.schedule.warmup)
+    assert reduced < len(rates) - 6
+    started, resumed = prepared(**settings), prepared(**settings)
+    list(itertools.islice(checkpoint.saved(started.run(), started, tmp_path, {}, every=1), reduced))
+    checkpoint.resume(resumed, tmp_path)
+    assert [progress.learning_rate for progress in resumed.run()] == rates[reduced:]
 
 
 def test_every_generator_matters() -> None:
