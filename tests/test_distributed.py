@@ -31,7 +31,8 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two ranks has found."""
     folder = tmp_path_factory.mktemp("ranks")
-    done = subprocess.run([*TORCHRUN, "tests.cases.ranks", str(folder)], cwd=ROOT, capture_output=True, text=True)
+    command = [*TORCHRUN, "tests.cases.ranks", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
@@ -60,6 +61,11 @@ def test_a_resumed_run_of_two_ranks_is_the_run_bit_for_bit(two_ranks: list[dict[
     assert [rank["resumed"] for rank in two_ranks] == [True, True]
 
 
+def test_nothing_that_is_parallel_outlives_its_processes(two_ranks: list[dict[str, Any]]) -> None:
+    """Not even where a run ends with an error: the process may hang otherwise."""
+    assert [rank["left over"] for rank in two_ranks] == [0, 0]
+
+
 def test_the_command_runs_on_two_ranks_and_one_of_them_speaks(tmp_path: Path) -> None:
     folder, log = tmp_path / "run", tmp_path / "log.jsonl"
     command = ["train", "tinyclassifier", "--data", "synthetic", "--image-size", "4", "--batch-size", "60"]
@@ -75,7 +81,7 @@ def test_the_command_runs_on_two_ranks_and_one_of_them_speaks(tmp_path: Path) ->
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    out, error = process.communicate()
+    out, error = process.communicate(timeout=300)
     assert process.returncode != 0
     assert out.count("tinyclassifier on synthetic: 1800 examples to train") == 1
     assert "seed 0, 2 processes\n" in out

@@ -71,14 +71,19 @@ def train_command(
             job = new_job(given) if resume is None else saved_job(resume, given)
         torch.set_num_threads(job.threads)
         with distributed.processes(job.device) as own:
-            console = Console(quiet=distributed.rank() != 0)
-            with asked_wrongly():
-                trainer = train.prepare(job.recipe, own)
-            if resume is not None:
-                checkpoint.resume(trainer, resume)
-            console.print(heading(job, trainer), highlight=False, soft_wrap=True)
-            take_steps(job, trainer, resume or save, console)
-            report(job, trainer, console)
+            carry_out(job, own, resume, save)
+
+
+def carry_out(job: Job, device: torch.device, resume: Path | None, save: Path | None) -> None:
+    """Prepares or resumes the run, takes its steps and reports."""
+    console = Console(quiet=distributed.rank() != 0)
+    with asked_wrongly():
+        trainer = train.prepare(job.recipe, device)
+    if resume is not None:
+        checkpoint.resume(trainer, resume)
+    console.print(heading(job, trainer), highlight=False, soft_wrap=True)
+    take_steps(job, trainer, resume or save, console)
+    report(job, trainer, console)
 
 
 def take_steps(job: Job, trainer: Trainer, folder: Path | None, console: Console) -> None:

@@ -8,7 +8,9 @@ anything.
 
 from __future__ import annotations
 
+import gc
 import os
+import traceback
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -33,7 +35,13 @@ def processes(device: str) -> Iterator[torch.device]:
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
     try:
         yield own
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)  # they hold what has to go first
+        raise
     finally:
+        # DistributedDataParallel goes before its group: letting go of the group last, it would wait for gloo's thread
+        # with the interpreter locked, and that thread may be waiting for the interpreter.
+        gc.collect()
         dist.destroy_process_group()
 
 
