@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy
 import pytest
 import torch
 from rich.console import Console
@@ -16,7 +20,8 @@ from rich.console import Console
 pytest.importorskip("typer")
 
 import dlkernels
-from dlkernels import bench, cli, info, train
+from dlkernels import bench, cli, commands, info, models, train
+from dlkernels.commands.train import train_command
 from dlkernels.train import Progress, show
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -86,20 +91,23 @@ def test_info_without_build_facts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_train_prints_epochs_and_shares(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     log = tmp_path / "log.jsonl"
-    arguments = ["train", "lenet", "--data", "digits", "--epochs", "2", "--batch-size", "128", "--log", str(log)]
+    arguments = ["train", "lenet", "--data", "digits", "--epochs", "2", "--batch-size", "128", "--log-file", str(log)]
     assert cli.run(arguments) == 0
     out = capsys.readouterr().out
+    assert out.startswith(
+        "lenet on digits: 1294 examples to train, 144 to validate, 359 to test; dlkernels, cpu, threads"
+    )
     assert "epoch   1/2" in out
     assert "epoch   2/2" in out
     assert "test accuracy" in out
     for name in ("conv2d", "batch_norm", "cross_entropy", "everything else"):
         assert name in out
-    records = [json.loads(line) for line in log.read_text().splitlines()]
-    assert [record["step"] for record in records] == list(range(1, 23))
-    assert {record["steps"] for record in records} == {22}
-    tested = [record["step"] for record in records if record["test_accuracy"] is not None]
-    assert tested == [11, 22]
+    *records, last = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [record["step"] for record in records] == list(range(1, 21))
+    assert {record["steps"] for record in records} == {20}
+    assert [record["step"] for record in records if "validation_accuracy" in record] == [10, 20]
     assert records[-1]["loss"] < records[0]["loss"]
+    assert f"test accuracy {last['test_accuracy']:.4f}, loss {last['test_loss']:.4f} after " in out
 
 
 def test_train_counts_every_call_on_its_backend(capsys: pytest.CaptureFixture[str]) -> None:
@@ -108,7 +116,7 @@ def test_train_counts_every_call_on_its_backend(capsys: pytest.CaptureFixture[st
         last = capsys.readouterr().out.strip().splitlines()[-1]
         here, _, total, *_ = last.split()
         assert last.endswith("calls of conv2d, batch_norm, linear, cross_entropy ran on dlkernels")
-        assert int(total) >= 50
+        assert int(total) >= 16  # those of a step
         assert int(here) == (int(total) if backend == "dlkernels" else 0)
 
 
@@ -118,39 +126,172 @@ def test_train_sets_the_threads(capsys: pytest.CaptureFixture[str]) -> None:
     assert "threads 2" in capsys.readouterr().out
 
 
-def test_train_interrupted_says_where(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    real = train.train
+def test_every_setting_has_its_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[train.Recipe] = []
 
-    def interrupted(*arguments: object):  # type: ignore[no-untyped-def]
-        for progress in real(*arguments):  # type: ignore[arg-type]
-            yield progress
-            if progress.step == 3:
-                raise KeyboardInterrupt
+    def prepare(recipe: train.Recipe, device: object) -> None:
+        given.append(recipe)
+        raise train.TrainingError("seen")
 
-    monkeypatch.setattr(train, "train", interrupted)
-    status, error = failing(capsys, "train", "lenet")
+    monkeypatch.setattr(train, "prepare", prepare)
+    settings: dict[str, Any] = {
+        "epochs": 3,
+        "batch_size": 8,
+        "accumulate": 2,
+        "optimizer": "rmsprop",
+        "learning_rate": 0.3,
+        "momentum": 0.8,
+        "weight_decay": 0.2,
+        "schedule": "plateau",
+        "warmup": 0.25,
+        "label_smoothing": 0.15,
+        "clip_norm": 2.5,
+        "ema": 0.99,
+        "patience": 4,
+        "seed": 7,
+    }
+    options = [text for name, value in settings.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    sets = ["--set", "image_size=12", "--set", "num_classes=11"]
+    others = ["--image-size", "12", "--backend", "torch"]
+    assert cli.run(["train", "lenet", *options, "--amp", *sets, *others]) == 1
+    (recipe,) = given
+    assert recipe.settings == train.Settings(amp=True, **settings)
+    assert recipe.arguments == {"image_size": 12, "num_classes": 11}
+    assert (recipe.image_size, recipe.backend) == (12, "torch")
+
+
+def test_torchrun_leaves_every_option_to_the_command() -> None:
+    """torchrun takes an option of the program for its own where it is the beginning of one."""
+    run = pytest.importorskip("torch.distributed.run")
+    names = [name for name in inspect.signature(train_command).parameters if name != "network"]
+    for option in map(commands.job.option, names):
+        arguments = ["--nproc-per-node", "2", "-m", "dlkernels", "train", option, "value"]
+        parsed = run.get_args_parser().parse_args(arguments)
+        assert parsed.training_script_args == ["train", option, "value"], option
+
+
+@pytest.fixture
+def saved_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
+    """A finished run of two epochs."""
+    pytest.importorskip("safetensors")
+    options = ["--epochs", "2", "--batch-size", "200", "--set", "num_classes=12"]
+    assert cli.run(["train", "lenet", *options, "--save", str(tmp_path / "run")]) == 0
+    capsys.readouterr()
+    return tmp_path / "run"
+
+
+def test_a_finished_run_tells_its_figures_again(saved_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["train", "--resume", str(saved_run)]) == 0
+    out = capsys.readouterr().out
+    assert "epoch" not in out
+    assert "test accuracy 0." in out
+
+
+def test_options_beside_resume_must_be_those_of_the_run(saved_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    same = ["--epochs", "2", "--data", "digits", "--set", "num_classes=12", "--save", str(saved_run), "--threads", "1"]
+    assert cli.run(["train", "lenet", *same, "--resume", str(saved_run)]) == 0
+    for option, value, words in (
+        ("--epochs", "3", "--epochs: it was 2 when the run started, got 3"),
+        ("--data", "synthetic", "--data: it was digits when the run started, got synthetic"),
+        ("--set", "num_classes=13", "--set: it was {'num_classes': 12} when the run started, got {'num_classes': 13}"),
+        ("--save", "elsewhere", f"--save: it was {saved_run} when the run started, got {ROOT / 'elsewhere'}"),
+        ("--patience", "2", "--patience: it was None when the run started, got 2"),
+    ):
+        status, error = failing(capsys, "train", "--resume", str(saved_run), option, value)
+        assert status == 2
+        assert words in error
+
+
+def test_a_run_is_not_written_over(saved_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, error = failing(capsys, "train", "lenet", "--save", str(saved_run))
     assert status == 1
-    assert "interrupted at epoch 1, step 3 of 880, loss " in error
+    assert f"{saved_run} has a run already; dlkernels train --resume {saved_run} goes on with it" in error
+
+
+def test_train_writes_for_tensorboard(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert cli.run(["train", "lenet", "--epochs", "2", "--batch-size", "256", "--tensorboard", str(tmp_path)]) == 0
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert set(events.Tags()["scalars"]) == {
+        "learning_rate",
+        "train/loss",
+        "validation/accuracy",
+        "validation/loss",
+    }
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 11))
+    assert [event.step for event in events.Scalars("validation/loss")] == [5, 10]
+
+
+def test_train_reads_a_folder_and_names_what_is_wrong_with_it(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    generator = numpy.random.default_rng(0)
+    for name, count in (("train", 60), ("t10k", 10)):
+        images = generator.integers(0, 256, (count, 8, 8), dtype=numpy.uint8)
+        labels = numpy.arange(count, dtype=numpy.uint8) % 10
+        header = struct.pack(">4I", 2051, count, 8, 8)
+        (tmp_path / f"{name}-images-idx3-ubyte").write_bytes(header + images.tobytes())
+        (tmp_path / f"{name}-labels-idx1-ubyte").write_bytes(struct.pack(">2I", 2049, count) + labels.tobytes())
+    arguments = ["train", "lenet", "--data", str(tmp_path), "--epochs", "1", "--batch-size", "10"]
+    assert cli.run(arguments) == 0
+    assert "54 examples to train, 6 to validate, 10 to test" in capsys.readouterr().out
+    path = tmp_path / "t10k-labels-idx1-ubyte"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x0a")
+    status, error = failing(capsys, *arguments)
+    assert status == 1
+    assert error == f"dlkernels: {path}, offset 17: label 10 of image 9 is not in 0 to 9\n"
+
+
+def test_models_lists_every_network_with_its_parameters(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["models"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    found = {line.split("│")[1].strip(): line for line in lines if line.startswith("│ ") and line[2] != " "}
+    assert sorted(found) == models.list_models()
+    assert [cell.strip() for cell in found["lenet"].split("│")[1:-1]] == [
+        "lenet",
+        "lenet",
+        "a classifier",
+        "",
+        "212,590",
+    ]
+    assert cli.run(["models", "lenet"]) == 0
+    listed = [line.split("│")[2].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    assert set(listed) == {"lenet"}
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], ["train, bench or info"]),
+        ([], ["train, models, bench or info"]),
         (["trian"], ["trian"]),
         (["train"], ["network", "lenet"]),
-        (["train", "resnet"], ["resnet", "lenet"]),
-        (["train", "lenet", "--data", "mnist"], ["--data", "mnist", "digits"]),
+        (["train", "lenett"], ["'lenett'", "did you mean lenet", "list_models()"]),
+        (["models", "nets"], ["nets", "lenet"]),
+        (["train", "lenet", "--data", "mnist"], ["--data", "mnist", "digits", "synthetic", "MNIST"]),
+        (["train", "lenet", "--data", "text"], ["--data", "lenet is a classifier", "digits", "synthetic", "text"]),
+        (["train", "lenet", "--set", "depth=3"], ["--set", "depth=3", "image_size (int)", "num_classes (int)"]),
+        (["train", "lenet", "--set", "num_classes"], ["--set", "NAME=VALUE", "got 'num_classes'"]),
+        (["train", "lenet", "--set", "num_classes=many"], ["--set", "num_classes must be int, got 'many'"]),
+        (["train", "lenet", "--set", "widths=3"], ["--set", "got 'widths=3'"]),
+        (["train", "lenet", "--set", "num_classes=2", "--image-size", "9"], ["lenet: image_size must be", "got 9"]),
+        (["train", "lenet", "--optimizer", "lion"], ["optimizer", "lion", "sgd", "adamw"]),
+        (["train", "lenet", "--schedule", "zigzag"], ["schedule", "zigzag", "cosine", "plateau"]),
+        (["train", "lenet", "--ema", "2"], ["ema", "(0, 1)", "2"]),
+        (["train", "lenet", "--patience", "0"], ["--patience"]),
+        (["train", "lenet", "--tokens", "word"], ["--tokens", "lenet is a classifier"]),
+        (["train", "lenet", "--device", "tpu"], ["--device", "cpu or cuda", "tpu"]),
         (["train", "lenet", "--epochs", "0"], ["--epochs"]),
         (["train", "lenet", "--epochs", "many"], ["--epochs"]),
         (["train", "lenet", "--batch-size", "1"], ["--batch-size"]),
-        (["train", "lenet", "--learning-rate", "-1"], ["--learning-rate", "-1"]),
-        (["train", "lenet", "--learning-rate", "nan"], ["--learning-rate", "nan"]),
-        (["train", "lenet", "--learning-rate", "inf"], ["--learning-rate", "inf"]),
+        (["train", "lenet", "--learning-rate", "-1"], ["learning_rate", "-1"]),
+        (["train", "lenet", "--learning-rate", "nan"], ["learning_rate", "nan"]),
+        (["train", "lenet", "--learning-rate", "inf"], ["learning_rate", "inf"]),
         (["train", "lenet", "--threads", "0"], ["--threads"]),
         (["train", "lenet", "--seed", "-1"], ["--seed"]),
-        (["train", "lenet", "--backend", "numpy"], ["--backend", "numpy"]),
-        (["train", "lenet", "--log"], ["--log"]),
+        (["train", "lenet", "--backend", "numpy"], ["backend", "dlkernels, torch", "numpy"]),
+        (["train", "lenet", "--log-file"], ["--log-file"]),
         (["train", "lenet", "digits"], ["digits"]),
         (["bench", "pooling"], ["pooling", "attention"]),
         (["bench", "--dtype", "float8"], ["--dtype", "float8"]),
@@ -174,10 +315,14 @@ def test_wrong_usage_is_one_line_and_status_2(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["train", "lenet", "--batch-size", "5000"], ["batch size, 5000", "1438"]),
+        (["train", "lenet", "--batch-size", "5000"], ["batch size, 5000", "1294"]),
+        (["train", "lenet", "--data", "{tmp}/file"], ["/file: expected a folder of images"]),
+        (["train", "lenet", "--data", "{tmp}/empty"], ["/empty: expected a folder of images for each class, found 0"]),
+        (["train", "--resume", "{tmp}/empty"], ["/empty/last.safetensors: there is no such checkpoint"]),
+        (["train", "lenet", "--save", "{tmp}/file"], ["/file: File exists"]),
         (["train", "lenet", "--learning-rate", "1e20"], ["the loss became", "step"]),
-        (["train", "lenet", "--log", "{tmp}/missing/log.jsonl"], ["missing/log.jsonl", "No such file"]),
-        (["train", "lenet", "--log", "{tmp}"], ["Is a directory"]),
+        (["train", "lenet", "--log-file", "{tmp}/missing/log.jsonl"], ["missing/log.jsonl", "No such file"]),
+        (["train", "lenet", "--log-file", "{tmp}"], ["Is a directory"]),
         (["bench", "--quick", "--json", "{tmp}/file/x.json"], ["/file: File exists"]),
     ],
     ids=lambda value: " ".join(value),
@@ -186,6 +331,7 @@ def test_failure_is_one_line_and_status_1(
     arguments: list[str], words: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
     status, error = failing(capsys, *(argument.format(tmp=tmp_path) for argument in arguments))
     assert status == 1
     for word in words:
@@ -237,7 +383,9 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"dlkernels {dlkernels.__version__}\n"
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["bench"], ["info"]], ids=lambda value: " ".join(value) or "all")
+@pytest.mark.parametrize(
+    "command", [[], ["train"], ["models"], ["bench"], ["info"]], ids=lambda value: " ".join(value) or "all"
+)
 def test_help_goes_to_standard_output(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run([*command, "--help"]) == 0
     captured = capsys.readouterr()
@@ -280,14 +428,33 @@ def test_without_the_extra_the_benchmarks_say_what_to_install() -> None:
     assert done.stderr.strip().endswith("dlkernels.bench needs rich; run: pip install 'dlkernels[cli]'")
 
 
-def test_without_scikit_learn_it_says_what_to_install(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("package", "options", "extra"),
+    [
+        ("sklearn", [], "cli"),
+        ("safetensors", ["--save", "{tmp}/run"], "train"),
+        ("safetensors", ["--resume", "{tmp}"], "train"),
+        ("tensorboard", ["--tensorboard", "{tmp}/board"], "train"),
+    ],
+)
+def test_without_an_optional_package_it_says_what_to_install(
+    package: str,
+    options: list[str],
+    extra: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
-    monkeypatch.setitem(sys.modules, "sklearn", None)
-    status, error = failing(capsys, "train", "lenet")
+    for module in [package, *(name for name in sys.modules if name.split(".")[0] == package)]:
+        monkeypatch.setitem(sys.modules, module, None)
+    for module in [name for name in sys.modules if name.startswith("torch.utils.tensorboard")]:
+        monkeypatch.delitem(sys.modules, module)
+    (tmp_path / "last.safetensors").touch()
+    network = [] if options[:1] == ["--resume"] else ["lenet"]
+    status, error = failing(capsys, "train", *network, *(option.format(tmp=tmp_path) for option in options))
     assert status == 1
-    assert "sklearn" in error
-    assert "pip install 'dlkernels[cli]'" in error
+    assert package in error
+    assert f"pip install 'dlkernels[{extra}]'" in error
 
 
 def steps(count: int) -> list[Progress]:
@@ -297,12 +464,11 @@ def steps(count: int) -> list[Progress]:
             steps=count,
             epoch=1,
             epochs=1,
-            loss=1.0 / step,
-            accuracy=0.5,
+            losses={"loss": 1.0 / step},
             learning_rate=0.1,
             seconds=0.5 * step,
             examples=100 * step,
-            test_accuracy=0.75 if step == count else None,
+            validation={"accuracy": 0.75} if step == count else {},
         )
         for step in range(1, count + 1)
     ]
@@ -316,9 +482,9 @@ def test_a_terminal_gets_a_live_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(list(show.shown(steps(4), console))) == 4
     written = console.file.getvalue()  # type: ignore[attr-defined]
     assert "\x1b[" in written
-    assert "200 images/s" in written
+    assert "200 examples/s" in written
     assert "ETA" in written
-    assert "test accuracy 0.7500" in written
+    assert "validation accuracy 0.7500" in written
 
 
 @pytest.mark.parametrize("variable", ["CI", "NO_COLOR"])
@@ -327,7 +493,7 @@ def test_plain_lines_on_request(variable: str, monkeypatch: pytest.MonkeyPatch) 
     console = Console(file=io.StringIO(), force_terminal=True, width=120, color_system=None)
     assert not show.is_live(console)
     list(show.shown(steps(4), console))
-    expected = "epoch   1/1  loss 0.2500  accuracy 0.500  200 images/s  test accuracy 0.7500\n"
+    expected = "epoch   1/1  loss 0.2500  200 examples/s  validation accuracy 0.7500\n"
     assert console.file.getvalue() == expected  # type: ignore[attr-defined]
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dlkernels import data, models, nn, train
+from dlkernels import models, nn, train
 from dlkernels.fuse import Tracer
 from dlkernels.models.densenet import DenseNet
 from dlkernels.models.efficientnet import EfficientNet
@@ -266,18 +266,10 @@ def test_networks_can_be_traced(name: str, layers: ModuleType, tracer: type[torc
 def test_a_small_resnet_learns_the_digits(threads: None) -> None:
     pytest.importorskip("sklearn")
     torch.set_num_threads(1)
-    split = data.load_digits(seed=0)
-    split = dataclasses.replace(
-        split,
-        train_images=split.train_images.repeat(1, 3, 1, 1),  # [N, 3, 8, 8]
-        test_images=split.test_images.repeat(1, 3, 1, 1),
-    )
-    torch.manual_seed(0)
-    model = models.resnet20()
-    settings = train.Settings(epochs=5, batch_size=32, learning_rate=0.05)
-    *_, last = train.train(model, nn.CrossEntropyLoss(), split, settings)
-    assert last.test_accuracy is not None
-    assert last.test_accuracy >= 0.97
+    trainer = train.prepare(train.recipe("resnet20", settings={"epochs": 5}))
+    for _ in trainer.run():
+        pass
+    assert trainer.finish()["accuracy"] >= 0.97
 
 
 @pytest.mark.parametrize(

@@ -1,18 +1,33 @@
-"""Training: a loop over mini-batches, what it shows while it runs, and where its time went."""
+"""Training: any network on data of its kind, what is shown and kept while it runs, and where its time went.
 
-from .loop import Progress, Settings, TrainingError, evaluate, train
+``prepare(recipe("lenet"))`` is a :class:`Trainer`; its ``run()`` takes the steps. ``dlkernels train`` is the same with
+checkpoints and logs (:mod:`.checkpoint`, :mod:`.logs`), a display (:mod:`.show`) and several processes
+(:mod:`.distributed`).
+"""
+
+from .checkpoint import CheckpointError
+from .loop import Trainer
 from .operations import OperationTime, operation_times
-from .recipes import BACKENDS, lenet_on_digits, some_steps
+from .optimizers import OPTIMIZERS, SCHEDULES
+from .recipes import BACKENDS, Recipe, prepare, recipe, some_steps, task_for
+from .settings import Progress, Settings, TrainingError
+from .tasks import Task
 
 __all__ = [
     "BACKENDS",
+    "OPTIMIZERS",
+    "SCHEDULES",
+    "CheckpointError",
     "OperationTime",
     "Progress",
+    "Recipe",
     "Settings",
+    "Task",
+    "Trainer",
     "TrainingError",
-    "evaluate",
-    "lenet_on_digits",
     "operation_times",
+    "prepare",
+    "recipe",
     "some_steps",
-    "train",
+    "task_for",
 ]

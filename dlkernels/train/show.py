@@ -1,18 +1,15 @@
-"""What a training run shows while it goes: a live bar on a terminal, plain lines anywhere else, records in a file."""
+"""What a training run shows while it goes: a live bar on a terminal, plain lines anywhere else."""
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as ProgressBar
 
-from .loop import Progress
+from .settings import Progress
 
 
 def is_live(console: Console) -> bool:
@@ -20,18 +17,20 @@ def is_live(console: Console) -> bool:
     return console.is_terminal and not os.environ.get("CI") and not os.environ.get("NO_COLOR")
 
 
+def figures(values: Mapping[str, float]) -> str:
+    """Figures by their names, in one line."""
+    return ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+
+
 def describe(progress: Progress) -> str:
-    """The figures of one step, in one line."""
-    return (
-        f"loss {progress.loss:.4f}  accuracy {progress.accuracy:.3f}  "
-        f"{progress.examples / max(progress.seconds, 1e-9):,.0f} images/s"
-    )
+    """The losses of one step and the speed so far."""
+    return f"{figures(progress.losses)}  {progress.examples / max(progress.seconds, 1e-9):,.0f} examples/s"
 
 
 def end_of_epoch(progress: Progress) -> str:
     """The line printed after an epoch."""
     return (
-        f"epoch {progress.epoch:>3}/{progress.epochs}  {describe(progress)}  test accuracy {progress.test_accuracy:.4f}"
+        f"epoch {progress.epoch:>3}/{progress.epochs}  {describe(progress)}  validation {figures(progress.validation)}"
     )
 
 
@@ -39,8 +38,8 @@ def shown(run: Iterable[Progress], console: Console) -> Iterator[Progress]:
     """Passes the steps of ``run`` on, showing each: a bar that is redrawn, or a line for each epoch."""
     if not is_live(console):
         for progress in run:
-            if progress.test_accuracy is not None:
-                console.print(end_of_epoch(progress), highlight=False)
+            if progress.validation:
+                console.print(end_of_epoch(progress), highlight=False, soft_wrap=True)
             yield progress
         return
     columns = (
@@ -57,14 +56,6 @@ def shown(run: Iterable[Progress], console: Console) -> Iterator[Progress]:
         for progress in run:
             epoch = f"{progress.epoch}/{progress.epochs}"
             bar.update(task, completed=progress.step, total=progress.steps, epoch=epoch, figures=describe(progress))
-            if progress.test_accuracy is not None:
-                bar.console.print(end_of_epoch(progress), highlight=False)
-            yield progress
-
-
-def logged(run: Iterable[Progress], path: Path) -> Iterator[Progress]:
-    """Passes the steps of ``run`` on, writing each as a line of JSON to ``path``, which is overwritten."""
-    with path.open("w", encoding="utf-8") as file:
-        for progress in run:
-            file.write(json.dumps(asdict(progress)) + "\n")
+            if progress.validation:
+                bar.console.print(end_of_epoch(progress), highlight=False, soft_wrap=True)
             yield progress
