@@ -73,8 +73,8 @@ double arithmetic_operations(const at::Tensor& like, int64_t repetitions) {
 TORCH_LIBRARY(dlkernels, m) {
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
   // clang-format off
-  m.def("batch_norm(Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? running_mean, Tensor? running_var, bool training, float eps, bool relu) -> (Tensor output, Tensor mean, Tensor variance)", tags);
-  m.def("batch_norm_backward(Tensor grad_output, Tensor input, Tensor? output, Tensor? weight, Tensor mean, Tensor variance, bool training, float eps, bool relu, ScalarType? weight_type, ScalarType? bias_type, bool[4] output_mask) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)", tags);
+  m.def("batch_norm(Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? running_mean, Tensor? running_var, bool training, float eps, str? activation) -> (Tensor output, Tensor mean, Tensor variance)", tags);
+  m.def("batch_norm_backward(Tensor grad_output, Tensor input, Tensor? output, Tensor? weight, Tensor mean, Tensor variance, bool training, float eps, str? activation, ScalarType? weight_type, ScalarType? bias_type, bool[4] output_mask) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)", tags);
   m.def("update_running_statistics_(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor variance, SymInt count, float momentum) -> ()", tags);
   m.def("conv2d(Tensor input, Tensor weight, Tensor? bias, SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, SymInt groups) -> Tensor", tags);
   m.def("conv2d_backward(Tensor grad_output, Tensor input, Tensor weight, SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, SymInt groups, bool[3] output_mask) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)", tags);
@@ -105,7 +105,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("elementary_function", &elementary_function, py::arg("name"), py::arg("input"), Released());
   m.def("batch_norm", &ops::batch_norm_with_update, py::arg("input"), py::arg("weight"), py::arg("bias"),
         py::arg("residual"), py::arg("running_mean"), py::arg("running_var"), py::arg("training"), py::arg("momentum"),
-        py::arg("eps"), py::arg("relu"), Released());
+        py::arg("eps"), py::arg("activation"), Released());
   m.def("conv2d", &ops::conv2d_functional, py::arg("input"), py::arg("weight"), py::arg("bias"), py::arg("stride"),
         py::arg("padding"), py::arg("dilation"), py::arg("groups"), Released());
   m.def(

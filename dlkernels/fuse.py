@@ -59,6 +59,8 @@ class FoldedNorm(torch.nn.Identity):
         """``input``, with the rest of what the batch norm was called for."""
         torch._assert(input.dim() == self.dimensions, f"a folded batch norm takes {self.dimensions} dimensions")
         output = input if residual is None else input + residual
+        if activation == "relu6":
+            return torch.nn.functional.relu6(output)
         return output if activation is None else torch.relu(output)
 
     def extra_repr(self) -> str:

@@ -126,6 +126,11 @@ def test_fused_relu_and_residual_are_the_separate_operators() -> None:
     assert torch.equal(F.batch_norm(x, None, None, training=True, activation="relu"), plain.relu())
     fused = F.batch_norm(x, None, None, training=True, activation="relu", residual=residual)
     assert torch.equal(fused, (plain + residual).relu())
+    fused = F.batch_norm(x, None, None, training=True, activation="relu6", residual=8 * residual)
+    assert torch.equal(fused, torch.nn.functional.relu6(plain + 8 * residual))
+    assert fused.eq(6).any()
+    summed = F.batch_norm(x, None, None, training=True, residual=residual)
+    assert torch.equal(summed, plain + residual)
 
 
 def test_running_statistics_move_once_a_call_and_only_when_training() -> None:
@@ -173,7 +178,7 @@ def bad(**changes: object) -> dict[str, object]:
         (bad(input=torch.randn(1, 3), training=True), ValueError, "Expected more than 1 value per channel"),
         (bad(weight=torch.ones(3).double()), RuntimeError, "mixed dtype: weight is Double, expected Float"),
         (bad(training=True, eps=-1.0), ValueError, "eps must be positive during training, but got -1"),
-        (bad(activation="gelu"), ValueError, "activation must be None or 'relu', got 'gelu'"),
+        (bad(activation="gelu"), ValueError, "activation must be None, 'relu' or 'relu6', got 'gelu'"),
         (bad(residual=torch.randn(4, 3, 6)), RuntimeError, "residual must have the shape of input"),
         (bad(residual=torch.randn(4, 3, 5).half()), RuntimeError, "residual must have the type of input"),
         (bad(running_mean=torch.zeros(3, requires_grad=True)), RuntimeError, "not differentiable .* 'running_mean'"),
@@ -188,7 +193,7 @@ def test_the_function_class_gives_the_same_bits() -> None:
     leaves = [torch.randn(4, 3, 5, requires_grad=True), *(torch.randn(3, requires_grad=True) for _ in range(2))]
     g = torch.randn(4, 3, 5)
     expected = F.batch_norm(leaves[0], None, None, leaves[1], leaves[2], training=True, activation="relu")
-    actual, mean, variance = BatchNormFunction.apply(*leaves, None, None, None, True, 1e-5, True)
+    actual, mean, variance = BatchNormFunction.apply(*leaves, None, None, None, True, 1e-5, "relu")
     assert torch.equal(actual, expected) and not mean.requires_grad and not variance.requires_grad
     for a, b in zip(torch.autograd.grad(actual, leaves, g), torch.autograd.grad(expected, leaves, g), strict=True):
         assert torch.equal(a, b)
@@ -220,8 +225,11 @@ def test_any_shape_agrees_with_torch(shape: list[int], affine: bool, training: b
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("with_residual", [True, False])
-def test_norm_and_relu_are_one_kernel_until_somebody_looks(training: bool, with_residual: bool) -> None:
-    norm, relu = filled(dlkernels.nn.BatchNorm2d(5)).train(training), torch.nn.ReLU()
+@pytest.mark.parametrize("activation", [torch.nn.ReLU, torch.nn.ReLU6, torch.nn.Identity])
+def test_norm_and_activation_are_one_kernel_until_somebody_looks(
+    activation: type[torch.nn.Module], training: bool, with_residual: bool
+) -> None:
+    norm, relu = filled(dlkernels.nn.BatchNorm2d(5)).train(training), activation()
     peer = filled(torch.nn.BatchNorm2d(5)).train(training)
     x, residual = torch.randn(3, 5, 4, 6), torch.randn(3, 5, 4, 6) if with_residual else None
     expected = relu(peer(x) if residual is None else peer(x) + residual)
@@ -229,7 +237,7 @@ def test_norm_and_relu_are_one_kernel_until_somebody_looks(training: bool, with_
         fused = dlkernels.nn.norm_activation(norm, relu, x, residual)
     names = {event.key for event in profile.key_averages()}
     assert "dlkernels::batch_norm" in names
-    assert "aten::relu" not in names
+    assert not names & {"aten::relu", "aten::hardtanh", "aten::clamp"}
     assert training or "aten::add" not in names  # which moves the running statistics
     torch.testing.assert_close(fused, expected)
     normalized = peer.eval()(x)
@@ -240,3 +248,12 @@ def test_norm_and_relu_are_one_kernel_until_somebody_looks(training: bool, with_
     relu.register_forward_hook(lambda module, inputs, output: seen.append(output))
     torch.testing.assert_close(dlkernels.nn.norm_activation(norm, relu, x, residual), expected)
     assert len(seen) == 1
+
+
+def test_a_residual_of_another_type_is_added_as_torch_adds_it() -> None:
+    """As under autocast, where a convolution's output is bfloat16 and what skips it may be float32."""
+    norm, relu = dlkernels.nn.BatchNorm2d(5), torch.nn.ReLU()
+    x, residual = torch.randn(3, 5, 4, 6, dtype=torch.bfloat16), torch.randn(3, 5, 4, 6)
+    result = dlkernels.nn.norm_activation(norm, relu, x, residual)
+    assert result.dtype == torch.float32
+    torch.testing.assert_close(result, relu(torch.nn.BatchNorm2d(5)(x) + residual), rtol=1e-2, atol=1e-2)

@@ -1,6 +1,6 @@
 // Batch normalisation, with an optional residual and ReLU in the same pass (Ioffe and Szegedy 2015).
 //
-//   forward    y = relu(w (x - mean) / sqrt(variance + eps) + b + residual)
+//   forward    y = relu(w (x - mean) / sqrt(variance + eps) + b + residual), or relu6
 //   backward   g = dy where y > 0;   dx = w / s (g - mean(g) - (x - mean) / s^2 mean(g (x - mean))),   s^2 = variance +
 //   eps
 //
@@ -356,7 +356,8 @@ struct Forward {
                               Vec<T> channel_offset) const {
     Vec<T> out = fma(load_lanes(x + at, count) - channel_mean, channel_scale, channel_offset);
     if (residual != nullptr) out += load_lanes(residual + at, count);
-    if (shape.relu) out = max(Vec<T>::zero(), out);
+    if (shape.activation != Activation::none) out = max(Vec<T>::zero(), out);
+    if (shape.activation == Activation::relu6) out = min(Vec<T>(T(6)), out);
     store_output(y + at, out, count, past_cache);
   }
 
@@ -429,10 +430,12 @@ struct Backward {
   double count = static_cast<double>(shape.batch * shape.inner);
   bool past_cache = goes_past_cache(shape, dx), residual_past_cache = goes_past_cache(shape, dresidual);
 
-  // The gradient behind the ReLU; NaN outputs let it pass, as torch's do.
+  // The gradient behind the activation; NaN outputs let it pass, as torch's do.
   DLKERNELS_INLINE Vec<T> masked(int64_t at, int64_t n) const {
     const Vec<T> g = load_lanes(dy + at, n);
-    return shape.relu ? select(load_lanes(y + at, n) <= Vec<T>::zero(), Vec<T>::zero(), g) : g;
+    if (shape.activation == Activation::none) return g;
+    const Vec<T> out = load_lanes(y + at, n), positive = select(out <= Vec<T>::zero(), Vec<T>::zero(), g);
+    return shape.activation == Activation::relu ? positive : select(Vec<T>(T(6)) <= out, Vec<T>::zero(), positive);
   }
   T center(int64_t c) const { return static_cast<T>(mean[c]); }
 

@@ -6,11 +6,14 @@
 
 namespace dlkernels {
 
+// Applied after the residual is added: y = max(0, .), or that no greater than 6.
+enum class Activation : int32_t { none, relu, relu6 };
+
 struct BatchNormShape {
   DType dtype;                     // of input, residual, output and their gradients
   int64_t batch, channels, inner;  // [batch][channels][inner], or [batch][inner][channels] when channels_last
   bool channels_last;
-  bool relu;      // y = max(0, .) after the residual is added
+  Activation activation;
   bool training;  // statistics of this batch, which depend on the input; else given constants
 };
 
@@ -30,7 +33,7 @@ struct BatchNormBackwardArgs {
   BatchNormShape shape;
   const void* grad_output;  // T like input
   const void* input;        // T
-  const void* output;       // T, what forward wrote; read only with relu
+  const void* output;       // T, what forward wrote; read only with an activation
   const void* weight;       // A [channels], or null
   const double* mean;       // [channels]
   const double* variance;   // [channels]

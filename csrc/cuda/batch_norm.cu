@@ -15,7 +15,7 @@
 // to begin where the cache is warm. Backward: the same with sums of g and of g (x - mean). Elements are centred on the
 // mean as rounded, and what was rounded away is folded into the constants.
 //
-// Memory-bound: three passes over x or y forward, five over x, dy and dx backward, and two over y with a ReLU.
+// Memory-bound: three passes over x or y forward, five over x, dy and dx backward, and two over y with an activation.
 #include "cpu/batch_norm.h"
 #include "cuda/numbers.cuh"
 #include "cuda/reduce.cuh"
@@ -129,7 +129,7 @@ __device__ void store_partials(const Share<kPack>& share, Value* partials, Combi
 #pragma unroll
   for (int e = 0; e < kPack; ++e) {
     const Value value = reduce_block(of(e), layout.lanes, combine);
-    if (threadIdx.x < layout.lanes && share.exists()) out[share.channel(e)] = value;
+    if (static_cast<int>(threadIdx.x) < layout.lanes && share.exists()) out[share.channel(e)] = value;
   }
 }
 
@@ -231,7 +231,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 template <class Scalar, int kPack>
 __global__ void __launch_bounds__(kThreads, 1)
-    normalize(Layout layout, bool relu, const Scalar* input, const Scalar* residual,
+    normalize(Layout layout, Activation activation, const Scalar* input, const Scalar* residual,
               const Affine<accumulate_t<Scalar>>* affines, Scalar* output) {
   using T = accumulate_t<Scalar>;
   const Share<kPack> share(layout, gridDim.x - 1 - blockIdx.x);
@@ -246,7 +246,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int e = 0; e < kPack; ++e) {
       T out = (values[e] - affine[e].center) * affine[e].scale + affine[e].shift;
       if (residual != nullptr) out += added[e];
-      values[e] = relu && out < T(0) ? T(0) : out;  // NaN stays
+      if (activation != Activation::none && out < T(0)) out = T(0);  // NaN stays
+      if (activation == Activation::relu6 && out > T(6)) out = T(6);
+      values[e] = out;
     }
     store_pack(output + offset, values);
   });
@@ -267,23 +269,26 @@ struct AddSums {
   }
 };
 
-// Gradients behind the ReLU, whose output is null without one; NaN outputs let them pass, as torch's do.
+// Gradients behind the activation, whose output is null without one; NaN outputs let them pass, as torch's do.
 template <class Scalar, int kPack>
-__device__ __forceinline__ void load_gradients(const Scalar* grad_output, const Scalar* output, int64_t offset,
-                                               accumulate_t<Scalar> (&gradients)[kPack]) {
+__device__ __forceinline__ void load_gradients(const Scalar* grad_output, const Scalar* output, Activation activation,
+                                               int64_t offset, accumulate_t<Scalar> (&gradients)[kPack]) {
   using T = accumulate_t<Scalar>;
   load_pack(grad_output + offset, gradients);
   if (output == nullptr) return;
   T outputs[kPack];
   load_pack(output + offset, outputs);
 #pragma unroll
-  for (int e = 0; e < kPack; ++e) gradients[e] = outputs[e] <= T(0) ? T(0) : gradients[e];
+  for (int e = 0; e < kPack; ++e) {
+    const bool stops = outputs[e] <= T(0) || (activation == Activation::relu6 && outputs[e] >= T(6));
+    if (stops) gradients[e] = T(0);
+  }
 }
 
 template <class Scalar, int kPack>
 __global__ void __launch_bounds__(kThreads, 1)
     sum_gradients(Layout layout, const Scalar* grad_output, const Scalar* input, const Scalar* output,
-                  const double* mean, GradientSums* partials) {
+                  Activation activation, const double* mean, GradientSums* partials) {
   using T = accumulate_t<Scalar>;
   const Share<kPack> share(layout, blockIdx.x);
   GradientSums sums[kPack] = {};
@@ -301,7 +306,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     share.for_each([&](int64_t offset) {
       T values[kPack], gradients[kPack];
       load_pack(input + offset, values);
-      load_gradients(grad_output, output, offset, gradients);
+      load_gradients(grad_output, output, activation, offset, gradients);
 #pragma unroll
       for (int e = 0; e < kPack; ++e) {
         gradient[e] += gradients[e];
@@ -344,7 +349,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 template <class Scalar, int kPack>
 __global__ void __launch_bounds__(kThreads, 1)
     differentiate(Layout layout, bool training, const Scalar* grad_output, const Scalar* input, const Scalar* output,
-                  const Derivative<accumulate_t<Scalar>>* derivatives, Scalar* grad_input, Scalar* grad_residual) {
+                  Activation activation, const Derivative<accumulate_t<Scalar>>* derivatives, Scalar* grad_input,
+                  Scalar* grad_residual) {
   using T = accumulate_t<Scalar>;
   const Share<kPack> share(layout, gridDim.x - 1 - blockIdx.x);
   if (!share.exists()) return;
@@ -352,7 +358,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   share.for_places(derivative, [&](int64_t channel) { return derivatives[channel]; });
   share.for_each([&](int64_t offset) {
     T gradients[kPack], values[kPack] = {};
-    load_gradients(grad_output, output, offset, gradients);
+    load_gradients(grad_output, output, activation, offset, gradients);
     if (grad_residual != nullptr) store_pack(grad_residual + offset, gradients);
     if (grad_input == nullptr) return;
     if (training) load_pack(input + offset, values);
@@ -397,7 +403,7 @@ void forward_typed(const BatchNormForwardArgs& args) {
       launch({ceil_div(channels, kThreads), kThreads}, take_moments<T>, channels, weight, bias, args.eps, args.mean,
              args.variance, affines);
     }
-    launch({layout.blocks(), kThreads}, normalize<Scalar, pack()>, layout, args.shape.relu, input,
+    launch({layout.blocks(), kThreads}, normalize<Scalar, pack()>, layout, args.shape.activation, input,
            static_cast<const Scalar*>(args.residual), affines, static_cast<Scalar*>(args.output));
   });
 }
@@ -407,19 +413,20 @@ void backward_typed(const BatchNormBackwardArgs& args) {
   using T = accumulate_t<Scalar>;
   const Scalar* grad_output = static_cast<const Scalar*>(args.grad_output);
   const Scalar* input = static_cast<const Scalar*>(args.input);
-  const Scalar* output = args.shape.relu ? static_cast<const Scalar*>(args.output) : nullptr;
+  const Scalar* output = args.shape.activation != Activation::none ? static_cast<const Scalar*>(args.output) : nullptr;
   const int64_t channels = args.shape.channels;
   Derivative<T>* derivatives = workspace<Derivative<T>>(channels);
   with_layout<Scalar>(args.shape, [&](auto pack, const Layout& layout) {
     GradientSums* partials = workspace<GradientSums>(layout.parts * channels);
     launch({layout.blocks(), kThreads, kExchangeBytes<GradientSums>}, sum_gradients<Scalar, pack()>, layout,
-           grad_output, input, output, args.mean, partials);
+           grad_output, input, output, args.shape.activation, args.mean, partials);
     launch({channels, kThreads, kExchangeBytes<GradientSums>}, finish_gradients<T>, layout, partials,
            args.shape.training, static_cast<const T*>(args.weight), args.mean, args.variance, args.eps, derivatives,
            static_cast<T*>(args.grad_weight), static_cast<T*>(args.grad_bias));
     if (args.grad_input == nullptr && args.grad_residual == nullptr) return;
     launch({layout.blocks(), kThreads}, differentiate<Scalar, pack()>, layout, args.shape.training, grad_output, input,
-           output, derivatives, static_cast<Scalar*>(args.grad_input), static_cast<Scalar*>(args.grad_residual));
+           output, args.shape.activation, derivatives, static_cast<Scalar*>(args.grad_input),
+           static_cast<Scalar*>(args.grad_residual));
   });
 }
 

@@ -73,12 +73,32 @@ at::MemoryFormat dense_format(const Tensor& input) {
   return input.suggest_memory_format();
 }
 
-BatchNormShape shape_of(const Tensor& input, at::MemoryFormat format, bool relu, bool training) {
+// As Python names them.
+constexpr std::array<std::pair<std::string_view, Activation>, 2> kActivations = {
+    {{"relu", Activation::relu}, {"relu6", Activation::relu6}}};
+
+Activation activation_of(OptionalName name) {
+  if (!name) return Activation::none;
+  for (const auto& [known, activation] : kActivations) {
+    if (known == *name) return activation;
+  }
+  TORCH_CHECK_VALUE(false, "batch_norm: activation must be None, 'relu' or 'relu6', got '", *name, "'");
+}
+
+OptionalName name_of(int64_t activation) {
+  for (const auto& [name, known] : kActivations) {
+    if (static_cast<int64_t>(known) == activation) return name;
+  }
+  return std::nullopt;
+}
+
+BatchNormShape shape_of(const Tensor& input, at::MemoryFormat format, OptionalName activation, bool training) {
   const int64_t batch = input.size(0), channels = input.size(1);
   const int64_t inner = c10::multiply_integers(input.sizes().slice(2));
   // [N, C] is channels last with one position.
   const bool channels_last = format != at::MemoryFormat::Contiguous || inner == 1;
-  return {kernel_dtype(input, kName, "input"), batch, channels, inner, channels_last, relu, training};
+  return {kernel_dtype(input, kName, "input"), batch,   channels, inner, channels_last,
+          activation_of(activation),           training};
 }
 
 // A per-channel tensor in the type of the sums.
@@ -91,8 +111,9 @@ Tensor widened(const OptionalTensor& parameter, const Tensor& input) {
 
 ForwardResult batch_norm_kernel(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                                 const OptionalTensor& residual, const OptionalTensor& running_mean,
-                                const OptionalTensor& running_var, bool training, double eps, bool relu) {
+                                const OptionalTensor& running_var, bool training, double eps, OptionalName activation) {
   check_arguments(input, weight, bias, residual, running_mean, running_var, training, eps);
+  static_cast<void>(activation_of(activation));  // refuses an unknown one, for empty inputs too
   const at::MemoryFormat format = dense_format(input);
   const Tensor dense_input = input.contiguous(format);
   const Tensor dense_residual = is_defined(residual) ? residual->contiguous(format) : Tensor();
@@ -110,22 +131,22 @@ ForwardResult batch_norm_kernel(const Tensor& input, const OptionalTensor& weigh
     variance.zero_();
   }
   if (input.numel() == 0) return {output, mean, variance};
-  KernelsOn(input)->batch_norm.forward({shape_of(dense_input, format, relu, training), dense_input.const_data_ptr(),
-                                        data_or_null(dense_residual), data_or_null(wide_weight),
-                                        data_or_null(wide_bias), eps, mean.mutable_data_ptr<double>(),
-                                        variance.mutable_data_ptr<double>(), output.mutable_data_ptr()});
+  KernelsOn(input)->batch_norm.forward(
+      {shape_of(dense_input, format, activation, training), dense_input.const_data_ptr(), data_or_null(dense_residual),
+       data_or_null(wide_weight), data_or_null(wide_bias), eps, mean.mutable_data_ptr<double>(),
+       variance.mutable_data_ptr<double>(), output.mutable_data_ptr()});
   return {output, mean, variance};
 }
 
 BackwardResult batch_norm_backward_kernel(const Tensor& grad_output, const Tensor& input, const OptionalTensor& output,
                                           const OptionalTensor& weight, const Tensor& mean, const Tensor& variance,
-                                          bool training, double eps, bool relu, OptionalType weight_type,
+                                          bool training, double eps, OptionalName activation, OptionalType weight_type,
                                           OptionalType bias_type, std::array<bool, 4> output_mask) {
   TORCH_CHECK(grad_output.sizes() == input.sizes(), "batch_norm_backward: grad_output must have the shape of input, ",
               input.sizes(), ", got ", grad_output.sizes());
   const at::MemoryFormat format = dense_format(input);
   const Tensor dense_input = input.contiguous(format), dense_grad = grad_output.contiguous(format);
-  const Tensor dense_output = relu ? output->contiguous(format) : Tensor();
+  const Tensor dense_output = activation ? output->contiguous(format) : Tensor();
   const Tensor wide_weight = widened(weight, input);
   const auto options = input.options().memory_format(format);
   const auto parameters = mean.options().dtype(accumulate_type(input.scalar_type()));
@@ -139,7 +160,7 @@ BackwardResult batch_norm_backward_kernel(const Tensor& grad_output, const Tenso
     if (grad_bias.defined()) grad_bias.zero_();
   } else {
     KernelsOn(input)->batch_norm.backward(
-        {shape_of(dense_input, format, relu, training), dense_grad.const_data_ptr(), dense_input.const_data_ptr(),
+        {shape_of(dense_input, format, activation, training), dense_grad.const_data_ptr(), dense_input.const_data_ptr(),
          data_or_null(dense_output), data_or_null(wide_weight), mean.const_data_ptr<double>(),
          variance.const_data_ptr<double>(), eps, mutable_data_or_null(grad_input), mutable_data_or_null(grad_residual),
          mutable_data_or_null(grad_weight), mutable_data_or_null(grad_bias)});
@@ -163,23 +184,23 @@ void update_running_statistics_kernel(const Tensor& running_mean, const Tensor& 
 
 ForwardResult batch_norm(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                          const OptionalTensor& residual, const OptionalTensor& running_mean,
-                         const OptionalTensor& running_var, bool training, double eps, bool relu) {
+                         const OptionalTensor& running_var, bool training, double eps, OptionalName activation) {
   static const auto op = find_operator<decltype(batch_norm_kernel)>("dlkernels::batch_norm");
-  return op.call(input, weight, bias, residual, running_mean, running_var, training, eps, relu);
+  return op.call(input, weight, bias, residual, running_mean, running_var, training, eps, activation);
 }
 
 BackwardResult batch_norm_backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& output,
                                    const OptionalTensor& weight, const Tensor& mean, const Tensor& variance,
-                                   bool training, double eps, bool relu, OptionalType weight_type,
+                                   bool training, double eps, OptionalName activation, OptionalType weight_type,
                                    OptionalType bias_type, std::array<bool, 4> output_mask) {
   static const auto op = find_operator<decltype(batch_norm_backward_kernel)>("dlkernels::batch_norm_backward");
-  return op.call(grad_output, input, output, weight, mean, variance, training, eps, relu, weight_type, bias_type,
+  return op.call(grad_output, input, output, weight, mean, variance, training, eps, activation, weight_type, bias_type,
                  output_mask);
 }
 
 // inputs: input, weight, bias, residual. Statistics are recomputed when training, since they depend on the input.
 Tensor composed_output(const variable_list& inputs, const Tensor& mean, const Tensor& variance, bool training,
-                       double eps, bool relu) {
+                       double eps, OptionalName activation) {
   const Tensor& input = inputs[0];
   at::DimVector reduced, broadcast(input.dim(), 1);
   broadcast[1] = input.size(1);
@@ -194,23 +215,27 @@ Tensor composed_output(const variable_list& inputs, const Tensor& mean, const Te
   if (inputs[1].defined()) output = output * inputs[1].to(type).reshape(broadcast);
   if (inputs[2].defined()) output = output + inputs[2].to(type).reshape(broadcast);
   if (inputs[3].defined()) output = output + inputs[3];
-  return (relu ? output.clamp_min(0) : output).to(input.scalar_type());
+  const Activation applied = activation_of(activation);
+  if (applied == Activation::relu) output = output.clamp_min(0);
+  if (applied == Activation::relu6) output = output.clamp(0, 6);
+  return output.to(input.scalar_type());
 }
 
 struct BatchNormBackwardNode : torch::autograd::Function<BatchNormBackwardNode> {
   static variable_list forward(AutogradContext* ctx, const Tensor& grad_output, const Tensor& input,
                                const OptionalTensor& output, const OptionalTensor& weight, const Tensor& mean,
-                               const Tensor& variance, bool training, double eps, bool relu, OptionalType weight_type,
-                               OptionalType bias_type, std::array<bool, 4> output_mask) {
+                               const Tensor& variance, bool training, double eps, OptionalName activation,
+                               OptionalType weight_type, OptionalType bias_type, std::array<bool, 4> output_mask) {
     at::AutoDispatchBelowADInplaceOrView guard;
     ctx->save_for_backward(
         {grad_output, input, value_or_undefined(output), value_or_undefined(weight), mean, variance});
     ctx->saved_data["training"] = training;
     ctx->saved_data["eps"] = eps;
-    ctx->saved_data["relu"] = relu;
+    ctx->saved_data["activation"] = static_cast<int64_t>(activation_of(activation));
     ctx->set_materialize_grads(false);
-    auto [grad_input, grad_weight, grad_bias, grad_residual] = batch_norm_backward(
-        grad_output, input, output, weight, mean, variance, training, eps, relu, weight_type, bias_type, output_mask);
+    auto [grad_input, grad_weight, grad_bias, grad_residual] =
+        batch_norm_backward(grad_output, input, output, weight, mean, variance, training, eps, activation, weight_type,
+                            bias_type, output_mask);
     return with_placeholders({grad_input, grad_weight, grad_bias, grad_residual}, input);
   }
 
@@ -220,17 +245,18 @@ struct BatchNormBackwardNode : torch::autograd::Function<BatchNormBackwardNode> 
     const Tensor &mean = saved[4], &variance = saved[5];
     const bool training = ctx->saved_data["training"].toBool();
     const double eps = ctx->saved_data["eps"].toDouble();
-    // The ReLU is piecewise linear: behind its mask the formula is that of plain batch norm.
-    const bool relu = ctx->saved_data["relu"].toBool();
+    // Activations are piecewise linear: behind their mask the formula is that of plain batch norm.
+    const OptionalName activation = name_of(ctx->saved_data["activation"].toInt());
     Tensor masked_grad = grad_output, mask;
-    if (relu) {
+    if (activation) {
       at::AutoGradMode enable(true);
       mask = output.detach().le(0).logical_not();
+      if (activation_of(activation) == Activation::relu6) mask = mask.logical_and(output.detach().ge(6).logical_not());
       masked_grad = grad_output * mask;
     }
     // The bias and the residual enter linearly: their gradients' gradients reach grad_output alone.
     auto normalise = [&](const variable_list& inputs) -> variable_list {
-      return {composed_output({inputs[0], inputs[1], Tensor(), Tensor()}, mean, variance, training, eps, false)};
+      return {composed_output({inputs[0], inputs[1], Tensor(), Tensor()}, mean, variance, training, eps, std::nullopt)};
     };
     variable_list second = differentiate_twice(normalise, {input, weight}, {masked_grad}, {grads[0], grads[1]});
     Tensor grad_grad_output = second[2];
@@ -243,7 +269,7 @@ struct BatchNormBackwardNode : torch::autograd::Function<BatchNormBackwardNode> 
       accumulate(grads[2].to(input.scalar_type()).reshape(broadcast).expand_as(input));
     }
     accumulate(grads[3]);
-    if (relu && grad_grad_output.defined()) grad_grad_output = grad_grad_output * mask;
+    if (activation && grad_grad_output.defined()) grad_grad_output = grad_grad_output * mask;
     variable_list result(12);
     result[0] = grad_grad_output;
     result[1] = second[0];
@@ -255,16 +281,16 @@ struct BatchNormBackwardNode : torch::autograd::Function<BatchNormBackwardNode> 
 BackwardResult batch_norm_backward_autograd(const Tensor& grad_output, const Tensor& input,
                                             const OptionalTensor& output, const OptionalTensor& weight,
                                             const Tensor& mean, const Tensor& variance, bool training, double eps,
-                                            bool relu, OptionalType weight_type, OptionalType bias_type,
+                                            OptionalName activation, OptionalType weight_type, OptionalType bias_type,
                                             std::array<bool, 4> output_mask) {
   if (!must_record(grad_output, input, weight)) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    return batch_norm_backward(grad_output, input, output, weight, mean, variance, training, eps, relu, weight_type,
-                               bias_type, output_mask);
+    return batch_norm_backward(grad_output, input, output, weight, mean, variance, training, eps, activation,
+                               weight_type, bias_type, output_mask);
   }
   const variable_list grads =
       without_placeholders(BatchNormBackwardNode::apply(grad_output, input, output, weight, mean, variance, training,
-                                                        eps, relu, weight_type, bias_type, output_mask),
+                                                        eps, activation, weight_type, bias_type, output_mask),
                            output_mask);
   return {grads[0], grads[1], grads[2], grads[3]};
 }
@@ -274,15 +300,15 @@ struct BatchNormNode : torch::autograd::Function<BatchNormNode> {
 
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const OptionalTensor& weight,
                         const OptionalTensor& bias, const OptionalTensor& residual, const OptionalTensor& running_mean,
-                        const OptionalTensor& running_var, bool training, double eps, bool relu,
+                        const OptionalTensor& running_var, bool training, double eps, OptionalName activation,
                         ForwardResult* saved_outputs) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    *saved_outputs = batch_norm(input, weight, bias, residual, running_mean, running_var, training, eps, relu);
+    *saved_outputs = batch_norm(input, weight, bias, residual, running_mean, running_var, training, eps, activation);
     const auto& [output, mean, variance] = *saved_outputs;
-    ctx->save_for_backward({input, value_or_undefined(weight), mean, variance, relu ? output : Tensor()});
+    ctx->save_for_backward({input, value_or_undefined(weight), mean, variance, activation ? output : Tensor()});
     ctx->saved_data["training"] = training;
     ctx->saved_data["eps"] = eps;
-    ctx->saved_data["relu"] = relu;
+    ctx->saved_data["activation"] = static_cast<int64_t>(activation_of(activation));
     ctx->saved_data["has_residual"] = is_defined(residual);
     if (is_defined(weight)) ctx->saved_data["weight_type"] = static_cast<int64_t>(weight->scalar_type());
     if (is_defined(bias)) ctx->saved_data["bias_type"] = static_cast<int64_t>(bias->scalar_type());
@@ -300,8 +326,8 @@ struct BatchNormNode : torch::autograd::Function<BatchNormNode> {
     const OptionalType weight_type = saved_type(ctx, "weight_type"), bias_type = saved_type(ctx, "bias_type");
     auto [grad_input, grad_weight, grad_bias, grad_residual] = batch_norm_backward(
         grads[0], saved[0], optional_of(saved[4]), optional_of(saved[1]), saved[2], saved[3],
-        ctx->saved_data["training"].toBool(), ctx->saved_data["eps"].toDouble(), ctx->saved_data["relu"].toBool(),
-        weight_type, bias_type,
+        ctx->saved_data["training"].toBool(), ctx->saved_data["eps"].toDouble(),
+        name_of(ctx->saved_data["activation"].toInt()), weight_type, bias_type,
         needed_gradients<4>(
             ctx, {true, weight_type.has_value(), bias_type.has_value(), ctx->saved_data["has_residual"].toBool()}));
     variable_list result(10);
@@ -315,17 +341,18 @@ struct BatchNormNode : torch::autograd::Function<BatchNormNode> {
 
 ForwardResult batch_norm_autograd(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                                   const OptionalTensor& residual, const OptionalTensor& running_mean,
-                                  const OptionalTensor& running_var, bool training, double eps, bool relu) {
+                                  const OptionalTensor& running_var, bool training, double eps,
+                                  OptionalName activation) {
   TORCH_CHECK(!wants_gradient(running_mean) && !wants_gradient(running_var),
               "batch_norm is not differentiable with respect to argument 'running_mean' or 'running_var'. "
               "This input cannot have requires_grad True.");
   if (!must_record(input, weight, bias, residual)) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    return batch_norm(input, weight, bias, residual, running_mean, running_var, training, eps, relu);
+    return batch_norm(input, weight, bias, residual, running_mean, running_var, training, eps, activation);
   }
   ForwardResult outputs;
-  std::get<0>(outputs) =
-      BatchNormNode::apply(input, weight, bias, residual, running_mean, running_var, training, eps, relu, &outputs);
+  std::get<0>(outputs) = BatchNormNode::apply(input, weight, bias, residual, running_mean, running_var, training, eps,
+                                              activation, &outputs);
   return outputs;
 }
 
@@ -344,9 +371,9 @@ void update_running_statistics_autograd(const Tensor& running_mean, const Tensor
 Tensor batch_norm_with_update(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                               const OptionalTensor& residual, const OptionalTensor& running_mean,
                               const OptionalTensor& running_var, bool training, double momentum, double eps,
-                              bool relu) {
+                              OptionalName activation) {
   auto [output, mean, variance] =
-      batch_norm(input, weight, bias, residual, running_mean, running_var, training, eps, relu);
+      batch_norm(input, weight, bias, residual, running_mean, running_var, training, eps, activation);
   if (training && input.dim() >= 2 && is_defined(running_mean) && is_defined(running_var)) {
     c10::SymInt count = input.sym_size(0);
     for (int64_t d = 2; d < input.dim(); ++d) count *= input.sym_size(d);

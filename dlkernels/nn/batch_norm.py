@@ -21,7 +21,7 @@ class _KernelForward(_Base):
     def forward(self, input: Tensor, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
         """Normalises ``input`` ``[N, C, ...]`` and, when training, moves the running statistics.
 
-        ``residual`` is added and ``activation`` (``"relu"``) applied in the same kernel.
+        ``residual`` is added and ``activation`` (``"relu"`` or ``"relu6"``) applied in the same kernel.
         """
         self._check_input_dim(input)
         factor = 0.0 if self.momentum is None else self.momentum

@@ -8,6 +8,12 @@ from torch import Tensor
 from .batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 
 _BATCH_NORMS = (BatchNorm1d, BatchNorm2d, BatchNorm3d)
+# What functional.batch_norm calls the activations that modules are. Exact types: a subclass may be another function.
+_ACTIVATIONS: dict[type[torch.nn.Module], str | None] = {
+    torch.nn.ReLU: "relu",
+    torch.nn.ReLU6: "relu6",
+    torch.nn.Identity: None,
+}
 
 
 def is_watched(module: torch.nn.Module) -> bool:
@@ -20,20 +26,22 @@ def is_watched(module: torch.nn.Module) -> bool:
 def norm_activation(
     norm: torch.nn.Module, activation: torch.nn.Module, input: Tensor, residual: Tensor | None = None
 ) -> Tensor:
-    """``activation(norm(input) + residual)``, in one kernel where ``norm`` is our batch norm and ``activation`` a ReLU.
+    """``activation(norm(input) + residual)``, in one kernel where ``norm`` is our batch norm and the kernel knows
+    ``activation``.
 
     A hook on either module (an activation map, guided backpropagation) sees the calls that it waits for: both modules
     are then called one after the other. Results agree to rounding.
 
     Args:
         norm: any module; one of :class:`dlkernels.nn.BatchNorm2d` and its siblings can be fused.
-        activation: any module; ``torch.nn.ReLU`` can be fused.
+        activation: any module; ``torch.nn.ReLU``, ``ReLU6`` and ``Identity`` can be fused.
         input: what ``norm`` takes.
         residual: shaped as ``input``; added before the activation.
     """
-    fusable = isinstance(norm, _BATCH_NORMS) and type(activation) is torch.nn.ReLU
-    if fusable and not is_watched(norm) and not is_watched(activation):
-        return norm(input, activation="relu", residual=residual)
+    fusable = isinstance(norm, _BATCH_NORMS) and type(activation) in _ACTIVATIONS
+    promotes = isinstance(residual, Tensor) and residual.dtype != input.dtype  # a proxy of torch.fx has no type
+    if fusable and not promotes and not is_watched(norm) and not is_watched(activation):
+        return norm(input, activation=_ACTIVATIONS[type(activation)], residual=residual)
     normalized = norm(input)
     return activation(normalized if residual is None else normalized + residual)
 

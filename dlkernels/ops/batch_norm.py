@@ -35,15 +35,13 @@ def batch_norm(
         training: whether to use the statistics of this batch.
         momentum: how far the running statistics move.
         eps: added to the variance, inside the root.
-        activation: ``"relu"`` applies max(0, .) to the result, in the same pass.
+        activation: applied to the result, in the same pass: ``"relu"`` is max(0, .), ``"relu6"`` also at most 6.
         residual: a tensor like ``input``, added before the activation, in the same pass.
 
     Raises:
         ValueError: fewer than two values a channel when training, ``eps`` not positive, or an unknown ``activation``.
         RuntimeError: a shape or type that does not fit.
     """
-    if activation not in (None, "relu"):
-        raise ValueError(f"batch_norm: activation must be None or 'relu', got {activation!r}")
     return _C.batch_norm(
         input,
         weight,
@@ -54,7 +52,7 @@ def batch_norm(
         training,
         momentum,
         eps,
-        activation == "relu",
+        activation,
     )
 
 
@@ -69,10 +67,10 @@ def _traced(
     training: bool,
     momentum: float,
     eps: float,
-    relu: bool,
+    activation: str | None,
 ) -> Tensor:
     output, mean, variance = torch.ops.dlkernels.batch_norm.default(
-        input, weight, bias, residual, running_mean, running_var, training, eps, relu
+        input, weight, bias, residual, running_mean, running_var, training, eps, activation
     )
     if training and input.dim() >= 2 and running_mean is not None and running_var is not None:
         count = input.shape[0]
@@ -102,7 +100,7 @@ def _fake(
     running_var: Tensor | None,
     training: bool,
     eps: float,
-    relu: bool,
+    activation: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     statistics = [input.new_empty(input.shape[1:2], dtype=torch.float64) for _ in range(2)]
     return _empty_like_kernel(input), statistics[0], statistics[1]
@@ -118,7 +116,7 @@ def _fake_backward(
     variance: Tensor,
     training: bool,
     eps: float,
-    relu: bool,
+    activation: str | None,
     weight_type: torch.dtype | None,
     bias_type: torch.dtype | None,
     output_mask: list[bool],
@@ -141,7 +139,7 @@ def _fake_update(
 class BatchNormFunction(torch.autograd.Function):
     """Batch norm as a Python ``autograd.Function``: the same kernels, readable and composable with ``torch.func``.
 
-    ``apply(input, weight, bias, residual, running_mean, running_var, training, eps, relu)`` returns
+    ``apply(input, weight, bias, residual, running_mean, running_var, training, eps, activation)`` returns
     ``(output, mean, variance)``; only ``output`` is differentiable, and running statistics are not moved.
     """
 
@@ -155,19 +153,19 @@ class BatchNormFunction(torch.autograd.Function):
         running_var: Tensor | None,
         training: bool,
         eps: float,
-        relu: bool,
+        activation: str | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         return torch.ops.dlkernels.batch_norm.default(
-            input, weight, bias, residual, running_mean, running_var, training, eps, relu
+            input, weight, bias, residual, running_mean, running_var, training, eps, activation
         )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        input, weight, bias, residual, _, _, ctx.training, ctx.eps, ctx.relu = inputs
+        input, weight, bias, residual, _, _, ctx.training, ctx.eps, ctx.activation = inputs
         result, mean, variance = output
         ctx.mark_non_differentiable(mean, variance)
         ctx.types = [None if parameter is None else parameter.dtype for parameter in (weight, bias)]
-        ctx.save_for_backward(input, result if ctx.relu else None, weight, mean, variance)
+        ctx.save_for_backward(input, result if ctx.activation is not None else None, weight, mean, variance)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -176,7 +174,7 @@ class BatchNormFunction(torch.autograd.Function):
             *ctx.saved_tensors,
             ctx.training,
             ctx.eps,
-            ctx.relu,
+            ctx.activation,
             *ctx.types,
             list(ctx.needs_input_grad[:4]),
         )

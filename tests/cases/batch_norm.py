@@ -27,7 +27,8 @@ def _reference(
     output = torch.nn.functional.batch_norm(input, running_mean, running_var, weight, bias, **kwargs)
     if residual is not None:
         output = output + residual
-    return output.relu() if activation == "relu" else output
+    applied = {None: lambda x: x, "relu": torch.relu, "relu6": torch.nn.functional.relu6}
+    return applied[activation](output)
 
 
 def _function(
@@ -44,7 +45,7 @@ def _function(
 
 
 def _build(
-    *shape: int, affine: bool = True, fused: bool = False, training: bool = True, shift: float = 0.0
+    *shape: int, affine: bool = True, activation: str | None = None, training: bool = True, shift: float = 0.0
 ) -> Callable[[torch.dtype], Sample]:
     def build(dtype: torch.dtype) -> Sample:
         channels = shape[1]
@@ -53,9 +54,9 @@ def _build(
         kwargs: dict[str, Any] = {"training": training}
         if affine:
             args += [normal(channels, seed=seed, dtype=torch.float64).to(dtype) for seed in (2, 3)]
-        if fused:
-            args.append(normal(*shape, seed=4, dtype=dtype))
-            kwargs["activation"] = "relu"
+        if activation is not None:
+            args.append(normal(*shape, seed=4, dtype=dtype) * (1 if activation == "relu" else 5))
+            kwargs["activation"] = activation
         if not training:
             kwargs["running_mean"] = normal(channels, seed=5, dtype=dtype)
             kwargs["running_var"] = normal(channels, seed=6, dtype=torch.float64).abs().add(0.5).to(dtype)
@@ -76,25 +77,27 @@ CASES = [
     _case("sequences_plain", _build(4, 6, 19, affine=False)),
     _case("volumes", _build(2, 3, 4, 5, 3)),
     _case("evaluation", _build(3, 18, 7, 5, training=False)),
-    _case("relu_residual", _build(4, 18, 5, 6, fused=True), primary=True),
-    _case("relu_residual_evaluation", _build(3, 5, 4, 4, fused=True, training=False)),
+    _case("relu_residual", _build(4, 18, 5, 6, activation="relu"), primary=True),
+    _case("relu_residual_evaluation", _build(3, 5, 4, 4, activation="relu", training=False)),
+    _case("relu6_residual", _build(4, 18, 5, 6, activation="relu6")),
+    _case("relu6_residual_evaluation", _build(3, 5, 4, 4, activation="relu6", training=False)),
     _case("far_from_zero", _build(4, 3, 9, 7, shift=30.0)),
 ]
 
 
-def _operator_arguments(relu: bool = False) -> tuple[Any, ...]:
-    input, weight, bias, residual = _build(3, 4, 2, 5, fused=True)(torch.float32).args
+def _operator_arguments(activation: str | None = None) -> tuple[Any, ...]:
+    input, weight, bias, residual = _build(3, 4, 2, 5, activation="relu")(torch.float32).args
     grads = [t.requires_grad_() for t in (input, weight, bias, residual)]
-    return (*grads, None, None, True, 1e-5, relu)
+    return (*grads, None, None, True, 1e-5, activation)
 
 
 def _backward_arguments() -> tuple[Any, ...]:
-    input, weight, bias, residual, *rest = _operator_arguments(relu=True)
+    input, weight, bias, residual, *rest = _operator_arguments("relu")
     with torch.no_grad():
         output, mean, variance = torch.ops.dlkernels.batch_norm(input, weight, bias, residual, *rest)
     grad_output = normal(*input.shape, seed=9, dtype=torch.float32).requires_grad_()
     types = (torch.float32, torch.float32)
-    return (grad_output, input, output, weight, mean, variance, True, 1e-5, True, *types, [True] * 4)
+    return (grad_output, input, output, weight, mean, variance, True, 1e-5, "relu", *types, [True] * 4)
 
 
 def _update_arguments() -> tuple[Any, ...]:

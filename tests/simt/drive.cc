@@ -97,7 +97,7 @@ Results batch_norm(int64_t batch, int64_t inner, bool channels_last) {
   for (int64_t i = 0; i < count; ++i) input[i] = static_cast<float>(i * 7919 % 1009) / 200;
   for (int64_t i = 0; i < count; ++i) gradient[i] = static_cast<float>(i * 104729 % 997) / 500;
   std::vector<double> mean(channels), variance(channels);
-  const BatchNormShape shape = {DType::float32, batch, channels, inner, channels_last, true, true};
+  const BatchNormShape shape = {DType::float32, batch, channels, inner, channels_last, Activation::relu, true};
   const HostPlace place;
   const BatchNormKernels kernels = dlkernels::simt::batch_norm_kernels();
   kernels.forward({shape, input.data(), nullptr, nullptr, nullptr, 0.0, mean.data(), variance.data(), output.data()});
