@@ -26,7 +26,7 @@ def batch_norm(
     training: bool,
     momentum: float,
     eps: float,
-    relu: bool,
+    activation: str | None,
 ) -> torch.Tensor: ...
 def conv2d(
     input: torch.Tensor,

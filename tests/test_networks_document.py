@@ -80,7 +80,7 @@ def test_a_network_without_a_known_size_is_named(networks: Any, monkeypatch: pyt
         return torch.nn.Identity()
 
     monkeypatch.setitem(models.registry._builders, "sizeless", sizeless)
-    with pytest.raises(ValueError, match="sizeless has no default for depth: give one in SIZES of networks.py"):
+    with pytest.raises(ValueError, match="sizeless has no default for depth: give one in SIZES of commands/models.py"):
         networks.build("sizeless")
 
 

@@ -21,27 +21,13 @@ from dlkernels import models
 from dlkernels.bench.harness import TORCH
 from dlkernels.bench.models import INFERENCE, TRAINING, WORKLOADS
 from dlkernels.bench.report import markdown_table
+from dlkernels.commands.models import SIZES
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT = ROOT / "docs" / "networks.md"
 RUNS = ROOT / "docs" / "networks.json"
 SPEEDS = ROOT / "benchmarks" / "results"
 
-# Sizes that a network without a size of its own is counted with: images of CIFAR-10, a small vocabulary.
-SIZES = {
-    "image_size": 32,
-    "patch_size": 4,
-    "num_layers": 6,
-    "num_heads": 4,
-    "hidden_dim": 128,
-    "mlp_dim": 256,
-    "tokens_mlp_dim": 64,
-    "channels_mlp_dim": 256,
-    "vocabulary_size": 10_000,
-    "source_vocabulary_size": 10_000,
-    "target_vocabulary_size": 10_000,
-    "num_answers": 1000,
-}
 # Height and width of the images that a network is for, where that is not an argument of it; 224 for all others.
 IMAGE_SIZES = {
     "cellnetwork": 32,
@@ -77,7 +63,7 @@ def arguments(name: str) -> dict[str, int]:
     required = [key for key, default in takes(name).items() if default is inspect.Parameter.empty]
     unknown = [key for key in required if key not in SIZES]
     if unknown:
-        raise ValueError(f"{name} has no default for {', '.join(unknown)}: give one in SIZES of {Path(__file__).name}")
+        raise ValueError(f"{name} has no default for {', '.join(unknown)}: give one in SIZES of commands/models.py")
     return {key: SIZES[key] for key in required}
 
 
