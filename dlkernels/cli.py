@@ -23,7 +23,7 @@ except ModuleNotFoundError as missing:
 
 import torch
 
-from . import __version__, info
+from . import __version__, convert_check, info
 
 app = typer.Typer(
     name="dlkernels",
@@ -288,6 +288,9 @@ def print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+app.command(name="convert-check")(convert_check.convert_check_command)
+
+
 @app.callback()
 def options(
     version: Annotated[
@@ -318,7 +321,7 @@ def run(arguments: list[str]) -> int:
             raise
         message, status = error.format_message(), getattr(error, "exit_code", 2)
     if message == "Missing command.":
-        message = "which command? train, bench or info; --help tells more"
+        message = "which command? train, bench, info or convert-check; --help tells more"
     print("dlkernels: " + " ".join(message.split()), file=sys.stderr)
     return status
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from .registration import register_fake, traced_as
+from .registration import in_transform, register_fake, traced_as
 
 
 def batch_norm(
@@ -44,6 +44,10 @@ def batch_norm(
     """
     if activation not in (None, "relu"):
         raise ValueError(f"batch_norm: activation must be None or 'relu', got {activation!r}")
+    if in_transform():
+        output = torch.nn.functional.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+        output = output if residual is None else output + residual
+        return output if activation is None else torch.relu(output)
     return _C.batch_norm(
         input,
         weight,

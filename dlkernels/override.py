@@ -1,0 +1,249 @@
+"""Any PyTorch code on our kernels, unchanged: ``with dlkernels.override() as log:``.
+
+torch asks a mode on the thread's stack before it computes one of its functions. Ours answers for the functions that are
+one of our operations, whatever they were called through, and lets all others pass.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as torch_functional
+from torch.overrides import TorchFunctionMode
+
+from . import functional
+from ._build_info import BUILD_INFO
+from .operations import chosen_operations
+from .ops.registration import in_transform
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_DEVICES = ("cpu", "meta") if BUILD_INFO["cuda"] is None else ("cpu", "meta", "cuda")
+
+_COUNTING = threading.Lock()
+
+# What a function of ours says when it cannot take a call. torch is asked then, and has the last word on what is wrong.
+_REFUSALS = (RuntimeError, TypeError, ValueError, IndexError)
+
+
+def _batch_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+) -> Tensor:
+    return functional.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
+def _cross_entropy_loss(
+    self: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    reduction: int = 1,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    name = ("none", "mean", "sum")[reduction]
+    return functional.cross_entropy(
+        self, target, weight, ignore_index=ignore_index, reduction=name, label_smoothing=label_smoothing
+    )
+
+
+def _times_matrix(input: Tensor, matrix: Tensor) -> Tensor:
+    return functional.linear(input, matrix.t())
+
+
+def _is_times_matrix(input: Any, matrix: Any = None, **others: Any) -> bool:
+    """Whether a product is a linear layer: rows of features times one matrix."""
+    tensors = isinstance(input, Tensor) and isinstance(matrix, Tensor)
+    return tensors and not others and input.dim() >= 2 and matrix.dim() == 2
+
+
+def _times_matrix_plus_bias(bias: Tensor, input: Tensor, matrix: Tensor) -> Tensor:
+    return functional.linear(input, matrix.t(), bias)
+
+
+def _is_times_matrix_plus_bias(bias: Any, input: Any = None, matrix: Any = None, **others: Any) -> bool:
+    return isinstance(bias, Tensor) and bias.dim() == 1 and _is_times_matrix(input, matrix, **others)
+
+
+class _Entry(NamedTuple):
+    """One function of torch that is an operation of ours."""
+
+    operation: str
+    function: Callable[..., Any]  # ours, with torch's signature
+    applies: Callable[..., bool] | None = None  # where only some calls of torch's function are the operation
+
+
+_ENTRIES: dict[Callable[..., Any], _Entry] = {
+    torch.conv2d: _Entry("conv2d", functional.conv2d),
+    torch_functional.batch_norm: _Entry("batch_norm", functional.batch_norm),
+    torch.batch_norm: _Entry("batch_norm", _batch_norm),
+    torch.lstm: _Entry("lstm", functional.lstm),
+    torch.lstm_cell: _Entry("lstm", functional.lstm_cell),
+    torch_functional.linear: _Entry("linear", functional.linear),
+    torch.matmul: _Entry("linear", _times_matrix, _is_times_matrix),
+    torch.mm: _Entry("linear", _times_matrix, _is_times_matrix),
+    torch.addmm: _Entry("linear", _times_matrix_plus_bias, _is_times_matrix_plus_bias),
+    Tensor.matmul: _Entry("linear", _times_matrix, _is_times_matrix),
+    Tensor.__matmul__: _Entry("linear", _times_matrix, _is_times_matrix),
+    Tensor.mm: _Entry("linear", _times_matrix, _is_times_matrix),
+    Tensor.addmm: _Entry("linear", _times_matrix_plus_bias, _is_times_matrix_plus_bias),
+    torch_functional.cross_entropy: _Entry("cross_entropy", functional.cross_entropy),
+    torch._C._nn.cross_entropy_loss: _Entry("cross_entropy", _cross_entropy_loss),  # type: ignore[attr-defined]
+    torch_functional.scaled_dot_product_attention: _Entry("attention", functional.scaled_dot_product_attention),
+}
+if hasattr(torch_functional, "linear_cross_entropy"):  # torch 2.13
+    _ENTRIES[torch_functional.linear_cross_entropy] = _Entry("linear_cross_entropy", functional.linear_cross_entropy)
+
+# Functions of torch in Python that call some of the above, or code of the user's that does: recomputation under
+# activation checkpointing is part of backward. The mode stays on inside them.
+_CALLERS = (
+    torch_functional.multi_head_attention_forward,
+    Tensor.backward,
+    torch.autograd.backward,
+    torch.autograd.grad,
+)
+_redispatch = getattr(torch.overrides, "redispatch_function", None)  # torch 2.13
+
+
+class Fallback(NamedTuple):
+    """Calls of an operation that torch computed."""
+
+    operation: str
+    reason: str
+    count: int
+
+
+class override(contextlib.ContextDecorator, TorchFunctionMode):
+    """Runs every call of our operations on our kernels, whatever PyTorch code makes it.
+
+    ``with dlkernels.override() as log:`` around any code, or ``@dlkernels.override()`` on a function. Inside, the
+    functions of ``torch``, ``torch.nn.functional``, of tensors and of modules that are one of our operations run here,
+    forward and backward; nothing is patched, and other threads are not touched. What cannot run here goes to torch as it
+    was called, with torch's results and torch's errors.
+
+    Of nested overrides the innermost decides. A function that was compiled by ``torch.compile`` is compiled again for
+    the inside, whole; its calls are not counted. There ``torch.nn.functional.multi_head_attention_forward`` stays
+    torch's: :func:`dlkernels.convert` reaches it. A model under activation checkpointing computes again in backward:
+    call ``backward`` inside too.
+
+    Args:
+        ops: the operations to take, by name; all by default: ``"conv2d"``, ``"batch_norm"``, ``"lstm"``, ``"linear"``,
+            ``"cross_entropy"``, ``"linear_cross_entropy"``, ``"attention"``.
+        skip: operations to leave to torch.
+
+    Attributes:
+        calls: number of calls that ran here, by operation.
+
+    Raises:
+        ValueError: ``ops`` or ``skip`` names something that is not an operation.
+    """
+
+    def __init__(self, ops: Iterable[str] | None = None, skip: Iterable[str] = ()) -> None:
+        self._operations = dict.fromkeys(chosen_operations(ops, skip))
+        self.calls: Counter[str] = Counter()
+        self._fallbacks: Counter[tuple[str, str]] = Counter()
+
+    @property
+    def fallbacks(self) -> list[Fallback]:
+        """Calls that went to torch, and why."""
+        return [Fallback(*key, count) for key, count in self._fallbacks.items()]
+
+    def __str__(self) -> str:
+        rows = [(operation, str(count), "here") for operation, count in self.calls.items()]
+        rows += [(operation, str(count), f"torch: {reason}") for operation, reason, count in self.fallbacks]
+        if not rows:
+            return "no calls"
+        rows = [("operation", "calls", "where"), *sorted(rows)]
+        widths = [max(len(row[column]) for row in rows) for column in range(2)]
+        return "\n".join(f"{name:<{widths[0]}}  {count:>{widths[1]}}  {where}" for name, count, where in rows)
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        entry = _ENTRIES.get(function)
+        if entry is None and function not in _CALLERS:
+            return function(*args, **kwargs) if kwargs else function(*args)
+        kwargs = kwargs or {}
+        if entry is None:
+            return self._call_with_mode(function, types, args, kwargs)
+        if entry.operation not in self._operations or not (entry.applies is None or entry.applies(*args, **kwargs)):
+            return _call_torch(function, args, kwargs)
+        reason = _obstacle(types, args[0] if args else kwargs.get("input", kwargs.get("query")))
+        if reason is None:
+            try:
+                result = entry.function(*args, **kwargs)
+            except torch.OutOfMemoryError:
+                raise
+            except _REFUSALS as refusal:
+                reason = str(refusal).partition("\n")[0]
+            else:
+                self._count(self.calls, entry.operation)
+                return result
+        result = _call_torch(function, args, kwargs)
+        self._count(self._fallbacks, (entry.operation, reason))
+        return result
+
+    def _call_with_mode(self, function: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Calls one of ``_CALLERS`` so that the calls inside come here."""
+        if _redispatch is None or torch.compiler.is_dynamo_compiling():  # which has no such way around itself
+            return function(*args, **kwargs)
+        with self:
+            return _redispatch(function, types, args, kwargs)
+
+    def _count(self, counter: Counter[Any], key: Any) -> None:
+        if not torch.compiler.is_dynamo_compiling():  # a count in a graph would be a constant to compile again for
+            with _COUNTING:
+                counter[key] += 1
+
+
+def _obstacle(types: Any, tensor: Any) -> str | None:
+    """Why a call with this main argument cannot run here, as far as that can be told before it."""
+    for kind in types:
+        if kind is not Tensor:
+            return f"tensors of type {kind.__name__}"
+    if in_transform():
+        return "inside a transform of torch.func"
+    if not isinstance(tensor, Tensor):
+        return None  # ours to refuse
+    if tensor.dtype not in _DTYPES:
+        return f"type {tensor.dtype}"
+    if tensor.device.type not in _DEVICES:
+        return f"device {tensor.device.type}"
+    if tensor.is_nested or tensor.layout is not torch.strided:
+        return "nested tensors" if tensor.is_nested else f"layout {tensor.layout}"
+    return None
+
+
+@contextlib.contextmanager
+def _without_overrides() -> Iterator[None]:
+    modes = [torch.overrides._pop_mode() for _ in range(torch._C._len_torch_function_stack())][::-1]
+    others = [mode for mode in modes if not isinstance(mode, override)]
+    for mode in others:
+        torch.overrides._push_mode(mode)
+    try:
+        yield
+    finally:
+        for _ in others:
+            torch.overrides._pop_mode()
+        for mode in modes:
+            torch.overrides._push_mode(mode)
+
+
+def _call_torch(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Calls ``function`` past the overrides around this one, which has decided."""
+    if torch._C._len_torch_function_stack() == 0:
+        return function(*args, **kwargs)
+    with _without_overrides():
+        return function(*args, **kwargs)
