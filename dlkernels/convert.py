@@ -116,8 +116,9 @@ class Report(tuple[ModuleReport, ...]):
         counts = ", ".join(f"{kind} {count}" for kind, count in sorted(here.items()))
         lines = [f"{sum(here.values())} of {len(self)} modules run on dlkernels" + (f": {counts}" if counts else "")]
         left = [module for module in self if module.left is not None]
-        widths = [max((len(module[column]) for module in left), default=0) for column in range(2)]
-        lines += [f"{module.name:<{widths[0]}}  {module.kind:<{widths[1]}}  {module.left}" for module in left]
+        width_of_name = max((len(module.name) for module in left), default=0)
+        width_of_kind = max((len(module.kind) for module in left), default=0)
+        lines += [f"{module.name:<{width_of_name}}  {module.kind:<{width_of_kind}}  {module.left}" for module in left]
         return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""``dlkernels convert-check``: what :func:`dlkernels.convert` makes of a model, and whether it still computes the same."""
+"""``dlkernels convert-check``: what :func:`dlkernels.convert` makes of a model, and whether that computes the same."""
 
 from __future__ import annotations
 
@@ -93,8 +93,8 @@ def results_of(model: torch.nn.Module, input: Tensor, seed: int) -> dict[str, di
 def largest_difference(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[str, float]:
     """The name of the tensor that differs most, and by how much, as a share of its largest element.
 
-    That counts as at least a hundredth of the largest of all: a gradient may be zero but for rounding, as that of a bias
-    before batch norm is.
+    That counts as at least a hundredth of the largest of all: a gradient may be zero but for rounding, as that of a
+    bias before batch norm is.
     """
     largest = {name: float(tensor.abs().max()) if tensor.numel() else 0.0 for name, tensor in expected.items()}
     floor = max(1e-2 * max(largest.values()), torch.finfo(torch.float32).tiny)

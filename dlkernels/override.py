@@ -122,7 +122,7 @@ class Fallback(NamedTuple):
 
     operation: str
     reason: str
-    count: int
+    count: int  # type: ignore[assignment]
 
 
 class override(contextlib.ContextDecorator, TorchFunctionMode):
@@ -130,8 +130,8 @@ class override(contextlib.ContextDecorator, TorchFunctionMode):
 
     ``with dlkernels.override() as log:`` around any code, or ``@dlkernels.override()`` on a function. Inside, the
     functions of ``torch``, ``torch.nn.functional``, of tensors and of modules that are one of our operations run here,
-    forward and backward; nothing is patched, and other threads are not touched. What cannot run here goes to torch as it
-    was called, with torch's results and torch's errors.
+    forward and backward; nothing is patched, and other threads are not touched. What cannot run here goes to torch as
+    it was called, with torch's results and torch's errors.
 
     Of nested overrides the innermost decides. A function that was compiled by ``torch.compile`` is compiled again for
     the inside, whole; its calls are not counted. There ``torch.nn.functional.multi_head_attention_forward`` stays
@@ -197,6 +197,9 @@ class override(contextlib.ContextDecorator, TorchFunctionMode):
 
     def _call_with_mode(self, function: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Calls one of ``_CALLERS`` so that the calls inside come here."""
+        if function is torch_functional.multi_head_attention_forward and "attention" in self._operations:
+            if args[15] if len(args) > 15 else kwargs.get("need_weights", True):
+                self._count(self._fallbacks, ("attention", "need_weights=True, for which torch takes other steps"))
         if _redispatch is None or torch.compiler.is_dynamo_compiling():  # which has no such way around itself
             return function(*args, **kwargs)
         with self:

@@ -42,7 +42,7 @@ def lstm_cell(
     if len(hx) != 2:
         raise RuntimeError(f"lstm_cell expects two hidden states, got {len(hx)}")
     if in_transform():
-        return torch.lstm_cell(input, hx, w_ih, w_hh, b_ih, b_hh)
+        return torch.lstm_cell(input, tuple(hx), w_ih, w_hh, b_ih, b_hh)
     return _C.lstm_cell(input, hx[0], hx[1], w_ih, w_hh, b_ih, b_hh)
 
 
