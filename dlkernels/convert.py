@@ -156,7 +156,7 @@ def _why_left(module: torch.nn.Module, kind: type[torch.nn.Module]) -> str | Non
         return _FORWARD_REPLACED if "forward" in module.__dict__ else "convert() was not asked to take it"
     if issubclass(kind, tuple(_TORCHS)):
         return None
-    if kind.__module__.startswith(("torch.ao.", "torch.nn.quantized", "torch.nn.qat")):
+    if kind.__module__.startswith(("torch.ao.nn.", "torch.nn.quantized", "torch.nn.qat")):
         return "quantized"
     if not issubclass(kind, (*_RELATIVES, *_OURS)):
         return None

@@ -69,6 +69,8 @@ def imported_callable(text: str) -> Any:
         raise typer.BadParameter(f"{text}: {error}", param_hint="MODEL") from None
     finally:
         sys.path.remove("")
+    if not callable(found):
+        raise typer.BadParameter(f"{text} is not callable", param_hint="MODEL")
     return found
 
 
