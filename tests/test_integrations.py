@@ -6,6 +6,7 @@ Their libraries are optional; a test whose library is missing is skipped with it
 from __future__ import annotations
 
 import copy
+import importlib.util
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import dlkernels
+from dlkernels import functional, nn
 
 from .cases.reference import import_torchvision
 
@@ -31,9 +33,10 @@ LABELS = torch.tensor([1, 0])
 
 
 def import_library(name: str) -> ModuleType:
-    """The library, after the torchvision that it may import, or skips the test that asks."""
-    library = pytest.importorskip(name, reason=f"{name} is not installed: pip install '.[integrations]'")
-    return library
+    """The library, or skips the test that asks. Many import torchvision, which needs help to load: it goes first."""
+    if importlib.util.find_spec("torchvision") is not None:
+        import_torchvision()
+    return pytest.importorskip(name, reason=f"{name} is not installed")
 
 
 # ---- models ----------------------------------------------------------------------------------------------------------
@@ -46,7 +49,6 @@ def resnet() -> torch.nn.Module:
 
 def timm_model(name: str, **arguments: Any) -> Callable[[], torch.nn.Module]:
     def build() -> torch.nn.Module:
-        import_torchvision()
         return import_library("timm").create_model(name, num_classes=5, **arguments)
 
     return build
@@ -315,6 +317,120 @@ def test_trainers_run_two_steps_to_the_same_parameters(train: Callable[..., torc
     converted = train(dlkernels.convert, tmp_path).state_dict()
     torch.testing.assert_close(overridden, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(converted, expected, rtol=1e-4, atol=1e-5)
+
+
+# ---- ONNX ------------------------------------------------------------------------------------------------------------
+
+
+class Attentions(torch.nn.Module):
+    """Every way of calling attention: plain, causal, with each kind of mask, with shared heads."""
+
+    def forward(self, query: Tensor, keys: Tensor, seen: Tensor) -> list[Tensor]:
+        attention, shared = functional.scaled_dot_product_attention, keys[:, :2]
+        return [
+            attention(query, keys, keys),
+            attention(query, keys, keys, is_causal=True, scale=0.2),
+            attention(query, keys, keys, seen),
+            attention(query, keys, keys, query[:, :, :, :6]),
+            attention(query, shared, shared, enable_gqa=True),
+        ]
+
+
+class Recurrences(torch.nn.Module):
+    """Layers, directions, biases or none, and the cell."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.deep = nn.LSTM(3, 4, 2, bidirectional=True)
+        self.plain = nn.LSTM(3, 4, bias=False, batch_first=True)
+        self.cell = nn.LSTMCell(3, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.deep(x), self.plain(x), self.cell(x[0])
+
+
+class Losses(torch.nn.Module):
+    """Both losses, with what ONNX can express."""
+
+    def forward(self, x: Tensor, weight: Tensor, labels: Tensor) -> list[Tensor]:
+        return [
+            functional.cross_entropy(x, labels, torch.arange(1.0, 6.0), ignore_index=0),
+            functional.cross_entropy(x.unsqueeze(-1), labels.unsqueeze(-1), reduction="none"),
+            functional.linear_cross_entropy(x, weight, labels, reduction="sum"),
+        ]
+
+
+def normed_network() -> torch.nn.Module:
+    model = torch.nn.Sequential(
+        nn.Sequential(nn.Conv2d(3, 4, (3, 2), (1, 2), (2, 1), groups=1), nn.BatchNorm2d(4), torch.nn.ReLU()),
+        nn.Conv2d(4, 4, 4, padding="same", dilation=2, groups=2, bias=False),
+        nn.BatchNorm2d(4, affine=False),
+        torch.nn.Flatten(),
+        nn.Linear(160, 3),
+    )
+    for norm in (model[0][1], model[2]):
+        norm.running_mean.normal_()
+    return model
+
+
+SEEN = torch.rand(2, 1, 5, 6, generator=torch.Generator().manual_seed(0)) > 0.5
+SEEN[0, 0, 1] = False  # a query that sees no key
+
+EXPORTED: dict[str, tuple[Callable[[], torch.nn.Module], tuple[Tensor, ...]]] = {
+    "network": (normed_network, (torch.randn(2, 3, 6, 9),)),
+    "attention": (Attentions, (torch.randn(2, 4, 5, 8), torch.randn(2, 4, 6, 8), SEEN)),
+    "multi-head attention": (lambda: nn.MultiheadAttention(8, 2), (torch.randn(5, 2, 8),) * 3),
+    "recurrence": (Recurrences, (torch.randn(5, 2, 3),)),
+    "losses": (Losses, (torch.randn(3, 5), torch.randn(4, 5), torch.tensor([1, 0, 3]))),
+}
+
+
+def exported_to_onnx(model: torch.nn.Module, arguments: tuple[Tensor, ...], **options: Any) -> Any:
+    import_library("onnxscript")
+    import dlkernels.onnx
+
+    table = dlkernels.onnx.translation_table()
+    return torch.onnx.export(model, arguments, dynamo=True, verbose=False, custom_translation_table=table, **options)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("name", EXPORTED)
+def test_onnx_computes_the_same(name: str) -> None:
+    runtime = import_library("onnxruntime")
+    torch.manual_seed(0)
+    build, arguments = EXPORTED[name]
+    model = build().eval()
+    options = {"dynamic_shapes": ({0: torch.export.Dim("batch")},)} if name == "network" else {}
+    program = exported_to_onnx(model, arguments, **options)
+    if name == "network":
+        arguments = (torch.randn(5, 3, 6, 9),)
+    session = runtime.InferenceSession(program.model_proto.SerializeToString())
+    inputs = {described.name: value.numpy() for described, value in zip(session.get_inputs(), arguments, strict=True)}
+    actual = [torch.from_numpy(output) for output in session.run(None, inputs)]
+    with torch.no_grad():
+        expected = torch.utils._pytree.tree_leaves(model(*arguments))
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize(
+    ("build", "shape", "message"),
+    [
+        (lambda: nn.BatchNorm1d(3, track_running_stats=False), (2, 3), "batch norm on the statistics of a batch"),
+        (lambda: nn.LSTM(3, 4, proj_size=2), (5, 2, 3), "an LSTM with projections"),
+    ],
+)
+def test_what_onnx_has_no_form_of_is_refused(
+    build: Callable[[], torch.nn.Module], shape: tuple[int, ...], message: str
+) -> None:
+    import_library("onnxscript")
+    with pytest.raises(torch.onnx.OnnxExporterError) as raised:
+        exported_to_onnx(build().eval(), (torch.randn(shape),))
+    error: BaseException | None = raised.value
+    while not isinstance(error, NotImplementedError):
+        assert error is not None
+        error = error.__cause__
+    assert message in str(error)
 
 
 # ---- many processes --------------------------------------------------------------------------------------------------
