@@ -321,7 +321,7 @@ def run(arguments: list[str]) -> int:
             raise
         message, status = error.format_message(), getattr(error, "exit_code", 2)
     if message == "Missing command.":
-        message = "which command? train, bench, info or convert-check; --help tells more"
+        message = "which command? train, bench or info; --help tells more"
     print("dlkernels: " + " ".join(message.split()), file=sys.stderr)
     return status
 

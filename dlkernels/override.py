@@ -7,8 +7,8 @@ one of our operations, whatever they were called through, and lets all others pa
 from __future__ import annotations
 
 import contextlib
+import re
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -18,14 +18,15 @@ from torch.nn import functional as torch_functional
 from torch.overrides import TorchFunctionMode
 
 from . import functional
-from ._build_info import BUILD_INFO
+from .info import build_facts
 from .operations import chosen_operations
 from .ops.registration import in_transform
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_DEVICES = ("cpu", "meta") if BUILD_INFO["cuda"] is None else ("cpu", "meta", "cuda")
+_DEVICES = ("meta",) if build_facts().get("cuda") is None else ("meta", "cuda")  # beside the processor
 
 _COUNTING = threading.Lock()
+_is_compiling = torch.compiler.is_dynamo_compiling
 
 # What a function of ours says when it cannot take a call. torch is asked then, and has the last word on what is wrong.
 _REFUSALS = (RuntimeError, TypeError, ValueError, IndexError)
@@ -81,7 +82,7 @@ class _Entry(NamedTuple):
     """One function of torch that is an operation of ours."""
 
     operation: str
-    function: Callable[..., Any]  # ours, with torch's signature
+    function: Callable[..., Any] | None  # ours, with torch's signature; None for what only calls operations
     applies: Callable[..., bool] | None = None  # where only some calls of torch's function are the operation
 
 
@@ -108,12 +109,14 @@ if hasattr(torch_functional, "linear_cross_entropy"):  # torch 2.13
 
 # Functions of torch in Python that call some of the above, or code of the user's that does: recomputation under
 # activation checkpointing is part of backward. The mode stays on inside them.
-_CALLERS = (
+_CALLER = _Entry("", None)
+for _function in (
     torch_functional.multi_head_attention_forward,
     Tensor.backward,
     torch.autograd.backward,
     torch.autograd.grad,
-)
+):
+    _ENTRIES[_function] = _CALLER
 _redispatch = getattr(torch.overrides, "redispatch_function", None)  # torch 2.13
 
 
@@ -130,13 +133,17 @@ class override(contextlib.ContextDecorator, TorchFunctionMode):
 
     ``with dlkernels.override() as log:`` around any code, or ``@dlkernels.override()`` on a function. Inside, the
     functions of ``torch``, ``torch.nn.functional``, of tensors and of modules that are one of our operations run here,
-    forward and backward; nothing is patched, and other threads are not touched. What cannot run here goes to torch as
-    it was called, with torch's results and torch's errors.
+    forward and backward; a product with one matrix (``x @ w``, ``mm``, ``addmm`` with a bias) is a linear layer. Nothing
+    is patched, and other threads are not touched. What cannot run here goes to torch as it was called, with torch's
+    results and torch's errors. Of nested overrides the innermost decides.
 
-    Of nested overrides the innermost decides. A function that was compiled by ``torch.compile`` is compiled again for
-    the inside, whole; its calls are not counted. There ``torch.nn.functional.multi_head_attention_forward`` stays
-    torch's: :func:`dlkernels.convert` reaches it. A model under activation checkpointing computes again in backward:
-    call ``backward`` inside too.
+    - Under ``torch.compile`` a function is compiled for the inside apart from the outside, whole, and once. Compiled
+      calls are not counted, and ``multi_head_attention_forward`` stays torch's: :func:`dlkernels.convert` reaches it.
+    - Activation checkpointing computes again in backward: call ``backward`` inside too.
+    - torch leaves its fused inference paths (``nn.MultiheadAttention``, ``nn.TransformerEncoder``) while any mode is on.
+      Without them padded positions hold what the layers compute, as in training, in place of zeros.
+    - Where torch lacks ``torch.overrides.redispatch_function`` (before 2.13) nothing is taken in backward and inside
+      ``multi_head_attention_forward``.
 
     Args:
         ops: the operations to take, by name; all by default: ``"conv2d"``, ``"batch_norm"``, ``"lstm"``, ``"linear"``,
@@ -144,16 +151,17 @@ class override(contextlib.ContextDecorator, TorchFunctionMode):
         skip: operations to leave to torch.
 
     Attributes:
-        calls: number of calls that ran here, by operation.
+        calls: number of calls that ran here, by operation. Printing the override gives a table of these and
+            :attr:`fallbacks`.
 
     Raises:
         ValueError: ``ops`` or ``skip`` names something that is not an operation.
     """
 
     def __init__(self, ops: Iterable[str] | None = None, skip: Iterable[str] = ()) -> None:
-        self._operations = dict.fromkeys(chosen_operations(ops, skip))
-        self.calls: Counter[str] = Counter()
-        self._fallbacks: Counter[tuple[str, str]] = Counter()
+        self._operations = dict.fromkeys(chosen_operations(ops, skip))  # no set: torch.compile guards dicts only
+        self.calls: dict[str, int] = {}
+        self._fallbacks: dict[tuple[str, str], int] = {}
 
     @property
     def fallbacks(self) -> list[Fallback]:
@@ -173,42 +181,49 @@ class override(contextlib.ContextDecorator, TorchFunctionMode):
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         entry = _ENTRIES.get(function)
-        if entry is None and function not in _CALLERS:
+        if entry is None:
             return function(*args, **kwargs) if kwargs else function(*args)
         kwargs = kwargs or {}
-        if entry is None:
+        operation, ours, applies = entry
+        if ours is None:
             return self._call_with_mode(function, types, args, kwargs)
-        if entry.operation not in self._operations or not (entry.applies is None or entry.applies(*args, **kwargs)):
+        if operation not in self._operations or not (applies is None or applies(*args, **kwargs)):
             return _call_torch(function, args, kwargs)
         reason = _obstacle(types, args[0] if args else kwargs.get("input", kwargs.get("query")))
         if reason is None:
             try:
-                result = entry.function(*args, **kwargs)
+                result = ours(*args, **kwargs)
             except torch.OutOfMemoryError:
                 raise
             except _REFUSALS as refusal:
-                reason = str(refusal).partition("\n")[0]
+                reason = _first_sentence(str(refusal))
             else:
-                self._count(self.calls, entry.operation)
+                self._count(self.calls, operation)
                 return result
         result = _call_torch(function, args, kwargs)
-        self._count(self._fallbacks, (entry.operation, reason))
+        self._count(self._fallbacks, (operation, reason))
         return result
 
     def _call_with_mode(self, function: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Calls one of ``_CALLERS`` so that the calls inside come here."""
+        """Calls a function of torch in Python so that the calls inside come here."""
         if function is torch_functional.multi_head_attention_forward and "attention" in self._operations:
-            if args[15] if len(args) > 15 else kwargs.get("need_weights", True):
+            if _redispatch is None:
+                self._count(self._fallbacks, ("attention", "inside multi_head_attention_forward before torch 2.13"))
+            elif args[15] if len(args) > 15 else kwargs.get("need_weights", True):
                 self._count(self._fallbacks, ("attention", "need_weights=True, for which torch takes other steps"))
-        if _redispatch is None or torch.compiler.is_dynamo_compiling():  # which has no such way around itself
+        if _redispatch is None or _is_compiling():  # torch.compile has no such way around itself
             return function(*args, **kwargs)
         with self:
             return _redispatch(function, types, args, kwargs)
 
-    def _count(self, counter: Counter[Any], key: Any) -> None:
-        if not torch.compiler.is_dynamo_compiling():  # a count in a graph would be a constant to compile again for
+    def _count(self, counts: dict[Any, int], key: Any) -> None:
+        if not _is_compiling():  # a count in a graph would be a constant to compile again for
             with _COUNTING:
-                counter[key] += 1
+                counts[key] = counts.get(key, 0) + 1
+
+
+def _first_sentence(text: str) -> str:
+    return re.split(r"\. |\n", text, maxsplit=1)[0]
 
 
 def _obstacle(types: Any, tensor: Any) -> str | None:
@@ -219,13 +234,11 @@ def _obstacle(types: Any, tensor: Any) -> str | None:
     if in_transform():
         return "inside a transform of torch.func"
     if not isinstance(tensor, Tensor):
-        return None  # ours to refuse
+        return None  # ours to refuse, as everything that is not asked here
     if tensor.dtype not in _DTYPES:
         return f"type {tensor.dtype}"
-    if tensor.device.type not in _DEVICES:
+    if not tensor.is_cpu and tensor.device.type not in _DEVICES:
         return f"device {tensor.device.type}"
-    if tensor.is_nested or tensor.layout is not torch.strided:
-        return "nested tensors" if tensor.is_nested else f"layout {tensor.layout}"
     return None
 
 
