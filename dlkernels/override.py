@@ -64,18 +64,19 @@ def _times_matrix(input: Tensor, matrix: Tensor) -> Tensor:
     return functional.linear(input, matrix.t())
 
 
-def _is_times_matrix(input: Any, matrix: Any = None, **others: Any) -> bool:
+def _is_times_matrix(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a product is a linear layer: rows of features times one matrix."""
-    tensors = isinstance(input, Tensor) and isinstance(matrix, Tensor)
-    return tensors and not others and input.dim() >= 2 and matrix.dim() == 2
+    if len(args) != 2 or kwargs or not (isinstance(args[0], Tensor) and isinstance(args[1], Tensor)):
+        return False
+    return args[0].dim() >= 2 and args[1].dim() == 2
 
 
 def _times_matrix_plus_bias(bias: Tensor, input: Tensor, matrix: Tensor) -> Tensor:
     return functional.linear(input, matrix.t(), bias)
 
 
-def _is_times_matrix_plus_bias(bias: Any, input: Any = None, matrix: Any = None, **others: Any) -> bool:
-    return isinstance(bias, Tensor) and bias.dim() == 1 and _is_times_matrix(input, matrix, **others)
+def _is_times_matrix_plus_bias(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    return bool(args) and isinstance(args[0], Tensor) and args[0].dim() == 1 and _is_times_matrix(args[1:], kwargs)
 
 
 class _Entry(NamedTuple):
@@ -83,7 +84,8 @@ class _Entry(NamedTuple):
 
     operation: str
     function: Callable[..., Any] | None  # ours, with torch's signature; None for what only calls operations
-    applies: Callable[..., bool] | None = None  # where only some calls of torch's function are the operation
+    # Of the arguments, where only some calls of torch's function are the operation.
+    applies: Callable[[tuple[Any, ...], dict[str, Any]], bool] | None = None
 
 
 _ENTRIES: dict[Callable[..., Any], _Entry] = {
@@ -133,15 +135,15 @@ class override(contextlib.ContextDecorator, TorchFunctionMode):
 
     ``with dlkernels.override() as log:`` around any code, or ``@dlkernels.override()`` on a function. Inside, the
     functions of ``torch``, ``torch.nn.functional``, of tensors and of modules that are one of our operations run here,
-    forward and backward; a product with one matrix (``x @ w``, ``mm``, ``addmm`` with a bias) is a linear layer. Nothing
-    is patched, and other threads are not touched. What cannot run here goes to torch as it was called, with torch's
-    results and torch's errors. Of nested overrides the innermost decides.
+    forward and backward; a product with one matrix (``x @ w``, ``mm``, ``addmm`` with a bias) is a linear layer.
+    Nothing is patched, and other threads are not touched. What cannot run here goes to torch as it was called, with
+    torch's results and torch's errors. Of nested overrides the innermost decides.
 
     - Under ``torch.compile`` a function is compiled for the inside apart from the outside, whole, and once. Compiled
       calls are not counted, and ``multi_head_attention_forward`` stays torch's: :func:`dlkernels.convert` reaches it.
     - Activation checkpointing computes again in backward: call ``backward`` inside too.
-    - torch leaves its fused inference paths (``nn.MultiheadAttention``, ``nn.TransformerEncoder``) while any mode is on.
-      Without them padded positions hold what the layers compute, as in training, in place of zeros.
+    - torch leaves its fused inference paths (``nn.MultiheadAttention``, ``nn.TransformerEncoder``) while any mode is
+      on. Without them padded positions hold what the layers compute, as in training, in place of zeros.
     - Where torch lacks ``torch.overrides.redispatch_function`` (before 2.13) nothing is taken in backward and inside
       ``multi_head_attention_forward``.
 
@@ -187,7 +189,7 @@ class override(contextlib.ContextDecorator, TorchFunctionMode):
         operation, ours, applies = entry
         if ours is None:
             return self._call_with_mode(function, types, args, kwargs)
-        if operation not in self._operations or not (applies is None or applies(*args, **kwargs)):
+        if operation not in self._operations or not (applies is None or applies(args, kwargs)):
             return _call_torch(function, args, kwargs)
         reason = _obstacle(types, args[0] if args else kwargs.get("input", kwargs.get("query")))
         if reason is None:

@@ -309,10 +309,11 @@ def test_what_cannot_run_here_runs_in_torch_and_is_counted(kind: str) -> None:
         lambda: torch.addmm(torch.ones(2, 3), torch.ones(2, 4), torch.ones(4, 3)),
         lambda: torch.addmm(torch.ones(3), torch.ones(2, 4), torch.ones(4, 3), beta=2),
         lambda: torch.mm(torch.ones(2, 4), torch.ones(4, 3), out=torch.empty(2, 3)),
+        lambda: torch.addmm(input=torch.ones(3), mat1=torch.ones(2, 4), mat2=torch.ones(4, 3)),
         lambda: F.nll_loss(F.log_softmax(torch.ones(2, 3), 1), torch.tensor([0, 1])),
         lambda: F.conv1d(torch.ones(1, 2, 5), torch.ones(3, 2, 3)),
     ],
-    ids=["batches", "vector", "residual", "scaled", "out", "nll_loss", "conv1d"],
+    ids=["batches", "vector", "residual", "scaled", "out", "keywords", "nll_loss", "conv1d"],
 )
 def test_what_is_none_of_the_operations_passes_unnoticed(program: Callable[[], Tensor]) -> None:
     with dlkernels.override() as log:
