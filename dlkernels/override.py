@@ -137,7 +137,8 @@ class override(contextlib.ContextDecorator, TorchFunctionMode):
     functions of ``torch``, ``torch.nn.functional``, of tensors and of modules that are one of our operations run here,
     forward and backward; a product with one matrix (``x @ w``, ``mm``, ``addmm`` with a bias) is a linear layer.
     Nothing is patched, and other threads are not touched. What cannot run here goes to torch as it was called, with
-    torch's results and torch's errors. Of nested overrides the innermost decides.
+    torch's results and torch's errors. Of nested overrides the innermost decides. Calls of dlkernels' own functions and
+    modules need no override and are not counted.
 
     - Under ``torch.compile`` a function is compiled for the inside apart from the outside, whole, and once. Compiled
       calls are not counted, and ``multi_head_attention_forward`` stays torch's: :func:`dlkernels.convert` reaches it.

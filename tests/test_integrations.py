@@ -36,7 +36,7 @@ def import_library(name: str) -> ModuleType:
     """The library, or skips the test that asks. Many import torchvision, which needs help to load: it goes first."""
     if importlib.util.find_spec("torchvision") is not None:
         import_torchvision()
-    return pytest.importorskip(name, reason=f"{name} is not installed")
+    return pytest.importorskip(name, reason=f"{name.partition('.')[0]} is not installed")
 
 
 # ---- models ----------------------------------------------------------------------------------------------------------
