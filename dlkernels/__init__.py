@@ -7,6 +7,8 @@ __version__ = "0.1.0"
 _extension.load()  # first: what follows calls it
 
 from . import _C, functional, nn  # noqa: E402
+from .convert import convert, report, revert  # noqa: E402
 from .fuse import fuse  # noqa: E402
+from .override import override  # noqa: E402
 
-__all__ = ["_C", "functional", "fuse", "nn"]
+__all__ = ["_C", "convert", "functional", "fuse", "nn", "override", "report", "revert"]

@@ -19,6 +19,7 @@ except ModuleNotFoundError as missing:
 from . import __version__
 from .commands import Failure
 from .commands.bench import bench_command
+from .commands.convert_check import convert_check_command
 from .commands.info import info_command
 from .commands.models import models_command
 from .commands.train import train_command
@@ -34,6 +35,7 @@ for name, command in {
     "train": train_command,
     "models": models_command,
     "bench": bench_command,
+    "convert-check": convert_check_command,
     "info": info_command,
 }.items():
     app.command(name=name)(command)
@@ -76,7 +78,7 @@ def run(arguments: list[str]) -> int:
             raise
         message, status = error.format_message(), getattr(error, "exit_code", 2)
     if message == "Missing command.":
-        message = "which command? train, models, bench or info; --help tells more"
+        message = "which command? train, models, bench, convert-check or info; --help tells more"
     process = f"process {os.environ['RANK']}: " if os.environ.get("RANK", "0") != "0" else ""
     print(f"dlkernels: {process}{' '.join(message.split())}", file=sys.stderr)
     return status

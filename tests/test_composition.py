@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
@@ -135,6 +136,35 @@ def test_second_gradients_are_those_of_torch(case: Case) -> None:
         return list(torch.autograd.grad(penalty, inputs, allow_unused=True, materialize_grads=True))
 
     torch.testing.assert_close(second(case.function), second(case.reference), rtol=1e-7, atol=1e-7)
+
+
+TRANSFORMS: dict[str, Callable[[Callable[..., Tensor], list[Tensor]], Any]] = {
+    "grad": lambda f, tensors: torch.func.grad(f, tuple(range(len(tensors))))(*tensors),
+    "gradients of each example": lambda f, tensors: torch.vmap(torch.func.grad(f))(
+        *(torch.stack([t, t]) for t in tensors)
+    ),
+    "jvp": lambda f, tensors: torch.func.jvp(f, tuple(tensors), tuple(t.cos() for t in tensors)),
+    "hessian": lambda f, tensors: torch.func.hessian(f)(*tensors),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@primary
+def test_transforms_of_functions_give_what_torch_gives(case: Case, transform: str) -> None:
+    def transformed(function: Callable[..., Any]) -> Any:
+        sample = case.build(torch.float64)
+        positions = sample.differentiable()
+
+        def total(*tensors: Tensor) -> Tensor:
+            args = list(sample.args)
+            for position, tensor in zip(positions, tensors, strict=True):
+                args[position] = tensor
+            return sum((o.square().sum() for o in call(function, Sample(tuple(args), sample.kwargs))), torch.zeros(()))
+
+        return TRANSFORMS[transform](total, [sample.args[position] for position in positions])
+
+    with sdpa_kernel(SDPBackend.MATH):  # the one of torch's attentions that goes forward
+        torch.testing.assert_close(transformed(case.function), transformed(case.reference), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(("name", "arguments"), operator_samples(), ids=[name for name, _ in operator_samples()])

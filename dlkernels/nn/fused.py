@@ -17,9 +17,14 @@ _ACTIVATIONS: dict[type[torch.nn.Module], str | None] = {
 
 
 def is_watched(module: torch.nn.Module) -> bool:
-    """Whether a hook waits for the module to be called."""
+    """Whether somebody waits for the module to be called: a hook, on it or on all modules, or another ``forward``."""
     return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+        or torch.nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
     )
 
 

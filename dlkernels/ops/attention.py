@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from .registration import register_fake, traced_as
+from .registration import in_transform, register_fake, traced_as
 
 
 def scaled_dot_product_attention(
@@ -48,6 +48,10 @@ def scaled_dot_product_attention(
         IndexError: ``enable_gqa`` without a dimension of heads.
         NotImplementedError: an element type that is not supported.
     """
+    if in_transform():
+        return torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
     return _C.attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
 
 

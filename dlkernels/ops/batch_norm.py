@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _C
-from .registration import register_fake, traced_as
+from .registration import in_transform, register_fake, traced_as
 
 
 def batch_norm(
@@ -42,6 +43,12 @@ def batch_norm(
         ValueError: fewer than two values a channel when training, ``eps`` not positive, or an unknown ``activation``.
         RuntimeError: a shape or type that does not fit.
     """
+    if in_transform():
+        if activation not in _APPLIED:
+            raise ValueError(f"batch_norm: activation must be None, 'relu' or 'relu6', got {activation!r}")
+        output = torch.nn.functional.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+        output = output if residual is None else output + residual
+        return _APPLIED[activation](output)
     return _C.batch_norm(
         input,
         weight,
@@ -54,6 +61,13 @@ def batch_norm(
         eps,
         activation,
     )
+
+
+_APPLIED: dict[str | None, Callable[[Tensor], Tensor]] = {
+    None: lambda output: output,
+    "relu": torch.relu,
+    "relu6": torch.nn.functional.relu6,
+}
 
 
 @traced_as(_C.batch_norm)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from .registration import register_fake, traced_as
+from .registration import in_transform, register_fake, traced_as
 
 
 def conv2d(
@@ -40,6 +40,8 @@ def conv2d(
         RuntimeError: shapes, types or devices do not fit together, or a number is out of range.
         TypeError: an argument is of a kind that has no meaning here.
     """
+    if in_transform():
+        return torch.nn.functional.conv2d(input, weight, bias, stride, padding, dilation, groups)  # type: ignore[arg-type]
     return _C.conv2d(input, weight, bias, stride, padding, dilation, groups)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from .registration import register_fake, traced_as
+from .registration import in_transform, register_fake, traced_as
 
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
@@ -52,6 +52,10 @@ def cross_entropy(
         ValueError: the batch sizes differ, or ``reduction`` is unknown.
         RuntimeError: any other shape or type that does not fit.
     """
+    if in_transform():
+        return torch.nn.functional.cross_entropy(
+            input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
+        )
     code = _reduction(reduction, size_average, reduce)
     return _C.cross_entropy(input, target, weight, code, ignore_index, label_smoothing)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from .registration import register_fake, traced_as
+from .registration import in_transform, register_fake, traced_as
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -26,6 +26,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         RuntimeError: shapes, types or devices do not fit together.
         NotImplementedError: the type is none of those above.
     """
+    if in_transform():
+        return torch.nn.functional.linear(input, weight, bias)
     return _C.linear(input, weight, bias)
 
 

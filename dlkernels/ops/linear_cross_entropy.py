@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import _C
 from .cross_entropy import _reduction
-from .registration import register_fake, traced_as
+from .registration import in_transform, register_fake, traced_as
 
 
 def linear_cross_entropy(
@@ -58,6 +58,17 @@ def linear_cross_entropy(
     if probabilities and ignore_index is not None:
         raise RuntimeError("ignore_index cannot be specified when target contains probabilities")
     ignored = -100 if ignore_index is None else ignore_index
+    if in_transform():
+        bias = None if linear_bias is None else linear_bias.flatten()
+        logits = torch.nn.functional.linear(input, linear_weight.flatten(0, -2), bias)
+        return torch.nn.functional.cross_entropy(
+            logits.unflatten(-1, linear_weight.shape[:-1]),
+            target,
+            weight,
+            ignore_index=ignored,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+        )
     code = _reduction(reduction)
     if linear_weight.dim() > 2:
         return _loss_of_many_outputs(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from .registration import register_fake, traced_as
+from .registration import in_transform, register_fake, traced_as
 
 
 def lstm_cell(
@@ -41,6 +41,8 @@ def lstm_cell(
     """
     if len(hx) != 2:
         raise RuntimeError(f"lstm_cell expects two hidden states, got {len(hx)}")
+    if in_transform():
+        return torch.lstm_cell(input, tuple(hx), w_ih, w_hh, b_ih, b_hh)
     return _C.lstm_cell(input, hx[0], hx[1], w_ih, w_hh, b_ih, b_hh)
 
 
@@ -95,6 +97,8 @@ def lstm(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """
     if len(arguments) != 9:
         raise TypeError(f"lstm() takes 9 positional arguments, got {len(arguments)}")
+    if in_transform():
+        return torch.lstm(*arguments)
     if isinstance(arguments[1], Tensor):
         data, batch_sizes, *rest = arguments
         return _stacked(data, batch_sizes, *rest)

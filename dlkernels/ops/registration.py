@@ -1,4 +1,5 @@
-"""What every operation shares: how ``torch.compile`` sees the extension's functions, and its operators fake tensors."""
+"""What every operation shares: how ``torch.compile`` sees the extension's functions, its operators fake tensors, and
+which calls are torch's to make."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 Fake = TypeVar("Fake", bound=Callable[..., Any])
 
@@ -49,3 +51,11 @@ def traced_as(entry: Callable[..., Any]) -> Callable[[Callable[..., Any]], Calla
     says the same with ``torch.ops.dlkernels`` and is what gets traced in its place. Eager calls do not pass through it.
     """
     return torch.compiler.substitute_in_graph(entry, skip_signature_check=True)
+
+
+def in_transform() -> bool:
+    """Whether ``torch.func`` transforms this call, or a derivative goes forward with it.
+
+    Our operators have no rules for either. torch's have, so the operations hand such calls to them.
+    """
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
