@@ -264,7 +264,7 @@ def test_models_lists_every_network_with_its_parameters(capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], ["train, models, bench or info"]),
+        ([], ["train, models, bench, convert-check or info"]),
         (["trian"], ["trian"]),
         (["train"], ["network", "lenet"]),
         (["train", "lenett"], ["'lenett'", "did you mean lenet", "list_models()"]),
