@@ -4,6 +4,7 @@
 # make gpu    builds the CUDA kernels and proves them on this machine's GPU; goes on where it was cut short
 # make lint   what CI checks               make format      repairs what can be repaired
 # make dev    builds the extension in place (incremental)
+# make integrations  installs the libraries that tests/test_integrations.py drops dlkernels into
 # make stub   writes dlkernels/_C.pyi again, after a function of the extension was added or changed
 #
 # PYTHON=path uses a Python that has everything already; TORCH=... and PIP_INSTALL=... change what .venv is made of;
@@ -20,13 +21,15 @@ ifeq ($(PYTHON),$(VENV)/bin/python)
   DEMO_STAMP := $(VENV)/.demo-installed
   TEST_STAMP := $(VENV)/.test-installed
   LINT_STAMP := $(VENV)/.lint-installed
+  INTEGRATIONS_STAMP := $(VENV)/.integrations-installed
 endif
 # The pinned versions of the `lint` extra, installed without building the package.
 LINT_TOOLS := $(shell sed -n 's/^lint = \[\(.*\)\]/\1/p' pyproject.toml | tr -d '",')
+INTEGRATIONS := $(shell sed -n '/^integrations = \[/,/^]/s/^ *"\(.*\)",/\1/p' pyproject.toml)
 CXX_FILES = $(shell find csrc tests/simt -name '*.cpp' -o -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 PYTHON_FILES = setup.py $(wildcard tools dlkernels tests benchmarks examples)
 
-.PHONY: demo dev stub test test-slow bench gpu lint format clean
+.PHONY: demo dev integrations stub test test-slow bench gpu lint format clean
 
 demo: $(DEMO_STAMP)
 	$(PYTHON) -m dlkernels train lenet --data digits
@@ -34,6 +37,8 @@ demo: $(DEMO_STAMP)
 
 dev: $(TEST_STAMP)
 	$(PYTHON) setup.py build_ext --inplace
+
+integrations: $(INTEGRATIONS_STAMP)
 
 stub: dev $(LINT_STAMP)
 	$(PYTHON) tools/make_stub.py
@@ -85,4 +90,9 @@ $(VENV)/.test-installed: pyproject.toml | $(VENV)/.torch-installed
 
 $(VENV)/.lint-installed: pyproject.toml | $(VENV)/.torch-installed
 	$(PIP_INSTALL) $(LINT_TOOLS)
+	touch $@
+
+$(VENV)/.integrations-installed: pyproject.toml | $(VENV)/.torch-installed
+	$(PIP_INSTALL) --no-deps torchvision==0.28.0 timm==1.0.31
+	$(PIP_INSTALL) $(INTEGRATIONS)
 	touch $@
