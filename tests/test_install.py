@@ -161,7 +161,7 @@ def test_source_distribution_holds_what_a_build_needs_and_nothing_built(tmp_path
 
 @pytest.fixture
 def import_package(tmp_path):
-    """Returns import_package(files): imports a copy of dlkernels, with `files` in it, under torch 2.13.0 and CUDA 13."""
+    """Returns import_package(files): imports a copy of dlkernels holding `files`, under a torch 2.13.0 for CUDA 13."""
 
     def import_copy(files):
         built = shutil.ignore_patterns("_C.*", "_build_info.py")
