@@ -53,6 +53,14 @@ def test_mixed_types_are_refused(case: Case) -> None:
             call(case.function, changed)
 
 
+@pytest.mark.parametrize("case", all_cases(), ids=str)
+def test_a_tensor_without_kernels_is_told_what_was_built(case: Case) -> None:
+    """Sparse, as one on another device is, which this machine need not have."""
+    _, changed = next(with_one_changed(case, Tensor.to_sparse, Tensor.is_floating_point))
+    with pytest.raises(NotImplementedError, match="torch.sparse_coo.*this build has kernels for the CPU"):
+        call(case.function, changed)
+
+
 def rand(*shape: int) -> Tensor:
     return torch.full(shape, 0.5)
 

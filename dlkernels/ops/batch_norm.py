@@ -40,13 +40,13 @@ def batch_norm(
         residual: a tensor like ``input``, added before the activation, in the same pass.
 
     Raises:
-        ValueError: fewer than two values a channel when training, ``eps`` negative or, when training, zero, one of the
-            running statistics without the other, or an unknown ``activation``.
+        ValueError: fewer than two values a channel when training, ``eps`` negative; when training, ``eps`` zero or one
+            of the running statistics without the other; an unknown ``activation``.
         RuntimeError: a shape or type that does not fit.
     """
     if eps < 0:
         raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
-    if (running_mean is None) != (running_var is None):
+    if training and (running_mean is None) != (running_var is None):
         raise ValueError("batch_norm: running_mean and running_var must either both be None or neither be None")
     if in_transform():
         if activation not in _APPLIED:
