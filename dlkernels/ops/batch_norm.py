@@ -44,7 +44,7 @@ def batch_norm(
             of the running statistics without the other; an unknown ``activation``.
         RuntimeError: a shape or type that does not fit.
     """
-    if eps < 0:
+    if not training and eps < 0:
         raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
     if training and (running_mean is None) != (running_var is None):
         raise ValueError("batch_norm: running_mean and running_var must either both be None or neither be None")
