@@ -51,7 +51,7 @@ test-slow: dev
 	$(PYTHON) -m pytest -m slow $(PYTEST_ARGS)
 
 bench: $(DEMO_STAMP) dev
-	$(PYTHON) benchmarks/harness.py --peers thp --peers compile
+	$(PYTHON) benchmarks/harness.py --providers thp,compile
 
 # A machine with a GPU has an environment of its own: PYTHON=python3 makes none.
 gpu: $(TEST_STAMP)

@@ -1,16 +1,18 @@
-"""Loads the compiled extension, after checking that it was compiled for the torch that is running.
+"""Loads the compiled extension, after checking that it was compiled for the torch, CUDA and Python that are running.
 
-An extension compiled for another torch stops in the dynamic linker with an undefined symbol, or crashes later. The
-build records what it was made for in `_build_info.py`; a difference is an ImportError that names the repairing
-command.
+An extension compiled for another torch or CUDA stops in the dynamic linker with an undefined symbol, or crashes later;
+one for another Python is not found. The build records what it was made for in `_build_info.py`; a difference is an
+ImportError that names both versions and the repairing command.
 """
 
 from __future__ import annotations
 
 import importlib
+import platform
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,7 +23,8 @@ def load() -> types.ModuleType:
     """Returns `dlkernels._C`.
 
     Raises:
-        ImportError: it is missing, was compiled for another torch, or refuses the instruction set that was asked for.
+        ImportError: it is missing, was compiled for another torch, CUDA or Python, or refuses the instruction set that
+            was asked for.
         SystemExit: the same, where the `dlkernels` command is what imports: its errors are one line.
     """
     try:
@@ -45,9 +48,16 @@ def _load() -> types.ModuleType:
         raise ImportError(_not_built()) from error
     if BUILD_INFO["torch"] != torch.__version__:
         raise ImportError(_wrong_torch(BUILD_INFO))
+    cuda = BUILD_INFO.get("cuda")
+    if cuda and torch.version.cuda and _major(cuda) != _major(torch.version.cuda):
+        raise ImportError(_compiled_for(BUILD_INFO, f"CUDA {cuda}", f"your torch is for CUDA {torch.version.cuda}"))
     try:
         return importlib.import_module("dlkernels._C")
     except ModuleNotFoundError as error:
+        python = BUILD_INFO.get("python", "")
+        if python and python.split(".")[:2] != platform.python_version().split(".")[:2]:
+            other = _compiled_for(BUILD_INFO, f"Python {python}", f"you have {platform.python_version()}")
+            raise ImportError(other) from error
         raise ImportError(_not_built()) from error
     except ImportError as error:
         if "undefined symbol" not in str(error):
@@ -59,16 +69,23 @@ def _in_checkout() -> bool:
     return (PACKAGE.parent / "CMakeLists.txt").exists()
 
 
-def _wrong_torch(build_info: dict) -> str:
+def _major(version: str) -> str:
+    return version.partition(".")[0]
+
+
+def _wrong_torch(build_info: dict[str, Any]) -> str:
+    return _compiled_for(build_info, f"torch {build_info['torch']}", f"you have {torch.__version__}")
+
+
+def _compiled_for(build_info: dict[str, Any], what: str, instead: str) -> str:
+    """The message that names what the build was made for, what is there instead, and how to build it again."""
     repair = (
         f"pip install --force-reinstall --no-deps {PACKAGE.parent}"
         if _in_checkout()
         else "pip install --force-reinstall --no-cache-dir --no-build-isolation dlkernels"
     )
-    return (
-        f"dlkernels {build_info['dlkernels']} was compiled for torch {build_info['torch']}, "
-        f"you have {torch.__version__}; run: {repair}"
-    )
+    with_cuda = "DLKERNELS_CUDA=1 " if build_info.get("cuda") else ""
+    return f"dlkernels {build_info['dlkernels']} was compiled for {what}, {instead}; run: {with_cuda}{repair}"
 
 
 def _not_built() -> str:

@@ -8,24 +8,36 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 try:
     import rich  # noqa: F401
     import typer
+    from typer.core import TyperGroup
 except ModuleNotFoundError as missing:
     sys.exit(f"dlkernels: the command line needs {missing.name}; run: {sys.executable} -m pip install 'dlkernels[cli]'")
 
 from . import __version__
 from .commands import Failure
-from .commands.bench import bench_command
+from .commands.bench import bench_command, bench_compare_command
 from .commands.convert_check import convert_check_command
 from .commands.info import info_command
 from .commands.models import models_command
 from .commands.train import train_command
 
+
+class Commands(TyperGroup):
+    """Commands of one word or two: `bench compare` is one beside `bench`, which takes an operation in its place."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        name = " ".join(args[:2])
+        command = self.get_command(ctx, name)
+        return super().resolve_command(ctx, args) if command is None else (name, command, args[2:])
+
+
 app = typer.Typer(
     name="dlkernels",
+    cls=Commands,
     help="Hand-written deep-learning kernels for PyTorch.",
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -35,6 +47,7 @@ for name, command in {
     "train": train_command,
     "models": models_command,
     "bench": bench_command,
+    "bench compare": bench_compare_command,
     "convert-check": convert_check_command,
     "info": info_command,
 }.items():

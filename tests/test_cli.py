@@ -6,6 +6,7 @@ import inspect
 import io
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -295,7 +296,12 @@ def test_models_lists_every_network_with_its_parameters(capsys: pytest.CaptureFi
         (["train", "lenet", "digits"], ["digits"]),
         (["bench", "pooling"], ["pooling", "attention"]),
         (["bench", "--dtype", "float8"], ["--dtype", "float8"]),
-        (["bench", "--peers", "jax"], ["--peers", "jax"]),
+        (["bench", "--dtype", "bf16,int8"], ["--dtype", "'int8'", "bfloat16, float16, float32, float64"]),
+        (["bench", "--providers", "torch,jax"], ["--providers", "'jax'", "dlkernels, torch, compile, thp"]),
+        (["bench", "--mode", "backward"], ["--mode", "'backward'", "forward, both"]),
+        (["bench", "compare"], ["first"]),
+        (["bench", "compare", "a.json"], ["second"]),
+        (["bench", "compare", "a.json", "b.json", "--threshold", "-1"], ["--threshold", "0"]),
         (["bench", "--plot", "plot.txt"], ["--plot", "plot.txt", ".png"]),
         (["bench", "--threads", "0"], ["--threads"]),
         (["info", "--yaml"], ["--yaml"]),
@@ -324,6 +330,11 @@ def test_wrong_usage_is_one_line_and_status_2(
         (["train", "lenet", "--log-file", "{tmp}/missing/log.jsonl"], ["missing/log.jsonl", "No such file"]),
         (["train", "lenet", "--log-file", "{tmp}"], ["Is a directory"]),
         (["bench", "--quick", "--json", "{tmp}/file/x.json"], ["/file: File exists"]),
+        (["bench", "conv2d", "--shapes", "nonet"], ["'nonet'", "LeNet conv1, 5x5; MobileNetV2", "conv2d 1x1, conti"]),
+        (["bench", "conv2d", "--dtype", "fp64"], ["conv2d", "float64", "float32, bfloat16"]),
+        (["bench", "compare", "{tmp}/missing.json", "{tmp}/file"], ["missing.json: No such file"]),
+        (["bench", "compare", "{tmp}/file", "{tmp}/file"], ["/file holds no benchmark run: JSONDecodeError"]),
+        (["bench", "compare", "{tmp}", "{tmp}/file"], ["Is a directory"]),
     ],
     ids=lambda value: " ".join(value),
 )
@@ -378,18 +389,113 @@ def test_bench_fails_on_a_wrong_result(capsys: pytest.CaptureFixture[str], monke
     assert "2 results differ from torch's: cross-entropy C 10-100: CIFAR-10 (128x10), float32, forward" in error
 
 
+@pytest.mark.usefixtures("little_to_measure")
+def test_bench_measures_the_shapes_and_directions_it_is_told(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "run.json"
+    chosen = ["--shapes", "cifar10", "--dtype", "fp32", "--mode", "forward", "--providers", "dlkernels,torch"]
+    assert cli.run(["bench", "cross_entropy", "--threads", "1", "--quick", *chosen, "--json", str(path)]) == 0
+    assert "forward / both" not in capsys.readouterr().out
+    (only,) = json.loads(path.read_text())["results"]
+    assert (only["name"], only["dtype"], only["direction"]) == ("CIFAR-10 (128x10)", "float32", "forward")
+    assert only["spread"] == {"dlkernels": 0.0, "torch": 0.0}  # of one sample
+
+
+def compared(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """Exit status, output and error of `bench compare`."""
+    status = cli.run(["bench", "compare", *map(str, arguments)])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+@pytest.fixture
+def measured_twice(tmp_path: Path) -> tuple[Path, Path]:
+    """Files of two runs: on the second machine all takes half the time, and one case of ours is a tenth slower."""
+    paths = tmp_path / "first.json", tmp_path / "second.json"
+    for path, speed, slower in ((paths[0], 1.0, 1.0), (paths[1], 0.5, 1.1)):
+        results = [
+            bench.harness.Result(
+                column="conv2d",
+                group="a class",
+                name=name,
+                dtype="float32",
+                direction="forward",
+                bytes=1.0,
+                operations=1.0,
+                error=0.0,
+                same=True,
+                median={"dlkernels": 1e-3 * speed * factor, "torch": 2e-3 * speed},
+                spread={"dlkernels": 0.03, "torch": 0.02},
+                page_faults={"dlkernels": 0.0, "torch": 0.0},
+                ratio={"torch": 2 / factor},
+            )
+            for name, factor in (("steady", 1.0), ("changing", slower), (f"only {path.stem}", 1.0))
+        ]
+        bench.write_json(bench.Run(info.environment(), bench.harness.Ceilings(1.0, {}), True, results), path)
+    return paths
+
+
+def test_bench_compare_judges_by_the_ratio_to_torch(
+    capsys: pytest.CaptureFixture[str], measured_twice: tuple[Path, Path]
+) -> None:
+    first, second = measured_twice
+    status, out, error = compared(capsys, first, second)
+    assert status == 1
+    assert error == (
+        "dlkernels: 1 of 2 cases are more than 5 % slower against torch, the most a class, float32: changing, forward "
+        "(+10.0%)\n"
+    )
+    rows = {line.split("│")[1].strip(): line.split("│")[2:5] for line in out.splitlines() if line.startswith("│")}
+    assert [cell.strip() for cell in rows["a class, float32: steady, forward"]] == ["+0.0%", "-50.0%", "3%"]
+    assert [cell.strip() for cell in rows["a class, float32: changing, forward"]] == ["+10.0%", "-45.0%", "3%"]
+    for path in (first, second):
+        assert f"only in {path}: a class, float32: only {path.stem}, forward" in out
+        assert f"{path}: dlkernels {dlkernels.__version__}, PyTorch {torch.__version__}" in out
+
+
+def test_bench_compare_passes_what_is_faster_or_within_the_threshold(
+    capsys: pytest.CaptureFixture[str], measured_twice: tuple[Path, Path]
+) -> None:
+    first, second = measured_twice
+    assert compared(capsys, second, first)[0] == 0
+    assert compared(capsys, first, first)[0] == 0
+    assert compared(capsys, first, second, "--threshold", "10.1")[0] == 0
+    assert compared(capsys, first, second, "--threshold", "9.9")[0] == 1
+
+
+def test_bench_compare_fails_on_results_that_became_wrong_and_on_nothing_in_common(
+    capsys: pytest.CaptureFixture[str], measured_twice: tuple[Path, Path]
+) -> None:
+    first, second = measured_twice
+    run = bench.read_json(first)
+    for entry in run.results[1:]:
+        entry.name += " of another run"
+    run.results[0].same, run.results[0].ratio, run.results[0].median = False, {}, {}
+    bench.write_json(run, second)
+    status, _, error = compared(capsys, first, second)
+    assert status == 1
+    assert f"{second}: 1 results differ from torch's: a class, float32: steady, forward" in error
+    run.results = run.results[1:]
+    bench.write_json(run, second)
+    status, _, error = compared(capsys, first, second)
+    assert (status, error) == (1, f"dlkernels: {first} and {second} have no case in common\n")
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["--version"]) == 0
     assert capsys.readouterr().out == f"dlkernels {dlkernels.__version__}\n"
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["train"], ["models"], ["bench"], ["info"]], ids=lambda value: " ".join(value) or "all"
+    "command",
+    [[], ["train"], ["models"], ["bench"], ["bench", "compare"], ["info"]],
+    ids=lambda value: " ".join(value) or "all",
 )
 def test_help_goes_to_standard_output(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run([*command, "--help"]) == 0
     captured = capsys.readouterr()
-    assert "Usage: dlkernels" in captured.out
+    assert f"Usage: {' '.join(['dlkernels', *command])} " in captured.out
     assert captured.err == ""
 
 
@@ -497,6 +603,31 @@ def test_plain_lines_on_request(variable: str, monkeypatch: pytest.MonkeyPatch) 
     assert console.file.getvalue() == expected  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("plain", [False, True], ids=["colour", "NO_COLOR"])
+def test_tables_have_colour_on_a_terminal_unless_told_otherwise(
+    plain: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], measured_twice: tuple[Path, Path]
+) -> None:
+    colour = re.compile(r"\x1b\[[0-9;]*3[0-7]")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("NO_COLOR", "1" if plain else "")
+    _, out, error = compared(capsys, *measured_twice)
+    assert "\x1b[" not in error
+    assert bool(colour.search(out)) is not plain
+    for variable in ("FORCE_COLOR", "NO_COLOR"):
+        monkeypatch.delenv(variable)
+    assert "\x1b[" not in compared(capsys, *measured_twice)[1]  # no terminal
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["bar", "NO_COLOR"])
+def test_the_bar_of_a_benchmark_is_drawn_on_a_terminal_only(plain: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CI", raising=False)
+    monkeypatch.setenv("NO_COLOR", "1" if plain else "")
+    console = Console(file=io.StringIO(), force_terminal=True, width=120)
+    assert list(bench.runner.progressing([1, 2], console, str)) == [1, 2]
+    assert bool(console.file.getvalue()) is not plain  # type: ignore[attr-defined]
+
+
 def test_plain_lines_where_there_is_no_terminal() -> None:
     assert not show.is_live(Console(file=io.StringIO()))
 
@@ -527,6 +658,6 @@ def test_bench_on_a_gpu_says_what_is_missing(
     status, error = failing(capsys, "bench", "--device", "cuda")
     assert status == 1
     assert "this build has no CUDA kernels; run: DLKERNELS_CUDA=1 pip install ." in error
-    status, error = failing(capsys, "bench", "--device", "cuda", "--peers", "thp")
+    status, error = failing(capsys, "bench", "--device", "cuda", "--providers", "thp")
     assert status == 2
     assert "huge pages are the processor's" in error

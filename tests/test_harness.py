@@ -32,6 +32,7 @@ from dlkernels.bench.harness import (
     Result,
     geometric_mean,
     interleave,
+    interquartile_range,
     measure,
     measure_ceilings,
     outputs_of,
@@ -71,6 +72,7 @@ def result(name: str, direction: str, ratio: float, group: str = "a class") -> R
         same=True,
         median={OURS: 1e-3, TORCH: ratio * 1e-3},
         minimum={OURS: 0.9e-3, TORCH: ratio * 0.9e-3},
+        spread={OURS: 0.04, TORCH: 0.06},
         page_faults={OURS: 0.0, TORCH: 12.0},
         ratio={TORCH: ratio},
         share_of_ceiling=0.5,
@@ -174,10 +176,41 @@ def test_both_directions_are_measured_after_they_agreed() -> None:
     for entry in (forward, both):
         assert entry.same
         assert entry.error == 0.0
-        assert set(entry.median) == set(entry.minimum) == set(entry.page_faults) == {OURS, TORCH}
+        assert set(entry.median) == set(entry.minimum) == set(entry.spread) == set(entry.page_faults) == {OURS, TORCH}
         assert entry.ratio == {TORCH: entry.median[TORCH] / entry.median[OURS]}
         assert entry.minimum[OURS] <= entry.median[OURS]
     assert forward.share_of_ceiling == pytest.approx(64 / 1e10 / forward.median[OURS])
+
+
+def test_only_the_directions_asked_for_are_measured() -> None:
+    (only,) = measure(case(), CEILINGS, SHORT, directions=[BOTH])
+    assert only.direction == BOTH
+
+
+@pytest.mark.parametrize(
+    ("samples", "width"), [([3.0], 0.0), ([1.0, 2.0, 3.0, 4.0, 5.0], 2.0), ([1.0, 1.0, 1.0, 1.0, 99.0], 0.0)]
+)
+def test_the_spread_is_that_of_the_middle_half(samples: list[float], width: float) -> None:
+    assert interquartile_range(samples) == width
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("", {"ResNet-50 layer2 (4x128)", "LeNet"}),
+        ("resnet50", {"ResNet-50 layer2 (4x128)"}),
+        ("RESNET-50 Layer2", {"ResNet-50 layer2 (4x128)"}),
+        ("a class", {"ResNet-50 layer2 (4x128)", "LeNet"}),
+    ],
+)
+def test_shapes_are_found_by_part_of_their_name_or_class(text: str, names: set[str]) -> None:
+    cases = [case(name="ResNet-50 layer2 (4x128)"), case(name="LeNet")]
+    assert {found.name for found in runner.matching(cases, text)} == names
+
+
+def test_an_unknown_shape_is_told_which_there_are() -> None:
+    with pytest.raises(bench.BenchError, match="'vgg': there are LeNet; ResNet-50 layer2; the classes are a class"):
+        runner.matching([case(name="ResNet-50 layer2 (4x128)"), case(name="LeNet")], "vgg")
 
 
 def test_torchs_backends_compete_where_they_take_the_inputs() -> None:
@@ -206,7 +239,10 @@ def test_runs_of_columns_are_one_run(tmp_path: Path) -> None:
     assert both.ceilings == Ceilings(2e10, {"float32": 1e11, "bfloat16": 2e11, "float16": 3e11})
     assert both.seconds == 2.0
     (tmp_path / "other.json").write_text('{"results": [{}]}')
-    with pytest.raises(ValueError, match="other.json holds no benchmark run: TypeError"):
+    with pytest.raises(ValueError, match="other.json holds no benchmark run: KeyError"):
+        report.read_json(tmp_path / "other.json")
+    (tmp_path / "other.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match="other.json holds no benchmark run: UnicodeDecodeError"):
         report.read_json(tmp_path / "other.json")
 
 
@@ -326,6 +362,7 @@ def test_json_holds_every_figure(tmp_path: Path) -> None:
         "same",
         "median",
         "minimum",
+        "spread",
         "page_faults",
         "ratio",
         "share_of_ceiling",
@@ -337,7 +374,7 @@ def test_report_has_classes_and_shapes(tmp_path: Path) -> None:
     report.write_report(finished_run(), path)
     text = path.read_text()
     assert "| a class, float32 | 2 | 4.00 | 2.00 | 50% | 0 / 12 | 2.00 | 1.00 | 50% | 0 / 12 |" in text
-    assert "| a class: large | float32 | forward | 1 | 8 | 8.00 | 8.00 | 1.0 | 2 | 50% |" in text
+    assert "| a class: large | float32 | forward | 1 | 8 | 8.00 | 8.00 | 4% / 6% | 1.0 | 2 | 50% |" in text
     assert "differ" not in text
     assert json.loads(path.with_suffix(".json").read_text())["quick"] is True
     for table in text.split("\n\n"):
@@ -370,9 +407,11 @@ def test_huge_pages_are_merged_by_case(monkeypatch: pytest.MonkeyPatch) -> None:
         Path(command[command.index("--json") + 1]).write_text(json.dumps({"results": [entry]}))
 
     monkeypatch.setattr(runner.subprocess, "run", run_elsewhere)
-    runner.add_huge_pages(found, ["conv2d"], ["float32"])
+    runner.add_huge_pages(found, ["float32", "bfloat16"], ["forward"], "small")
     assert seen["environment"]["THP_MEM_ALLOC_ENABLE"] == "1"
-    assert seen["command"][-2:] == ["--dtype", "float32"]
+    assert seen["command"][3:5] == ["bench", "conv2d"]
+    chosen = ["--dtype", "float32,bfloat16", "--mode", "forward", "--shapes", "small"]
+    assert seen["command"][-6:] == chosen
     assert [entry.ratio.get(bench.HUGE_PAGES) for entry in found.results] == [1.5, None, None, None]
 
 
@@ -380,7 +419,7 @@ def test_a_failed_run_with_huge_pages_says_why(monkeypatch: pytest.MonkeyPatch) 
     done = runner.subprocess.CompletedProcess([], 3, stdout="", stderr="first\nlast line\n")
     monkeypatch.setattr(runner.subprocess, "run", lambda *_, **__: done)
     with pytest.raises(bench.BenchError, match="the run with huge pages stopped with status 3: last line"):
-        runner.add_huge_pages(finished_run(), ["conv2d"], ["float32"])
+        runner.add_huge_pages(finished_run(), ["float32"], ["forward"], "")
 
 
 @pytest.mark.parametrize("gpu", [False, True], ids=["processor", "gpu"])

@@ -4,6 +4,7 @@ import ast
 import fcntl
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -160,13 +161,14 @@ def test_source_distribution_holds_what_a_build_needs_and_nothing_built(tmp_path
 
 @pytest.fixture
 def import_package(tmp_path):
-    """Returns import_package(files): imports a copy of dlkernels, with `files` in it, under a torch 2.13.0."""
+    """Returns import_package(files): imports a copy of dlkernels holding `files`, under a torch 2.13.0 for CUDA 13."""
 
     def import_copy(files):
         built = shutil.ignore_patterns("_C.*", "_build_info.py")
         shutil.copytree(ROOT / "dlkernels", tmp_path / "dlkernels", ignore=built)
         (tmp_path / "torch").mkdir()
-        (tmp_path / "torch" / "__init__.py").write_text("__version__ = '2.13.0+cpu'\n")
+        version = "class version:\n    cuda = '13.0'\n"
+        (tmp_path / "torch" / "__init__.py").write_text(f"__version__ = '2.13.0+cpu'\n{version}")
         for name, text in files.items():
             (tmp_path / name).write_text(text)
         # -S: an editable installation would supply whatever module the copy lacks.
@@ -175,14 +177,39 @@ def import_package(tmp_path):
     return import_copy
 
 
-def build_info(torch_version):
-    return f"BUILD_INFO = {{'dlkernels': '0.1.0', 'torch': {torch_version!r}}}\n"
+def build_info(torch_version, **facts):
+    return f"BUILD_INFO = { ({'dlkernels': '0.1.0', 'torch': torch_version} | facts)!r}\n"
 
 
 def test_extension_for_another_torch_says_which_and_what_to_run(import_package):
     finished = import_package({"dlkernels/_build_info.py": build_info("2.12.0"), "dlkernels/_C.py": ""})
     assert finished.stderr.strip().splitlines()[-1] == (
         "ImportError: dlkernels 0.1.0 was compiled for torch 2.12.0, you have 2.13.0+cpu; "
+        "run: pip install --force-reinstall --no-cache-dir --no-build-isolation dlkernels"
+    )
+
+
+def test_kernels_of_another_cuda_say_which_and_what_to_run(import_package):
+    facts = build_info("2.13.0+cpu", cuda="12.8")
+    finished = import_package({"dlkernels/_build_info.py": facts, "dlkernels/_C.py": "raise ImportError('too late')"})
+    assert finished.stderr.strip().splitlines()[-1] == (
+        "ImportError: dlkernels 0.1.0 was compiled for CUDA 12.8, your torch is for CUDA 13.0; "
+        "run: DLKERNELS_CUDA=1 pip install --force-reinstall --no-cache-dir --no-build-isolation dlkernels"
+    )
+
+
+@pytest.mark.parametrize("cuda", [None, "13.0", "13.2"])
+def test_kernels_of_the_same_cuda_or_of_none_are_loaded(import_package, cuda):
+    facts = build_info("2.13.0+cpu", cuda=cuda)
+    finished = import_package({"dlkernels/_build_info.py": facts, "dlkernels/_C.py": "raise ImportError('loaded')"})
+    assert finished.stderr.strip().splitlines()[-1] == "ImportError: loaded"
+
+
+def test_extension_for_another_python_says_which_and_what_to_run(import_package):
+    facts = build_info("2.13.0+cpu", python="3.9.18")
+    finished = import_package({"dlkernels/_build_info.py": facts})
+    assert finished.stderr.strip().splitlines()[-1] == (
+        f"ImportError: dlkernels 0.1.0 was compiled for Python 3.9.18, you have {platform.python_version()}; "
         "run: pip install --force-reinstall --no-cache-dir --no-build-isolation dlkernels"
     )
 
@@ -202,7 +229,9 @@ def test_other_import_errors_of_the_extension_stay_what_they_are(import_package)
 
 
 @pytest.mark.parametrize(
-    "files", [{}, {"dlkernels/_build_info.py": build_info("2.13.0+cpu")}], ids=["nothing", "no extension"]
+    "files",
+    [{}, {"dlkernels/_build_info.py": build_info("2.13.0+cpu", python=platform.python_version())}],
+    ids=["nothing", "no extension"],
 )
 def test_missing_extension_says_what_to_run(import_package, files):
     finished = import_package(files)

@@ -67,7 +67,7 @@ def stages(dry_run: bool) -> Iterator[Stage]:
         yield Stage(tool, command, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, reason)
     for column in COLUMNS:
         options = ["--quick"] if dry_run else ["--device", "cuda"]
-        options += ["--peers", "compile"] if column in FUSED_BY_COMPILERS and not dry_run else []
+        options += ["--providers", "compile"] if column in FUSED_BY_COMPILERS and not dry_run else []
         figures = str(RECORDS / f"{figures_prefix(dry_run)}{column}.json")
         command = [sys.executable, "-m", "dlkernels", "bench", column, *options, "--json", figures]
         yield Stage(f"bench {column}", command, {})

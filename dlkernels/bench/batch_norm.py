@@ -1,4 +1,4 @@
-"""Training-mode batch norms of ResNet-18/50 and MobileNetV2, alone and with the ReLU and the sum that follow."""
+"""Training-mode batch norms of ResNet-50 and MobileNetV2, alone and with the ReLU and the sum that follow."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from .harness import Case, Cost, Problem
 
 # Name, [N, C, H, W]; a quick run takes the first.
 SHAPES = (
-    ("ResNet layer2", (8, 128, 28, 28)),
-    ("ResNet stem", (4, 64, 112, 112)),
+    ("ResNet-50 layer2", (8, 128, 28, 28)),
+    ("ResNet-50 stem", (4, 64, 112, 112)),
     ("ResNet-50 layer1", (8, 256, 56, 56)),
-    ("ResNet layer4", (8, 512, 7, 7)),
+    ("ResNet-50 layer4", (8, 512, 7, 7)),
     ("MobileNetV2 block 4", (8, 192, 28, 28)),
 )
 GPU_SHAPES = (
-    ("ResNet layer2", (256, 128, 28, 28)),
-    ("ResNet layer1", (256, 64, 56, 56)),
+    ("ResNet-50 layer2", (256, 128, 28, 28)),
+    ("ResNet-50 layer1", (256, 64, 56, 56)),
     ("ResNet-50 layer1", (256, 256, 56, 56)),
     ("ResNet-50 layer3", (256, 1024, 14, 14)),
-    ("ResNet layer4", (256, 512, 7, 7)),
+    ("ResNet-50 layer4", (256, 512, 7, 7)),
 )
 # Class, layouts, element types, whether ReLU follows, whether a residual is added before it.
 Group = tuple[str, tuple[str, ...], tuple[str, ...], bool, bool]

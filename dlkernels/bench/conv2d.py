@@ -37,11 +37,11 @@ GROUPS: tuple[tuple[str, tuple[str, ...], tuple[str, ...], tuple[Shape, ...]], .
         BOTH_LAYOUTS,
         ("float32", "bfloat16"),
         (
-            Shape("ResNet layer2", 4, 128, 128, 28, 3, 1, 1),
-            Shape("ResNet layer1", 4, 64, 64, 56, 3, 1, 1),
-            Shape("ResNet layer4", 4, 512, 512, 7, 3, 1, 1),
+            Shape("ResNet-50 layer2", 4, 128, 128, 28, 3, 1, 1),
+            Shape("ResNet-50 layer1", 4, 64, 64, 56, 3, 1, 1),
+            Shape("ResNet-50 layer4", 4, 512, 512, 7, 3, 1, 1),
             Shape("VGG-16 conv2_1", 1, 64, 128, 112, 3, 1, 1),
-            Shape("ResNet layer3, one image", 1, 256, 256, 14, 3, 1, 1),
+            Shape("ResNet-50 layer3, one image", 1, 256, 256, 14, 3, 1, 1),
         ),
     ),
     (
@@ -49,8 +49,8 @@ GROUPS: tuple[tuple[str, tuple[str, ...], tuple[str, ...], tuple[Shape, ...]], .
         ("channels_last",),
         ("float32",),
         (
-            Shape("ResNet layer2.0", 4, 128, 128, 56, 3, 2, 1),
-            Shape("ResNet layer3.0", 4, 256, 256, 28, 3, 2, 1),
+            Shape("ResNet-50 layer2.0", 4, 128, 128, 56, 3, 2, 1),
+            Shape("ResNet-50 layer3.0", 4, 256, 256, 28, 3, 2, 1),
             Shape("ResNet-18 layer4.0", 4, 256, 512, 14, 3, 2, 1),
         ),
     ),
@@ -71,7 +71,7 @@ GROUPS: tuple[tuple[str, tuple[str, ...], tuple[str, ...], tuple[Shape, ...]], .
         ("float32",),
         (
             Shape("LeNet conv1, 5x5", 32, 1, 6, 28, 5, 1, 2),
-            Shape("ResNet conv1, 7x7", 4, 3, 64, 224, 7, 2, 3),
+            Shape("ResNet-50 conv1, 7x7", 4, 3, 64, 224, 7, 2, 3),
             Shape("AlexNet conv1, 11x11", 4, 3, 64, 224, 11, 4, 2),
             Shape("ViT-B/16 patches", 4, 3, 768, 224, 16, 16),
         ),
@@ -125,7 +125,7 @@ GPU_GROUPS: tuple[tuple[str, tuple[str, ...], tuple[str, ...], tuple[Shape, ...]
         "stem, images without gradient",
         BOTH_LAYOUTS,
         ("float32", "bfloat16"),
-        (Shape("ResNet conv1, 7x7", 256, 3, 64, 224, 7, 2, 3), Shape("ViT-B/16 patches", 256, 3, 768, 224, 16, 16)),
+        (Shape("ResNet-50 conv1, 7x7", 256, 3, 64, 224, 7, 2, 3), Shape("ViT-B/16 patches", 256, 3, 768, 224, 16, 16)),
     ),
     (
         "depthwise",

@@ -6,9 +6,10 @@ forward and backward) the harness
 1. compares our outputs and gradients with torch's, and measures nothing that differs;
 2. chooses how many calls one sample holds, so that a sample is long against the clock;
 3. takes samples in turns, ours, torch's, ours, torch's, ..., so that a change of the machine's speed meets both;
-4. reports median and minimum, page faults a call, and the share of the attainable speed: the time that the bytes that
-   must move need at the copy bandwidth measured in this run, or the operations at the measured rate of the arithmetic
-   units, whichever is longer (Williams et al. 2009, the roofline), over the measured time.
+4. reports median, spread (interquartile range over the median) and minimum, page faults a call, and the share of the
+   attainable speed: the time that the bytes that must move need at the copy bandwidth measured in this run, or the
+   operations at the measured rate of the arithmetic units, whichever is longer (Williams et al. 2009, the roofline),
+   over the measured time.
 
 A GPU's samples lie between two of its own events, with enough calls in between that the time of launching them hides
 behind the time of running them. Its copy bandwidth is that of one tensor into another, its rate that of torch's
@@ -21,7 +22,7 @@ import math
 import resource
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -39,11 +40,12 @@ OURS = "dlkernels"
 TORCH = "torch"
 FORWARD = "forward"
 BOTH = "forward + backward"
+DIRECTIONS = (FORWARD, BOTH)
 
 BEST = "best of torch's"
 
 # Largest relative difference (root mean square) from torch in the same type that still counts as the same result.
-SAME = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 3e-3}
+SAME = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 3e-3}
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ class Times:
 
     median: dict[str, float] = field(default_factory=dict)
     minimum: dict[str, float] = field(default_factory=dict)
+    spread: dict[str, float] = field(default_factory=dict)  # interquartile range over the median
     page_faults: dict[str, float] = field(default_factory=dict)
     ratio: dict[str, float] = field(default_factory=dict)  # the contender's median time over ours
 
@@ -96,6 +99,7 @@ class Times:
         seconds, faults = interleave(programs, budget, elapsed)
         self.median = {name: statistics.median(samples) for name, samples in seconds.items()}
         self.minimum = {name: min(samples) for name, samples in seconds.items()}
+        self.spread = {name: interquartile_range(samples) / self.median[name] for name, samples in seconds.items()}
         self.page_faults = {name: statistics.median(samples) for name, samples in faults.items()}
         self.ratio = {name: self.median[name] / self.median[OURS] for name in programs if name != OURS}
 
@@ -152,6 +156,14 @@ def geometric_mean(values: Iterable[float]) -> float:
     if not numbers or min(numbers) <= 0:
         raise ValueError(f"a geometric mean needs positive values, got {numbers}")
     return math.exp(math.fsum(map(math.log, numbers)) / len(numbers))
+
+
+def interquartile_range(samples: Sequence[float]) -> float:
+    """How far apart the quartiles lie, which one slow sample does not move; nothing for a single sample."""
+    if len(samples) == 1:
+        return 0.0
+    lower, _, upper = statistics.quantiles(samples, n=4, method="inclusive")
+    return upper - lower
 
 
 def largest(values: Iterable[float]) -> float:
@@ -260,8 +272,9 @@ def measure(
     budget: Budget,
     compiled: bool = False,
     device: torch.device = PROCESSOR,
+    directions: Collection[str] = DIRECTIONS,
 ) -> list[Result]:
-    """One case in both directions; the times of a result that differs from torch's are not taken."""
+    """One case in each of the directions; the times of a result that differs from torch's are not taken."""
     problem = case.build(device)
     functions = contenders(problem, compiled)
     with torch.no_grad():
@@ -270,6 +283,8 @@ def measure(
 
     results = []
     for direction, cost, grads in ((FORWARD, case.forward, None), (BOTH, case.both, grad_outputs)):
+        if direction not in directions:
+            continue
         programs = {name: program(function, problem.inputs, grads) for name, function in functions.items()}
         pairs = zip(programs[OURS](), programs[TORCH](), strict=True)  # type: ignore[call-overload]
         error = largest(relative_difference(ours, peer) for ours, peer in pairs)

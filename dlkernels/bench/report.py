@@ -20,6 +20,7 @@ EXPLANATION = """\
 A ratio is the peer's median time over ours, samples taken in turns in one process; above 1 is faster than the peer.
 Each class shows the geometric mean over its shapes and the worst of them against torch. The share of the ceiling is the
 least time that the bytes or the operations need at the rates above, over our time; over 100 % the data were in cache.
+The spread is the interquartile range of the samples over their median.
 Page faults are per call: where torch has them and we have not, part of the ratio is the allocator's, and the ratio to
 `torch, huge pages` shows what is left without it."""
 PLOT_FORMATS = (".png", ".svg", ".pdf")
@@ -36,6 +37,7 @@ class Class:
     ratio: dict[str, float]  # geometric mean over the shapes, by peer
     worst: float  # the smallest ratio against torch
     share_of_ceiling: float  # median over the shapes
+    spread: dict[str, float]  # interquartile range over the median: the median over the shapes, by contender
     page_faults: dict[str, float]  # median over the shapes, by contender
 
 
@@ -57,6 +59,11 @@ def classes(results: Iterable[Result]) -> list[Class]:
                 ratio={peer: geometric_mean(member.ratio[peer] for member in members) for peer in peers},
                 worst=min(member.ratio[TORCH] for member in members),
                 share_of_ceiling=statistics.median(member.share_of_ceiling or 0.0 for member in members),
+                spread={
+                    name: statistics.median(member.spread[name] for member in members)
+                    for name in (OURS, TORCH)
+                    if all(name in member.spread for member in members)
+                },
                 page_faults={
                     name: statistics.median(member.page_faults[name] for member in members) for name in (OURS, TORCH)
                 },
@@ -92,9 +99,10 @@ def read_json(path: Path) -> Run:
 
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
+        circumstances(facts["environment"])  # all that a report names must be there
         results = [Result(**entry) for entry in facts["results"]]
         return Run(facts["environment"], Ceilings(**facts["ceilings"]), facts["quick"], results, facts["seconds"])
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} holds no benchmark run: {type(error).__name__}: {error}") from None
 
 
@@ -115,6 +123,11 @@ def merged(runs: Sequence[Run]) -> Run:
     )
 
 
+def percent(share: float | None) -> str:
+    """A spread; nothing where the run recorded none."""
+    return "" if share is None else f"{share:.0%}"
+
+
 def summary_table(run: Run) -> Table:
     """The classes' ratios: torch's time over ours, so that above one is faster than torch."""
     rate = ", ".join(f"{value / 1e9:,.0f} Gop/s {name}" for name, value in run.ceilings.arithmetic_rate.items())
@@ -127,15 +140,19 @@ def summary_table(run: Run) -> Table:
     summed = {(entry.label, entry.direction): entry for entry in classes(run.results)}
     peers = list(dict.fromkeys(peer for entry in summed.values() for peer in entry.ratio))
     table.add_column("class", no_wrap=True)
+    measured = {direction for _, direction in summed}
+    modes = " / ".join(mode for mode, direction in (("forward", FORWARD), ("both", BOTH)) if direction in measured)
     for peer in peers:
-        table.add_column(f"{peer}\nforward / both", justify="right")
+        table.add_column(f"{peer}\n{modes}", justify="right")
     table.add_column("worst\nshape", justify="right")
+    table.add_column("spread,\nours", justify="right")
     table.add_column("of the\nceiling", justify="right")
     for label in dict.fromkeys(label for label, _ in summed):
         both = [summed[label, direction] for direction in (FORWARD, BOTH) if (label, direction) in summed]
         ratios = [" / ".join(f"{entry.ratio[peer]:.2f}x" for entry in both if peer in entry.ratio) for peer in peers]
         shares = " / ".join(f"{entry.share_of_ceiling:.0%}" for entry in both)
-        table.add_row(label, *ratios, f"{min(entry.worst for entry in both):.2f}x", shares)
+        spreads = " / ".join(percent(entry.spread.get(OURS)) for entry in both)
+        table.add_row(label, *ratios, f"{min(entry.worst for entry in both):.2f}x", spreads, shares)
     return table
 
 
@@ -218,6 +235,7 @@ def write_report(run: Run, path: Path) -> None:
             "torch ms",
             "ratio",
             "minima",
+            "spread, ours / torch",
             "GB/s",
             "Gop/s",
             "of ceiling",
@@ -236,6 +254,7 @@ def write_report(run: Run, path: Path) -> None:
                     milliseconds(result.median[TORCH]),
                     f"{result.ratio[TORCH]:.2f}",
                     f"{result.minimum[TORCH] / result.minimum[OURS]:.2f}",
+                    " / ".join(percent(result.spread.get(name)) for name in (OURS, TORCH)),
                     f"{result.bytes / ours / 1e9:.1f}",
                     f"{result.operations / ours / 1e9:.0f}",
                     f"{result.share_of_ceiling:.0%}",
@@ -264,6 +283,8 @@ def write_plot(run: Run, path: Path) -> None:
     styles = {FORWARD: ("#2a6f97", 0.2), BOTH: ("#f4a259", -0.2)}
     for direction, (colour, offset) in styles.items():
         members = [entry for entry in summed if entry.direction == direction]
+        if not members:
+            continue
         heights = [place[entry.label] + offset for entry in members]
         values = [entry.ratio[TORCH] for entry in members]
         # Bars start at one: the side shows who is faster, the length by how much.

@@ -21,10 +21,27 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from .. import info
 from ..train.show import is_live
-from .harness import BEST, FULL, PROCESSOR, QUICK, TORCH, Case, Ceilings, Result, dtype_name, measure, measure_ceilings
+from .harness import (
+    BEST,
+    BOTH,
+    FORWARD,
+    FULL,
+    OURS,
+    PROCESSOR,
+    QUICK,
+    TORCH,
+    Case,
+    Ceilings,
+    Result,
+    dtype_name,
+    measure,
+    measure_ceilings,
+)
 
 COLUMNS = ("conv2d", "batch_norm", "lstm", "linear", "cross_entropy", "linear_cross_entropy", "attention")
 HUGE_PAGES = "torch, huge pages"
+PROVIDERS = (OURS, TORCH, "compile", "thp")
+MODES = {"forward": FORWARD, "both": BOTH}
 DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("float32", "bfloat16", "float16")}  # measured where none is chosen
 
 Item = TypeVar("Item")
@@ -60,6 +77,26 @@ def find_cases(columns: Sequence[str], dtypes: Sequence[torch.dtype], quick: boo
         yield from importlib.import_module(f"{__package__}.{column}").cases(tuple(dtypes), quick, gpu)
 
 
+def letters(text: str) -> str:
+    """What is compared of a name: `ResNet-50` is `resnet50`."""
+    return "".join(filter(str.isalnum, text.lower()))
+
+
+def matching(cases: Sequence[Case], shapes: str) -> list[Case]:
+    """The cases whose class or name (network, layer, sizes) holds ``shapes``; letters and digits count, not their case.
+
+    Raises:
+        BenchError: there is none; the message names what there is.
+    """
+    wanted = letters(shapes)
+    found = [case for case in cases if wanted in letters(case.group) or wanted in letters(case.name)]
+    if not found:
+        names = "; ".join(sorted({case.name.partition(" (")[0] for case in cases}))
+        groups = "; ".join(sorted({case.group for case in cases}))
+        raise BenchError(f"no shape holds {shapes!r}: there are {names}; the classes are {groups}")
+    return found
+
+
 @contextlib.contextmanager
 def strict_float32(device: torch.device) -> Iterator[None]:
     """On a GPU: torch's convolutions and LSTMs in full float32, like ours, by the fastest of cuDNN's kernels."""
@@ -74,7 +111,10 @@ def describe(results: list[Result]) -> str:
     """One case's outcome in a line."""
     first = results[0]
     peer = BEST if any(BEST in r.ratio for r in results) else TORCH
-    ratios = ", ".join(f"{r.direction} {r.ratio[peer]:.2f}x" if r.same else f"{r.direction} DIFFERS" for r in results)
+    ratios = ", ".join(
+        f"{r.direction} {r.ratio[peer]:.2f}x (spread {r.spread[OURS]:.0%})" if r.same else f"{r.direction} DIFFERS"
+        for r in results
+    )
     return f"{first.group}, {first.dtype}: {first.name}: {ratios}"
 
 
@@ -94,39 +134,52 @@ def run(
     *,
     quick: bool = False,
     dtypes: Sequence[str] = DTYPES["cpu"],
-    peers: Sequence[str] = (),
+    shapes: str = "",
+    providers: Sequence[str] = (),
+    modes: Sequence[str] = tuple(MODES),
     device: torch.device = PROCESSOR,
     console: Console | None = None,
 ) -> Run:
-    """Measures every case of ``columns`` against torch as it is, and against ``peers``.
+    """Measures the cases of ``columns`` against torch as it is, and against the other ``providers``.
 
     Args:
         columns: some of :data:`COLUMNS`.
         quick: one shape a class, and fewer samples.
         dtypes: element types to measure.
-        peers: ``"compile"`` adds torch.compile to the contenders; ``"thp"`` repeats the run in a process whose
-            allocator asks for huge pages.
+        shapes: only cases whose class or name holds this text; all for an empty one.
+        providers: ``"compile"`` adds torch.compile to the contenders; ``"thp"`` repeats the run in a process whose
+            allocator asks for huge pages. ``"dlkernels"`` and ``"torch"`` always are.
+        modes: some of :data:`MODES`: forward alone, forward and backward.
         device: where the tensors are; on a GPU, one of those that the build has kernels for.
         console: where the progress goes; nowhere if not given.
+
+    Raises:
+        BenchError: there is nothing to measure, or a part could not be.
     """
     console = console or Console(quiet=True)
     types = [getattr(torch, name) for name in dtypes]
+    cases = list(find_cases(columns, types, quick, gpu=device.type == "cuda"))
+    if not cases:
+        usual = ", ".join(DTYPES[device.type])
+        raise BenchError(f"{', '.join(columns)}: no shape is measured in {', '.join(dtypes)}; most are in {usual}")
+    cases = matching(cases, shapes)
+    directions = [MODES[mode] for mode in modes]
     start = time.perf_counter()
     found = Run(info.environment(device), measure_ceilings(types, quick, device), quick)
-    cases = list(find_cases(columns, types, quick, gpu=device.type == "cuda"))
     with strict_float32(device):
         for case in progressing(cases, console, lambda case: f"{case.group}, {dtype_name(case.dtype)}"):
-            results = measure(case, found.ceilings, QUICK if quick else FULL, "compile" in peers, device)
+            budget, compiled = QUICK if quick else FULL, "compile" in providers
+            results = measure(case, found.ceilings, budget, compiled, device, directions)
             found.results += results
             console.print(describe(results), highlight=False, soft_wrap=True)
-    if "thp" in peers:
+    if "thp" in providers:
         console.print("the same with THP_MEM_ALLOC_ENABLE=1", highlight=False)
-        add_huge_pages(found, columns, dtypes)
+        add_huge_pages(found, dtypes, modes, shapes)
     found.seconds = time.perf_counter() - start
     return found
 
 
-def add_huge_pages(found: Run, columns: Sequence[str], dtypes: Sequence[str]) -> None:
+def add_huge_pages(found: Run, dtypes: Sequence[str], modes: Sequence[str], shapes: str) -> None:
     """Adds the ratios of a run in which torch's allocator, ours too, asks for huge pages.
 
     Raises:
@@ -136,11 +189,11 @@ def add_huge_pages(found: Run, columns: Sequence[str], dtypes: Sequence[str]) ->
     ratios = {}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "run.json")
-        for column in columns:
+        for column in dict.fromkeys(result.column for result in found.results):
             command = [sys.executable, "-m", "dlkernels", "bench", column, "--json", str(path)]
             command += ["--threads", str(torch.get_num_threads())]
             command += ["--quick"] if found.quick else []
-            command += ["--dtype", dtypes[0]] if len(dtypes) == 1 else []
+            command += ["--dtype", ",".join(dtypes), "--mode", ",".join(modes), "--shapes", shapes]
             done = subprocess.run(command, env=environment, capture_output=True, text=True)
             if not path.exists():
                 last = (done.stderr.strip().splitlines() or ["no message"])[-1]

@@ -40,9 +40,14 @@ def batch_norm(
         residual: a tensor like ``input``, added before the activation, in the same pass.
 
     Raises:
-        ValueError: fewer than two values a channel when training, ``eps`` not positive, or an unknown ``activation``.
+        ValueError: fewer than two values a channel when training, ``eps`` negative; when training, ``eps`` zero or one
+            of the running statistics without the other; an unknown ``activation``.
         RuntimeError: a shape or type that does not fit.
     """
+    if not training and eps < 0:
+        raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
+    if training and (running_mean is None) != (running_var is None):
+        raise ValueError("batch_norm: running_mean and running_var must either both be None or neither be None")
     if in_transform():
         if activation not in _APPLIED:
             raise ValueError(f"batch_norm: activation must be None, 'relu' or 'relu6', got {activation!r}")

@@ -19,7 +19,7 @@ def _reduction(reduction: str, size_average: bool | None = None, reduce: bool | 
     try:
         return _REDUCTIONS[reduction]
     except (KeyError, TypeError):
-        raise ValueError(f"{reduction} is not a valid value for reduction") from None
+        raise ValueError(f"{reduction} is not a valid value for reduction, expected 'none', 'mean' or 'sum'") from None
 
 
 def cross_entropy(

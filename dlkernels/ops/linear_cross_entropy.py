@@ -56,7 +56,7 @@ def linear_cross_entropy(
     """
     probabilities = target.shape == (*input.shape[:-1], *linear_weight.shape[:-1])
     if probabilities and ignore_index is not None:
-        raise RuntimeError("ignore_index cannot be specified when target contains probabilities")
+        raise RuntimeError("linear_cross_entropy: ignore_index cannot be specified when target contains probabilities")
     ignored = -100 if ignore_index is None else ignore_index
     if in_transform():
         bias = None if linear_bias is None else linear_bias.flatten()
@@ -117,14 +117,20 @@ def _loss_of_many_outputs(
         )
     rows = input.shape[0]
     if linear_bias is not None and linear_bias.shape != linear_weight.shape[:-1]:
-        raise RuntimeError(f"expected linear_bias shape {(classes, *positions)}, got {tuple(linear_bias.shape)}")
+        raise RuntimeError(
+            f"linear_cross_entropy: expected linear_bias shape {(classes, *positions)}, got {tuple(linear_bias.shape)}"
+        )
     probabilities = target.shape == (rows, classes, *positions)
     if not probabilities:
         if target.dim() == 0 or target.shape[0] != rows:
             got = 0 if target.dim() == 0 else target.shape[0]
-            raise ValueError(f"Expected input batch_size ({rows}) to match target batch_size ({got}).")
+            raise ValueError(
+                f"linear_cross_entropy: Expected input batch_size ({rows}) to match target batch_size ({got})."
+            )
         if target.shape != (rows, *positions):
-            raise RuntimeError(f"Expected target size {[rows, *positions]}, got {list(target.shape)}")
+            raise RuntimeError(
+                f"linear_cross_entropy: Expected target size {[rows, *positions]}, got {list(target.shape)}"
+            )
 
     count = math.prod(positions)
     weights = linear_weight.reshape(classes, count, features)

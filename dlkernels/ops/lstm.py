@@ -96,7 +96,10 @@ def lstm(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         RuntimeError: the sequence is empty, or shapes, types or devices do not fit.
     """
     if len(arguments) != 9:
-        raise TypeError(f"lstm() takes 9 positional arguments, got {len(arguments)}")
+        raise TypeError(
+            f"lstm() takes 9 positional arguments, got {len(arguments)}; expected input, hx, params, has_biases, "
+            "num_layers, dropout, train, bidirectional, batch_first, or data, batch_sizes, hx, ... to bidirectional"
+        )
     if in_transform():
         return torch.lstm(*arguments)
     if isinstance(arguments[1], Tensor):
@@ -104,7 +107,7 @@ def lstm(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         return _stacked(data, batch_sizes, *rest)
     input, *rest, batch_first = arguments
     if input.dim() != 3:
-        raise RuntimeError(f"input must have 3 dimensions, got {input.dim()}")
+        raise RuntimeError(f"lstm: input must have 3 dimensions, got {input.dim()}: {list(input.shape)}")
     if not batch_first:
         return _stacked(input, None, *rest)
     output, h_n, c_n = _stacked(input.transpose(0, 1), None, *rest)
@@ -125,7 +128,7 @@ def _stacked(
     """All layers and directions, for input with time first."""
     directions = 2 if bidirectional else 1
     runs = num_layers * directions
-    _check_stack(input, batch_sizes, hx, params, has_biases, runs)
+    _check_stack(input, batch_sizes, hx, params, has_biases, num_layers, directions)
     per_run = len(params) // runs
     h_0, c_0 = hx[0].unbind(0), hx[1].unbind(0)
     h_n, c_n = [], []
@@ -157,12 +160,14 @@ def _check_stack(
     hx: Sequence[Tensor],
     params: Sequence[Tensor],
     has_biases: bool,
-    runs: int,
+    num_layers: int,
+    directions: int,
 ) -> None:
+    runs = num_layers * directions
     if len(hx) != 2:
         raise RuntimeError(f"lstm expects two hidden states, got {len(hx)}")
     if runs < 1:
-        raise RuntimeError("lstm: num_layers must be at least 1")
+        raise RuntimeError(f"lstm: num_layers must be at least 1, got {num_layers}")
     fewest = 4 if has_biases else 2
     if len(params) != runs * fewest and len(params) != runs * (fewest + 1):
         raise RuntimeError(
@@ -170,10 +175,12 @@ def _check_stack(
             f"projections, for each of {runs} layers and directions"
         )
     if batch_sizes is None and input.shape[0] == 0:
-        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+        raise RuntimeError(f"lstm: Expected sequence length to be larger than 0 in RNN, got input {list(input.shape)}")
     for position, state in enumerate(hx):
         if state.dim() != 3 or state.shape[0] != runs:
-            raise RuntimeError(f"Expected hidden[{position}] size ({runs}, batch, features), got {list(state.shape)}")
+            raise RuntimeError(
+                f"lstm: Expected hidden[{position}] size ({runs}, batch, features), got {list(state.shape)}"
+            )
 
 
 @traced_as(_C.lstm_cell)

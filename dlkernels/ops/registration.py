@@ -6,13 +6,17 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .._build_info import BUILD_INFO
+
 Fake = TypeVar("Fake", bound=Callable[..., Any])
+
+_LIBRARY = torch.library.Library("dlkernels", "IMPL")  # its end would take the registrations back
 
 
 def register_fake(operator: str, on_cpu: tuple[str, ...] = ()) -> Callable[[Fake], Fake]:
@@ -39,9 +43,30 @@ def register_fake(operator: str, on_cpu: tuple[str, ...] = ()) -> Callable[[Fake
             return fake(*args, **kwargs)
 
         torch.library.register_fake(operator)(checked)
+        _register_refusal(operator, names)
         return fake
 
     return decorate
+
+
+def _register_refusal(operator: str, names: list[str]) -> None:
+    """What ``operator`` does with tensors that it has no kernel for: it says which these are and what was built."""
+    name = operator.removeprefix("dlkernels::")
+
+    def refuse(*args: Any, **kwargs: Any) -> NoReturn:
+        tensors = {n: v for n, v in (dict(zip(names, args, strict=False)) | kwargs).items() if isinstance(v, Tensor)}
+        strange = [n for n, v in tensors.items() if v.device.type not in ("cpu", "cuda") or v.layout != torch.strided]
+        argument = (strange or list(tensors))[0]
+        tensor = tensors[argument]
+        cuda = f"for CUDA {BUILD_INFO['cuda']}" if BUILD_INFO.get("cuda") else "none for CUDA"
+        raise NotImplementedError(
+            f"{name}: {argument} is a {tensor.layout} tensor of {tensor.dtype} on {tensor.device}, expected a "
+            f"torch.strided one on the CPU or a CUDA device (this build has kernels for the CPU and {cuda}); "
+            "convert it or call torch's operator"
+        )
+
+    # Whatever has a kernel of its own, as CPU, CUDA and Meta have, does not come to this one.
+    _LIBRARY.impl(name, refuse, "CompositeExplicitAutograd")
 
 
 def traced_as(entry: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
