@@ -159,6 +159,17 @@ class override(contextlib.ContextDecorator, TorchFunctionMode):
 
     Raises:
         ValueError: ``ops`` or ``skip`` names something that is not an operation.
+
+    Examples:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 2))
+        >>> labels = torch.tensor([0, 1, 1, 0])
+        >>> with override() as log:
+        ...     loss = torch.nn.functional.cross_entropy(model(torch.randn(4, 8)), labels)
+        ...     loss.backward()
+        >>> print(log)
+        operation      calls  where
+        cross_entropy      1  here
+        linear             2  here
     """
 
     def __init__(self, ops: Iterable[str] | None = None, skip: Iterable[str] = ()) -> None:
