@@ -9,6 +9,7 @@ from pathlib import Path
 from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parent.parent
 MATHEMATICS = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
@@ -21,6 +22,12 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for path in sorted([results / "LOG.md", *results.glob("results/cpu*.md"), *results.glob("results/*.png")]):
         files.append(File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)))
     return files
+
+
+def on_page_markdown(markdown: str, page: Page, **_: object) -> None:
+    """Leaves the results, whose tables are wide, the room of the table of contents."""
+    if page.file.src_uri.startswith("benchmarks/results/"):
+        page.meta["hide"] = ["toc"]
 
 
 def on_page_content(content: str, **_: object) -> str:

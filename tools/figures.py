@@ -45,21 +45,24 @@ def text(axes: Axes, x: float, y: float, words: str, size: float = 9, align: str
 
 
 def product(axes: Axes) -> None:
-    """The register block of the micro-kernel: rows of A times a panel of B."""
-    grid(axes, 0, 0, 8, 3, lambda row, column: ACCENT if column == 1 else PALE)
-    grid(axes, 5, 10, 3, 8, lambda row, column: ACCENT if row == 1 else PALE)
-    grid(axes, 5, 0, 8, 8, lambda row, column: WARM)
-    text(axes, 1.5, 9.1, "8 rows of A,\neach a pointer")
-    text(axes, 9, 13.9, "a panel of B, packed once: a few vectors wide")
-    text(axes, 9, -1.1, "sums, in registers for the whole depth")
+    """The register block of the micro-kernel with AVX-512: six rows of A times a panel of B of four vectors."""
+    grid(axes, 0, 0, 6, 3, lambda row, column: ACCENT if column == 1 else PALE)
+    for vector in range(4):
+        for row in range(3):
+            box(axes, 5 + 3 * vector, 9 - row, 3, 1, ACCENT if row == 1 else PALE, "vector", 7)
+        for row in range(6):
+            box(axes, 5 + 3 * vector, 5 - row, 3, 1, WARM)
+    text(axes, 1.5, 7.2, "6 rows of A,\neach a pointer")
+    text(axes, 11, 10.9, "a panel of B, packed once")
+    text(axes, 11, -0.9, "24 vectors of sums, in registers for the whole depth")
     text(
         axes,
-        14.2,
-        11.5,
-        "depth: one step loads\na row of the panel,\nbroadcasts an element\nof each row of A,\nand multiplies and adds",
+        17.6,
+        8.5,
+        "a step along the depth loads\n4 vectors, broadcasts an element\nof each of 6 rows, and does\n24 multiply-adds",
         align="left",
     )
-    arrow(axes, (4.7, 12.8), (4.7, 10.2))
+    arrow(axes, (4.5, 10), (4.5, 7))
 
 
 def taps(axes: Axes) -> None:
@@ -79,7 +82,7 @@ def taps(axes: Axes) -> None:
         )
         text(axes, left + 4, -1, f"tap ({row}, {column}): W{row}{column}")
         text(axes, left - 1.2, 3, "+" if index else "=", 14)
-    text(axes, 4, -1, "window: 4 x 6 outputs and\ntheir neighbours, C channels deep")
+    text(axes, 4, -1.5, "window of 4 x 6 outputs,\nC channels deep")
     text(
         axes,
         22,
@@ -107,7 +110,7 @@ def batch_norm(axes: Axes) -> None:
     for chunk in range(6):
         box(axes, 4 * chunk, 6, 3.6, 1.4, PALE, f"chunk {chunk + 1}")
         arrow(axes, (4 * chunk + 1.8, 5.9), (4 * chunk + 1.8, 4.7))
-        box(axes, 4 * chunk + 0.2, 3.2, 3.2, 1.4, WARM, "mean, sum of\nsquares about it", 7)
+        box(axes, 4 * chunk, 3.2, 3.6, 1.4, WARM, "mean, sum of\nsquares about it", 6.5)
         arrow(axes, (4 * chunk + 1.8, 3.1), (11.8 + 0.5 * (chunk - 2.5), 1.6))
     box(axes, 7.8, 0, 8, 1.5, HOT, "merged in double, in order")
     text(axes, 11.8, 8.2, "elements of one channel: the same chunks in both layouts and for any number of threads")
@@ -139,10 +142,10 @@ def linear_cross_entropy(axes: Axes) -> None:
     grid(axes, -3, 0, 5, 2, lambda row, column: WARM if row == 2 else PALE)
     text(axes, 6, 8.6, "weight W: classes")
     text(axes, -2, 5.6, "rows h")
-    text(axes, 6, -0.9, "logits, rows x classes: one tile exists at a time")
+    text(axes, 0, -0.9, "logits, rows x classes: one tile exists at a time", align="left")
     for row in range(5):
         box(axes, 13, 4 - row, 4.5, 1, WARM if row == 2 else PALE, "maximum, sum" if row == 2 else "")
-    text(axes, 15.2, -0.9, "all that is kept of a row")
+    text(axes, 15.2, 5.6, "all that is kept of a row")
     arrow(axes, (12.1, 2.5), (12.9, 2.5))
 
 
