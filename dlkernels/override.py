@@ -161,7 +161,8 @@ class override(contextlib.ContextDecorator, TorchFunctionMode):
         ValueError: ``ops`` or ``skip`` names something that is not an operation.
 
     Examples:
-        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 2))
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
         >>> labels = torch.tensor([0, 1, 1, 0])
         >>> with override() as log:
         ...     loss = torch.nn.functional.cross_entropy(model(torch.randn(4, 8)), labels)
@@ -179,7 +180,7 @@ class override(contextlib.ContextDecorator, TorchFunctionMode):
 
     @property
     def fallbacks(self) -> list[Fallback]:
-        """Calls that went to torch, and why."""
+        """Calls that went to torch: ``(operation, reason, count)``."""
         return [Fallback(*key, count) for key, count in self._fallbacks.items()]
 
     def __str__(self) -> str:
