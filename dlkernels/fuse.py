@@ -88,7 +88,7 @@ def fuse(model: torch.nn.Module) -> torch.nn.Module:
         >>> expected = model(images)
         >>> fuse(model)[1]
         FoldedNorm(dimensions=4)
-        >>> torch.allclose(model(images), expected, atol=1e-6)
+        >>> torch.allclose(model(images), expected, atol=1e-5)
         True
     """
     if model.training:

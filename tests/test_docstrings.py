@@ -13,13 +13,14 @@ import pytest
 import torch
 
 import dlkernels
-from dlkernels import functional, models
+from dlkernels import functional, models, nn
 from dlkernels.models import decoding
 
 PAGES = [path for path in Path(__file__).parents[1].glob("docs/**/*.md") if ">>>" in path.read_text(encoding="utf-8")]
 
 PUBLIC: list[Callable[..., Any]] = [
     *(getattr(functional, name) for name in functional.__all__),
+    *(getattr(nn, name) for name in nn.__all__),
     dlkernels.convert,
     dlkernels.fuse,
     dlkernels.override,
