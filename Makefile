@@ -27,7 +27,7 @@ endif
 LINT_TOOLS := $(shell sed -n 's/^lint = \[\(.*\)\]/\1/p' pyproject.toml | tr -d '",')
 CXX_FILES = $(shell find csrc tests/simt -name '*.cpp' -o -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 # Those of the `docs` extra: the site is made from sources alone, without torch and the extension.
-DOCS_TOOLS := $(shell sed -n '/^docs = \[/,/^\]/p' pyproject.toml | grep '==' | tr -d '", ')
+DOCS_TOOLS := $(shell sed -n '/^docs = \[/,/^\]/s/^ *"\(.*\)".*/\1/p' pyproject.toml)
 PYTHON_FILES = setup.py $(wildcard tools dlkernels tests benchmarks examples)
 
 .PHONY: demo dev docs stub test test-slow bench gpu lint format clean
