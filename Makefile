@@ -3,6 +3,7 @@
 # make bench  every operation against torch as it is, with huge pages and compiled; writes benchmarks/results
 # make gpu    builds the CUDA kernels and proves them on this machine's GPU; goes on where it was cut short
 # make lint   what CI checks               make format      repairs what can be repaired
+# make docs   the documentation site, in build/site; a warning is an error
 # make dev    builds the extension in place (incremental)
 # make integrations  installs the libraries that tests/test_integrations.py drops dlkernels into
 # make stub   writes dlkernels/_C.pyi again, after a function of the extension was added or changed
@@ -22,14 +23,17 @@ ifeq ($(PYTHON),$(VENV)/bin/python)
   TEST_STAMP := $(VENV)/.test-installed
   LINT_STAMP := $(VENV)/.lint-installed
   INTEGRATIONS_STAMP := $(VENV)/.integrations-installed
+  DOCS_STAMP := $(VENV)/.docs-installed
 endif
 # The pinned versions of the `lint` extra, installed without building the package.
 LINT_TOOLS := $(shell sed -n 's/^lint = \[\(.*\)\]/\1/p' pyproject.toml | tr -d '",')
 INTEGRATIONS := $(shell sed -n '/^integrations = \[/,/^]/s/^ *"\(.*\)",/\1/p' pyproject.toml)
 CXX_FILES = $(shell find csrc tests/simt -name '*.cpp' -o -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+# Those of the `docs` extra: the site is made from sources alone, without torch and the extension.
+DOCS_TOOLS := $(shell sed -n '/^docs = \[/,/^\]/s/^ *"\(.*\)".*/\1/p' pyproject.toml)
 PYTHON_FILES = setup.py $(wildcard tools dlkernels tests benchmarks examples)
 
-.PHONY: demo dev integrations stub test test-slow bench gpu lint format clean
+.PHONY: demo dev integrations docs stub test test-slow bench gpu lint format clean
 
 demo: $(DEMO_STAMP)
 	$(PYTHON) -m dlkernels train lenet --data digits
@@ -49,6 +53,9 @@ test: dev
 
 test-slow: dev
 	$(PYTHON) -m pytest -m slow $(PYTEST_ARGS)
+
+docs: $(DOCS_STAMP)
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
 
 bench: $(DEMO_STAMP) dev
 	$(PYTHON) benchmarks/harness.py --providers thp,compile
@@ -86,6 +93,10 @@ $(VENV)/.demo-installed: pyproject.toml | $(VENV)/.torch-installed
 $(VENV)/.test-installed: pyproject.toml | $(VENV)/.torch-installed
 	@echo "Compiling dlkernels into $(VENV): a few minutes."
 	$(PIP_INSTALL) --editable ".[test]"
+	touch $@
+
+$(VENV)/.docs-installed: pyproject.toml | $(VENV)/.torch-installed
+	$(PIP_INSTALL) $(DOCS_TOOLS)
 	touch $@
 
 $(VENV)/.lint-installed: pyproject.toml | $(VENV)/.torch-installed

@@ -82,6 +82,14 @@ def convert(
 
     Raises:
         ValueError: ``ops`` names something that is not an operation, ``skip`` a module that ``model`` does not have.
+
+    Examples:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 2))
+        >>> weight = model[0].weight
+        >>> convert(model)[0].weight is weight
+        True
+        >>> type(model[0]).__module__
+        'dlkernels.nn.linear'
     """
     wanted = chosen_operations(ops)
     chosen = {torchs for torchs, _, operations in _CLASSES if any(name in wanted for name in operations)}
@@ -93,7 +101,12 @@ def convert(
 
 
 def revert(model: torch.nn.Module) -> torch.nn.Module:
-    """Gives the modules that :func:`convert` exchanged their classes back, in place; returns ``model``."""
+    """Gives the modules that :func:`convert` exchanged their classes back, in place; returns ``model``.
+
+    Examples:
+        >>> type(revert(convert(torch.nn.Linear(4, 2))))
+        <class 'torch.nn.modules.linear.Linear'>
+    """
     for module in model.modules():
         if module.__dict__.pop(_MARK, False):
             _exchange(module, _TORCHS)
@@ -127,6 +140,12 @@ def report(model: torch.nn.Module) -> Report:
 
     Lists the modules of our operations and their relatives (other convolutions, norms and recurrent layers, subclasses,
     quantized modules); not what is unrelated, and not what functions called by the model's own code compute.
+
+    Examples:
+        >>> model = convert(torch.nn.Sequential(torch.nn.Conv1d(4, 8, 3), torch.nn.BatchNorm1d(8)))
+        >>> print(report(model))
+        1 of 2 modules run on dlkernels: BatchNorm1d 1
+        0  Conv1d  not one of the operations
     """
     rows = []
     for name, module in model.named_modules():

@@ -81,6 +81,15 @@ def fuse(model: torch.nn.Module) -> torch.nn.Module:
     Raises:
         ValueError: ``model`` is in training mode, or ``torch.fx`` cannot trace it, for instance because its ``forward``
             branches on values.
+
+    Examples:
+        >>> model = torch.nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), torch.nn.ReLU()).eval()
+        >>> images = torch.randn(2, 3, 8, 8)
+        >>> expected = model(images)
+        >>> fuse(model)[1]
+        FoldedNorm(dimensions=4)
+        >>> torch.allclose(model(images), expected, atol=1e-5)
+        True
     """
     if model.training:
         raise ValueError("model must be in evaluation mode, got one in training mode; call model.eval() first")

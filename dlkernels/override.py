@@ -159,6 +159,18 @@ class override(contextlib.ContextDecorator, TorchFunctionMode):
 
     Raises:
         ValueError: ``ops`` or ``skip`` names something that is not an operation.
+
+    Examples:
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+        >>> labels = torch.tensor([0, 1, 1, 0])
+        >>> with override() as log:
+        ...     loss = torch.nn.functional.cross_entropy(model(torch.randn(4, 8)), labels)
+        ...     loss.backward()
+        >>> print(log)
+        operation      calls  where
+        cross_entropy      1  here
+        linear             2  here
     """
 
     def __init__(self, ops: Iterable[str] | None = None, skip: Iterable[str] = ()) -> None:
@@ -168,7 +180,7 @@ class override(contextlib.ContextDecorator, TorchFunctionMode):
 
     @property
     def fallbacks(self) -> list[Fallback]:
-        """Calls that went to torch, and why."""
+        """Calls that went to torch: ``(operation, reason, count)``."""
         return [Fallback(*key, count) for key, count in self._fallbacks.items()]
 
     def __str__(self) -> str:

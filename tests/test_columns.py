@@ -22,6 +22,7 @@ LAYERS = (
     "tests/test_{column}.py",
     "dlkernels/bench/{column}.py",
     "benchmarks/bench_{column}.py",
+    "docs/operations/{column}.md",
 )
 
 

@@ -41,7 +41,7 @@ TITLE = """\
 Written by `python tools/networks.py`, a section for each file of `dlkernels/models` under the papers that it follows.
 Parameters are counted, and multiply-adds of matrix products and convolutions for one image of the size given. Training
 step and inference are the time of the same network on torch's layers over that on ours, in float32 / bfloat16, so that
-above 1 is faster than torch; [benchmarks/results](../benchmarks/results) says on what machine. Cells of what was not
+above 1 is faster than torch; [Benchmarks](benchmarks.md) says on what machine. Cells of what was not
 measured are empty.
 """
 AUTHOR = r"[A-Z][\w'’-]+"

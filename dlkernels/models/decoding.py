@@ -50,6 +50,13 @@ def greedy(model: SequenceModel, *context: Tensor, max_length: int, prompt: Tens
     Raises:
         ValueError: there is no prompt or an empty one, or ``max_length`` leaves no token to write or is more than the
             model has positions for.
+
+    Examples:
+        >>> from dlkernels.models import CharLM
+        >>> model = CharLM(vocabulary_size=20)
+        >>> prompt = torch.tensor([[1, 2], [3, 4], [5, 6]])
+        >>> greedy(model, prompt=prompt, max_length=7).shape
+        torch.Size([3, 7])
     """
     return _generate(model, context, prompt, max_length, lambda log_probabilities: log_probabilities.argmax(-1))
 
@@ -74,6 +81,13 @@ def sample(
 
     Raises:
         ValueError: ``temperature`` is not a positive number, or ``top_k`` is less than 1.
+
+    Examples:
+        >>> from dlkernels.models import CharLM
+        >>> model = CharLM(vocabulary_size=20)
+        >>> prompt = torch.tensor([[1, 2], [3, 4], [5, 6]])
+        >>> sample(model, prompt=prompt, max_length=7, temperature=0.8, top_k=5).shape
+        torch.Size([3, 7])
     """
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
@@ -115,6 +129,14 @@ def beam_search(
 
     Raises:
         ValueError: ``beams`` is less than 1.
+
+    Examples:
+        >>> from dlkernels.models import CharLM
+        >>> model = CharLM(vocabulary_size=20)
+        >>> prompt = torch.tensor([[1, 2], [3, 4], [5, 6]])
+        >>> sequences, scores = beam_search(model, prompt=prompt, max_length=7, beams=4)
+        >>> sequences.shape, scores.shape
+        (torch.Size([3, 7]), torch.Size([3]))
     """
     if beams < 1:
         raise ValueError(f"beams must be at least 1, got {beams}")

@@ -33,6 +33,11 @@ def list_models(family: str | None = None) -> list[str]:
 
     Raises:
         ValueError: there is no such family.
+
+    Examples:
+        >>> import dlkernels.models
+        >>> list_models("lenet")
+        ['lenet', 'lenet5']
     """
     families = {name: builder.__module__.rpartition(".")[2] for name, builder in _builders.items()}
     if family is not None and family not in families.values():
@@ -45,6 +50,11 @@ def get_model_builder(name: str) -> Builder:
 
     Raises:
         ValueError: there is none; the message names the closest.
+
+    Examples:
+        >>> import dlkernels.models
+        >>> get_model_builder("lenet5")
+        <class 'dlkernels.models.lenet.LeNet5'>
     """
     builder = _builders.get(name.lower())
     if builder is None:
@@ -59,6 +69,12 @@ def get_model(name: str, **arguments: object) -> torch.nn.Module:
 
     Raises:
         ValueError: there is no such network; the message names the closest.
+
+    Examples:
+        >>> import dlkernels.models
+        >>> network = get_model("resnet20", num_classes=100)
+        >>> network(torch.randn(2, 3, 32, 32)).shape
+        torch.Size([2, 100])
     """
     return get_model_builder(name)(**arguments)
 
@@ -69,6 +85,11 @@ def load_weights(model: torch.nn.Module, state_dict: Mapping[str, Tensor]) -> to
     Raises:
         ValueError: something does not fit: the message names the first entry that is missing, too much or of another
             shape. ``model`` is then as it was.
+
+    Examples:
+        >>> one, other = torch.nn.Linear(4, 2), torch.nn.Linear(4, 2)
+        >>> torch.equal(load_weights(one, other.state_dict()).weight, other.weight)
+        True
     """
     expected = model.state_dict()
     for name, tensor in expected.items():

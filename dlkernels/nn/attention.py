@@ -14,6 +14,12 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
     One path serves training and evaluation. A query whose keys are all masked gives zero weights (and the bias of the
     output projection), with ``need_weights=True`` too, where torch gives NaN.
+
+    Examples:
+        >>> tokens = torch.randn(2, 5, 16)
+        >>> output, weights = MultiheadAttention(16, 4, batch_first=True)(tokens, tokens, tokens)
+        >>> output.shape, weights.shape
+        (torch.Size([2, 5, 16]), torch.Size([2, 5, 5]))
     """
 
     def forward(

@@ -46,12 +46,30 @@ class _KernelForward(_Base):
 
 
 class BatchNorm1d(_KernelForward, torch.nn.BatchNorm1d):
-    """``torch.nn.BatchNorm1d`` on our kernels, for ``[N, C]`` and ``[N, C, L]``."""
+    """``torch.nn.BatchNorm1d`` on our kernels, for ``[N, C]`` and ``[N, C, L]``.
+
+    Examples:
+        >>> output = BatchNorm1d(8)(5 + 3 * torch.randn(16, 8))
+        >>> torch.allclose(output.mean(0), torch.zeros(8), atol=1e-5)
+        True
+    """
 
 
 class BatchNorm2d(_KernelForward, torch.nn.BatchNorm2d):
-    """``torch.nn.BatchNorm2d`` on our kernels, for ``[N, C, H, W]``."""
+    """``torch.nn.BatchNorm2d`` on our kernels, for ``[N, C, H, W]``.
+
+    Examples:
+        >>> output = BatchNorm2d(8)(5 + 3 * torch.randn(16, 8, 4, 4))
+        >>> torch.allclose(output.mean((0, 2, 3)), torch.zeros(8), atol=1e-5)
+        True
+    """
 
 
 class BatchNorm3d(_KernelForward, torch.nn.BatchNorm3d):
-    """``torch.nn.BatchNorm3d`` on our kernels, for ``[N, C, D, H, W]``."""
+    """``torch.nn.BatchNorm3d`` on our kernels, for ``[N, C, D, H, W]``.
+
+    Examples:
+        >>> output = BatchNorm3d(8)(5 + 3 * torch.randn(16, 8, 2, 4, 4))
+        >>> torch.allclose(output.mean((0, 2, 3, 4)), torch.zeros(8), atol=1e-5)
+        True
+    """

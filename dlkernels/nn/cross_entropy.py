@@ -9,7 +9,12 @@ from .. import functional
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
-    """``torch.nn.CrossEntropyLoss`` computed by :func:`dlkernels.functional.cross_entropy`."""
+    """``torch.nn.CrossEntropyLoss`` computed by :func:`dlkernels.functional.cross_entropy`.
+
+    Examples:
+        >>> CrossEntropyLoss(reduction="sum")(torch.zeros(3, 10), torch.tensor([4, 0, 9]))  # 3 log 10
+        tensor(6.9078)
+    """
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """Loss of logits ``input`` ``[N, C, ...]`` for class indices or probabilities ``target``."""

@@ -24,6 +24,11 @@ class DropConnectLinear(Linear):
 
     Raises:
         ValueError: ``p`` is outside [0, 1].
+
+    Examples:
+        >>> layer = DropConnectLinear(16, 4, p=0.5)
+        >>> layer(torch.randn(2, 16)).shape
+        torch.Size([2, 4])
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, p: float = 0.5) -> None:

@@ -42,6 +42,12 @@ def norm_activation(
         activation: any module; ``torch.nn.ReLU``, ``ReLU6`` and ``Identity`` can be fused.
         input: what ``norm`` takes.
         residual: shaped as ``input``; added before the activation.
+
+    Examples:
+        >>> norm, relu, images = BatchNorm2d(8), torch.nn.ReLU(), torch.randn(2, 8, 4, 4)
+        >>> output = norm_activation(norm, relu, images, residual=images)
+        >>> torch.allclose(output, relu(norm(images) + images), atol=1e-5)
+        True
     """
     fusable = isinstance(norm, _BATCH_NORMS) and type(activation) in _ACTIVATIONS
     promotes = isinstance(residual, Tensor) and residual.dtype != input.dtype  # a proxy of torch.fx has no type
@@ -53,7 +59,12 @@ def norm_activation(
 
 class Sequential(torch.nn.Sequential):
     """``torch.nn.Sequential`` that computes each of our batch norms together with the module after it, as
-    :func:`norm_activation` does."""
+    :func:`norm_activation` does.
+
+    Examples:
+        >>> Sequential(torch.nn.Conv2d(3, 8, 3), BatchNorm2d(8), torch.nn.ReLU())(torch.randn(2, 3, 8, 8)).shape
+        torch.Size([2, 8, 6, 6])
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         """What the first module takes to what the last returns."""

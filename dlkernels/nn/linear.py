@@ -9,7 +9,12 @@ from .. import functional
 
 
 class Linear(torch.nn.Linear):
-    """``torch.nn.Linear`` computed by :func:`dlkernels.functional.linear`."""
+    """``torch.nn.Linear`` computed by :func:`dlkernels.functional.linear`.
+
+    Examples:
+        >>> Linear(16, 4)(torch.randn(2, 5, 16)).shape
+        torch.Size([2, 5, 4])
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``."""

@@ -52,7 +52,13 @@ class _LinearCrossEntropyLoss(torch.nn.modules.loss._WeightedLoss):
 
 
 class LinearCrossEntropyLoss(getattr(torch.nn, "LinearCrossEntropyLoss", _LinearCrossEntropyLoss)):  # type: ignore[misc]
-    """``torch.nn.LinearCrossEntropyLoss`` computed by :func:`dlkernels.functional.linear_cross_entropy`."""
+    """``torch.nn.LinearCrossEntropyLoss`` computed by :func:`dlkernels.functional.linear_cross_entropy`.
+
+    Examples:
+        >>> loss = LinearCrossEntropyLoss(16, 1000)
+        >>> loss(torch.zeros(4, 16), torch.tensor([1, 2, 3, 4])).detach()  # log 1000
+        tensor(6.9078)
+    """
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """Loss of ``input`` ``[N, in]`` or ``[in]`` for class indices or probabilities ``target``."""

@@ -14,7 +14,13 @@ State = tuple[Tensor, Tensor]
 
 
 class LSTMCell(torch.nn.LSTMCell):
-    """``torch.nn.LSTMCell`` computed by :func:`dlkernels.functional.lstm_cell`."""
+    """``torch.nn.LSTMCell`` computed by :func:`dlkernels.functional.lstm_cell`.
+
+    Examples:
+        >>> h, c = LSTMCell(8, 16)(torch.randn(4, 8))
+        >>> h.shape, c.shape
+        (torch.Size([4, 16]), torch.Size([4, 16]))
+    """
 
     def forward(self, input: Tensor, hx: State | None = None) -> State:
         """Next hidden and cell state for ``input`` ``[N, input_size]`` or ``[input_size]``."""
@@ -38,6 +44,11 @@ class LSTM(torch.nn.LSTM):
 
     ``torch.compile`` traces no subclass of ``torch.nn.LSTM`` unless ``torch._dynamo.config.allow_rnn`` is set: it
     breaks the graph there and runs the module eagerly. With the setting, the module compiles whole.
+
+    Examples:
+        >>> output, (h, c) = LSTM(8, 16, num_layers=2, batch_first=True)(torch.randn(4, 5, 8))
+        >>> output.shape, h.shape
+        (torch.Size([4, 5, 16]), torch.Size([2, 4, 16]))
     """
 
     def forward(self, input: Any, hx: State | None = None) -> Any:  # type: ignore[override]

@@ -22,6 +22,13 @@ class Maxout(torch.nn.Module):
 
     Raises:
         ValueError: ``pieces`` is not positive.
+
+    Examples:
+        >>> absolute = Maxout(1, 1, pieces=2, bias=False)
+        >>> absolute.linear.weight.data = torch.tensor([[1.0], [-1.0]])
+        >>> absolute(torch.tensor([[-3.0], [2.0]])).detach()
+        tensor([[3.],
+                [2.]])
     """
 
     def __init__(self, in_features: int, out_features: int, pieces: int, bias: bool = True) -> None:

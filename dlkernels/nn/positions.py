@@ -11,6 +11,11 @@ class SinusoidalPositions(torch.nn.Module):
 
     Feature ``2i`` of position ``p`` is ``sin(p / 10000^(2i / features))``, feature ``2i + 1`` the cosine. There is
     nothing to learn and no greatest length; an odd number of features ends with a sine.
+
+    Examples:
+        >>> SinusoidalPositions()(torch.zeros(2, 2))
+        tensor([[0.0000, 1.0000],
+                [0.8415, 0.5403]])
     """
 
     def forward(self, x: Tensor, first: int = 0) -> Tensor:
@@ -30,6 +35,11 @@ class LearnedPositions(torch.nn.Module):
     Args:
         max_length: number of positions.
         features: size of each vector, drawn from a normal distribution of standard deviation 0.02.
+
+    Examples:
+        >>> positions = LearnedPositions(max_length=128, features=16)
+        >>> torch.equal(positions(torch.zeros(3, 16), first=5), positions.weight[5:8])
+        True
     """
 
     def __init__(self, max_length: int, features: int) -> None:

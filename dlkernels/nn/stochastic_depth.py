@@ -18,6 +18,11 @@ class StochasticDepth(torch.nn.Module):
 
     Raises:
         ValueError: ``p`` is outside [0, 1], or ``mode`` is another word.
+
+    Examples:
+        >>> output = StochasticDepth(0.5, "row")(torch.ones(8, 3))
+        >>> set(output.flatten().tolist()) <= {0.0, 2.0}  # whole rows of either
+        True
     """
 
     def __init__(self, p: float, mode: str) -> None:

@@ -47,6 +47,14 @@ def scaled_dot_product_attention(
         RuntimeError: shapes, types or options that do not fit.
         IndexError: ``enable_gqa`` without a dimension of heads.
         NotImplementedError: an element type that is not supported.
+
+    Examples:
+        >>> query, key, value = (torch.randn(2, 8, 128, 64) for _ in range(3))
+        >>> output = scaled_dot_product_attention(query, key, value, is_causal=True)
+        >>> output.shape
+        torch.Size([2, 8, 128, 64])
+        >>> torch.allclose(output[:, :, 0], value[:, :, 0])  # the first query sees the first key alone
+        True
     """
     if in_transform():
         return torch.nn.functional.scaled_dot_product_attention(

@@ -43,6 +43,13 @@ def batch_norm(
         ValueError: fewer than two values a channel when training, ``eps`` negative; when training, ``eps`` zero or one
             of the running statistics without the other; an unknown ``activation``.
         RuntimeError: a shape or type that does not fit.
+
+    Examples:
+        >>> images = torch.tensor([[[[1.0, 3.0]]], [[[5.0, 7.0]]]])  # one channel, mean 4, variance 5
+        >>> batch_norm(images, None, None, training=True).flatten()
+        tensor([-1.3416, -0.4472,  0.4472,  1.3416])
+        >>> batch_norm(images, None, None, training=True, activation="relu").flatten()
+        tensor([0.0000, 0.0000, 0.4472, 1.3416])
     """
     if not training and eps < 0:
         raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")

@@ -39,6 +39,11 @@ def conv2d(
     Raises:
         RuntimeError: shapes, types or devices do not fit together, or a number is out of range.
         TypeError: an argument is of a kind that has no meaning here.
+
+    Examples:
+        >>> images, kernels = torch.randn(2, 3, 32, 32), torch.randn(8, 3, 3, 3)
+        >>> conv2d(images, kernels, stride=2, padding=1).shape
+        torch.Size([2, 8, 16, 16])
     """
     if in_transform():
         return torch.nn.functional.conv2d(input, weight, bias, stride, padding, dilation, groups)  # type: ignore[arg-type]

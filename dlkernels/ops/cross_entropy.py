@@ -51,6 +51,10 @@ def cross_entropy(
         IndexError: a class index is outside ``[0, C)`` and not ``ignore_index``.
         ValueError: the batch sizes differ, or ``reduction`` is unknown.
         RuntimeError: any other shape or type that does not fit.
+
+    Examples:
+        >>> cross_entropy(torch.zeros(3, 10), torch.tensor([4, 0, 9]))  # log 10
+        tensor(2.3026)
     """
     if in_transform():
         return torch.nn.functional.cross_entropy(

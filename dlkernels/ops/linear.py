@@ -25,6 +25,10 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Raises:
         RuntimeError: shapes, types or devices do not fit together.
         NotImplementedError: the type is none of those above.
+
+    Examples:
+        >>> linear(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0], [5.0, 6.0]]), torch.tensor([0.5, 0.0]))
+        tensor([[11.5000, 17.0000]])
     """
     if in_transform():
         return torch.nn.functional.linear(input, weight, bias)

@@ -53,6 +53,11 @@ def linear_cross_entropy(
         IndexError: a class index is outside ``[0, C)`` and not ``ignore_index``.
         ValueError: the batch sizes differ, or ``reduction`` is unknown.
         RuntimeError: any other shape or type that does not fit.
+
+    Examples:
+        >>> hidden, weight = torch.zeros(4, 16), torch.randn(1000, 16)
+        >>> linear_cross_entropy(hidden, weight, torch.tensor([1, 2, 3, 4]))  # log 1000
+        tensor(6.9078)
     """
     probabilities = target.shape == (*input.shape[:-1], *linear_weight.shape[:-1])
     if probabilities and ignore_index is not None:

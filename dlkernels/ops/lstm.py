@@ -38,6 +38,13 @@ def lstm_cell(
 
     Raises:
         RuntimeError: shapes, types or devices do not fit.
+
+    Examples:
+        >>> cell = torch.nn.LSTMCell(8, 16)
+        >>> h, c = torch.zeros(4, 16), torch.zeros(4, 16)
+        >>> h, c = lstm_cell(torch.randn(4, 8), (h, c), cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh)
+        >>> h.shape, c.shape
+        (torch.Size([4, 16]), torch.Size([4, 16]))
     """
     if len(hx) != 2:
         raise RuntimeError(f"lstm_cell expects two hidden states, got {len(hx)}")
@@ -94,6 +101,14 @@ def lstm(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
     Raises:
         RuntimeError: the sequence is empty, or shapes, types or devices do not fit.
+
+    Examples:
+        >>> layers = torch.nn.LSTM(8, 16, num_layers=2, bidirectional=True)
+        >>> state = torch.zeros(4, 3, 16), torch.zeros(4, 3, 16)
+        >>> steps, parameters = torch.randn(5, 3, 8), list(layers.parameters())
+        >>> output, h_n, c_n = lstm(steps, state, parameters, True, 2, 0.0, True, True, False)
+        >>> output.shape, h_n.shape
+        (torch.Size([5, 3, 32]), torch.Size([4, 3, 16]))
     """
     if len(arguments) != 9:
         raise TypeError(
