@@ -227,7 +227,9 @@ def test_what_does_not_fit_is_refused() -> None:
         ssl.Bins(PALETTE, deviation=0)
     with pytest.raises(ValueError, match=r"prior must be \[4\], the number of bins, got shape \[3\]"):
         ssl.Colorization(nn.Conv2d(1, 6, 1), 6, ssl.Bins(PALETTE), torch.ones(3))
-    with pytest.raises(ValueError, match=r"frames must be \[N, T, 3, H, W\] with two or more, got shape \[2, 1, 3, 4, 4\]"):
+    with pytest.raises(
+        ValueError, match=r"frames must be \[N, T, 3, H, W\] with two or more, got shape \[2, 1, 3, 4, 4\]"
+    ):
         ssl.VideoColorization(nn.Conv2d(1, 5, 1), PALETTE).loss(torch.rand(2, 1, 3, 4, 4))
 
 
@@ -279,7 +281,7 @@ def test_it_learns_which_colour_a_pattern_has() -> None:
     images, unseen = (striped(count, 1, seed, drawn=False)[0].squeeze(1) for count, seed in ((100, 0), (20, 1)))
     bins = ssl.color_bins()
     model = ssl.Colorization(convs(1), 16, bins, ssl.color_prior(images, bins))
-    fit(model, images, 60)
+    fit(model, images, 120)
     lightness, colors = ssl.rgb_to_lab(unseen)
     _, found = ssl.rgb_to_lab(model.colorize(lightness))
     assert (found - colors).square().mean() < 0.3 * colors.square().mean()
@@ -288,7 +290,7 @@ def test_it_learns_which_colour_a_pattern_has() -> None:
 def test_a_split_brain_learns_each_half_from_the_other() -> None:
     images, unseen = (striped(count, 1, seed, drawn=False)[0].squeeze(1) for count, seed in ((100, 0), (20, 1)))
     model = ssl.SplitBrainAutoencoder(convs(1), convs(2), 16, ssl.color_bins())
-    fit(model, images, 60)
+    fit(model, images, 120)
     lightness, colors = ssl.rgb_to_lab(unseen)
 
     def ignorance(prediction: color.ChannelPrediction, seen: Tensor, hidden: Tensor) -> float:

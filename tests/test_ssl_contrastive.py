@@ -1,4 +1,4 @@
-"""Contrastive learning: losses as written out, what gradients reach, queue and momentum, collapse, and what is learnt."""
+"""Contrastive learning: losses as written out, what gradients reach, queue and momentum, collapse, what is learnt."""
 
 from __future__ import annotations
 
@@ -137,6 +137,33 @@ def test_simclr_contrasts_two_views_of_each_image() -> None:
     torch.testing.assert_close(loss, ssl.nt_xent(model(seen[0]), model(seen[1]), 0.2))
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_random_views_are_drawn_for_each_image_by_itself(channels: int) -> None:
+    pytest.importorskip("kornia")
+    view = ssl.random_view(12, strength=1.0 if channels == 3 else 0.0)
+    images = torch.rand(1, channels, 16, 16).expand(8, -1, -1, -1)
+    torch.manual_seed(1)
+    first, second = view(images), view(images)
+    assert first.shape == (8, channels, 12, 12)
+    assert 0 <= first.min() <= first.max() <= 1 + 1e-6
+    views = torch.cat([first, second]).flatten(1)
+    assert (torch.cdist(views, views) + torch.eye(16) > 1e-2).all()
+    torch.manual_seed(1)
+    assert torch.equal(view(images), first)
+
+
+def test_a_view_of_all_of_an_image_without_anything_else_is_the_image() -> None:
+    pytest.importorskip("kornia")
+    images = torch.randn(3, 1, 8, 8)
+    view = ssl.random_view(8, (1.0, 1.0), strength=0.0, flip=0.0, blur=0.0)
+    assert view(images).shape == images.shape
+    flipped = ssl.random_view(8, (1.0, 1.0), strength=0.0, flip=1.0, blur=0.0)
+    torch.manual_seed(0)
+    expected = view(images).flip(3)
+    torch.manual_seed(0)
+    torch.testing.assert_close(flipped(images), expected)
+
+
 def moco(queue_size: int = 7, momentum: float = 0.75, head: bool = False) -> ssl.MoCo:
     build = ssl.moco_v2 if head else ssl.moco_v1
     model = build(linear_encoder(6), 6, torch.nn.Identity(), 4, queue_size, momentum)
@@ -194,7 +221,9 @@ def test_the_queue_is_first_in_first_out() -> None:
         with torch.no_grad():
             model.eval().loss(torch.randn(4, 1, 3, 4))
         model.train().update()
-        torch.testing.assert_close(model.queue.roll(-int(model.oldest), 0), torch.stack(everything[-7:]), rtol=0, atol=0)
+        torch.testing.assert_close(
+            model.queue.roll(-int(model.oldest), 0), torch.stack(everything[-7:]), rtol=0, atol=0
+        )
 
 
 def test_the_key_encoder_is_an_exact_moving_average() -> None:
@@ -209,9 +238,7 @@ def test_the_key_encoder_is_an_exact_moving_average() -> None:
             for parameter in model.encoder.parameters():
                 parameter.add_(torch.randint(-8, 8, parameter.shape))
         model.update()
-        expected = [
-            0.75 * old + 0.25 * new for old, new in zip(expected, model.encoder.parameters(), strict=True)
-        ]
+        expected = [0.75 * old + 0.25 * new for old, new in zip(expected, model.encoder.parameters(), strict=True)]
         for actual, other in zip(model.key_encoder.parameters(), expected, strict=True):
             assert torch.equal(actual, other)
 

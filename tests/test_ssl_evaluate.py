@@ -60,11 +60,12 @@ def test_one_neighbour_is_the_nearest_and_many_at_a_high_temperature_the_majorit
 
 @pytest.mark.parametrize("training", [True, False])
 def test_an_encoder_is_looked_at_in_evaluation_and_left_as_it_was(training: bool) -> None:
-    encoder = torch.nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)).train(training)
+    encoder = torch.nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), torch.nn.Dropout()).train(training)
+    encoder[1].eval()  # frozen
     before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
     images = torch.randn(7, 1, 5, 5)
     features = ssl.features_of(encoder, images, batch_size=3)
-    assert encoder.training is training
+    assert [encoder.training, *(layer.training for layer in encoder)] == [training, training, False, training]
     assert all(torch.equal(tensor, before[name]) for name, tensor in encoder.state_dict().items())
     assert not features.requires_grad
     torch.testing.assert_close(features, encoder.eval()(images).flatten(1))
@@ -73,7 +74,10 @@ def test_an_encoder_is_looked_at_in_evaluation_and_left_as_it_was(training: bool
 def test_both_recognise_digits_by_their_pixels() -> None:
     split = digits()
     known, unknown = split.train_images.flatten(1), split.test_images.flatten(1)
-    for classes in (ssl.linear_probe(known, split.train_labels, unknown, 1e-2), ssl.weighted_knn(known, split.train_labels, unknown)):
+    for classes in (
+        ssl.linear_probe(known, split.train_labels, unknown, 1e-2),
+        ssl.weighted_knn(known, split.train_labels, unknown),
+    ):
         assert (classes == split.test_labels).float().mean() >= 0.95
 
 
@@ -88,7 +92,9 @@ def test_what_does_not_fit_is_refused() -> None:
     for classify in (ssl.linear_probe, ssl.weighted_knn):
         with pytest.raises(ValueError, match="labels must be of at least two classes"):
             classify(features, torch.ones(60, dtype=torch.int64), features)
-        with pytest.raises(ValueError, match=r"features must be \[N, D\] and labels \[N\], got shapes \[60, 4\] and \[3\]"):
+        with pytest.raises(
+            ValueError, match=r"features must be \[N, D\] and labels \[N\], got shapes \[60, 4\] and \[3\]"
+        ):
             classify(features, labels[:3], features)
         with pytest.raises(ValueError, match=r"queries must be \[M, 4\], as features, got shape \[2, 5\]"):
             classify(features, labels, torch.randn(2, 5))

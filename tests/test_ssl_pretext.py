@@ -69,7 +69,9 @@ def test_a_neighbour_is_where_it_is_said_to_be(jitter: int) -> None:
     assert first.shape == second.shape == (500, 1, 3, 3)
     assert set(place.tolist()) == set(range(8))
     directions = [(row, column) for row in (-1, 0, 1) for column in (-1, 0, 1) if (row, column) != (0, 0)]
-    corners = [torch.stack([patch[:, 0, 0, 0] // (size + 3), patch[:, 0, 0, 0] % (size + 3)], 1) for patch in (first, second)]
+    corners = [
+        torch.stack([patch[:, 0, 0, 0] // (size + 3), patch[:, 0, 0, 0] % (size + 3)], 1) for patch in (first, second)
+    ]
     shift = corners[1] - corners[0] - 5 * torch.tensor(directions)[place]
     assert shift.abs().max() == jitter
     assert len(corners[0].unique(dim=0)) == 16  # everywhere that neighbours leave room
@@ -126,7 +128,9 @@ def test_tiles_lie_anywhere_in_their_cells_and_are_normalised() -> None:
         for row in range(3):
             for column in range(3):
                 square = images[:, :, top + row : top + row + 2, left + column : left + column + 2]
-                square = (square - square.mean((1, 2, 3), keepdim=True)) / square.std((1, 2, 3), correction=0, keepdim=True)
+                square = (square - square.mean((1, 2, 3), keepdim=True)) / square.std(
+                    (1, 2, 3), correction=0, keepdim=True
+                )
                 found = torch.isclose(square, tiles[:, tile], rtol=1e-3, atol=1e-3).all(dim=3).all(dim=2).all(dim=1)
                 places |= {(tile, row, column)} if found.any() else set()
     assert len(places) == 81
@@ -151,7 +155,9 @@ def test_a_hole_is_filled_and_all_else_left() -> None:
 def test_holes_are_drawn_everywhere() -> None:
     model = ssl.Inpainting(8, 1, 4, 6, (4, 8))
     top, left = model.holes(torch.zeros(500, 1, 8, 8))
-    assert set(zip(top.tolist(), left.tolist(), strict=True)) == {(row, column) for row in range(5) for column in range(5)}
+    assert set(zip(top.tolist(), left.tolist(), strict=True)) == {
+        (row, column) for row in range(5) for column in range(5)
+    }
 
 
 def test_the_losses_of_inpainting_are_those_of_the_filling_and_its_discriminator() -> None:
@@ -190,7 +196,11 @@ def test_losses_of_a_guess_are_logarithms_of_the_number_of_answers() -> None:
 def test_what_does_not_fit_is_refused() -> None:
     flat, wide = torch.nn.Flatten(), torch.zeros(2, 1, 8, 9)
     nine, four = ssl.distant_permutations(9, 3), ssl.distant_permutations(4, 3)
-    for model in (ssl.RotationPrediction(flat, 72), ssl.RelativePatchLocation(flat, 4, 2, 1), ssl.Jigsaw(flat, 4, four, 2)):
+    for model in (
+        ssl.RotationPrediction(flat, 72),
+        ssl.RelativePatchLocation(flat, 4, 2, 1),
+        ssl.Jigsaw(flat, 4, four, 2),
+    ):
         with pytest.raises(ValueError, match=r"images must be \[N, C, S, S\], got shape \[2, 1, 8, 9\]"):
             model.loss(wide)
     with pytest.raises(ValueError, match="images must be at least 10 pixels wide for patches and gaps, got 8"):
@@ -214,7 +224,9 @@ def test_what_does_not_fit_is_refused() -> None:
         with pytest.raises(ValueError, match=message):
             ssl.distant_permutations(tiles, count)
     for hole_size in (0, 6, 8):
-        with pytest.raises(ValueError, match=f"a positive multiple of 4 less than the image's size, 8, got {hole_size}"):
+        with pytest.raises(
+            ValueError, match=f"a positive multiple of 4 less than the image's size, 8, got {hole_size}"
+        ):
             ssl.Inpainting(8, 1, hole_size)
     with pytest.raises(ValueError, match="adversarial_share must be between 0 and 1, got 2"):
         ssl.Inpainting(8, 1, 4, adversarial_share=2)

@@ -6,9 +6,52 @@ last layer. Every softmax loss is computed by :mod:`dlkernels.functional`, witho
 """
 
 from .augment import random_view
-from .color import Bins, Colorization, SplitBrainAutoencoder, VideoColorization, color_bins, color_prior
-from .color import gamut, lab_to_rgb, rebalancing, rgb_to_lab
+from .color import (
+    Bins,
+    Colorization,
+    SplitBrainAutoencoder,
+    VideoColorization,
+    color_bins,
+    color_prior,
+    gamut,
+    lab_to_rgb,
+    rebalancing,
+    rgb_to_lab,
+)
 from .contrastive import CLIP, CPC, MoCo, SimCLR, TextEncoder, info_nce, moco_v1, moco_v2, nt_xent
 from .dino import DINO, DINOHead
 from .evaluate import features_of, linear_probe, weighted_knn
 from .pretext import Inpainting, Jigsaw, RelativePatchLocation, RotationPrediction, distant_permutations
+
+__all__ = [
+    "Bins",
+    "CLIP",
+    "CPC",
+    "Colorization",
+    "DINO",
+    "DINOHead",
+    "Inpainting",
+    "Jigsaw",
+    "MoCo",
+    "RelativePatchLocation",
+    "RotationPrediction",
+    "SimCLR",
+    "SplitBrainAutoencoder",
+    "TextEncoder",
+    "VideoColorization",
+    "color_bins",
+    "color_prior",
+    "distant_permutations",
+    "features_of",
+    "gamut",
+    "info_nce",
+    "lab_to_rgb",
+    "linear_probe",
+    "moco_v1",
+    "moco_v2",
+    "nt_xent",
+    "random_view",
+    "rebalancing",
+    "rgb_to_lab",
+    "weighted_knn",
+]

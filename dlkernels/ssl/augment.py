@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+from torch import Tensor
+
+Augmentation = Callable[[Tensor], Tensor]  # images [N, C, H, W] to random views of them
 
 
 def random_view(

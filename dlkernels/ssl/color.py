@@ -14,7 +14,6 @@ from torch.nn.functional import adaptive_avg_pool2d, interpolate, one_hot
 from .. import functional as F
 from .. import nn
 
-
 LEAST_PROBABILITY = 1e-6
 
 
@@ -99,13 +98,17 @@ class Bins(torch.nn.Module):
 
     def nearest(self, values: Tensor) -> Tensor:
         """Values ``[M, D]`` to the number of the nearest centre, ``[M]``."""
-        return torch.cdist(values, self.centers).argmin(1)
+        return self._distances(values).argmin(1)
 
     def shares(self, values: Tensor) -> Tensor:
         """Values ``[M, D]`` to the share of each centre in each, ``[M, Q]``, of sum 1 (soft encoding)."""
-        distances, nearest = torch.cdist(values, self.centers).topk(self.neighbours, 1, largest=False)
+        distances, nearest = self._distances(values).topk(self.neighbours, 1, largest=False)
         shares = torch.softmax(-distances.square() / (2 * self.deviation**2), 1)  # [M, neighbours]
         return shares.new_zeros(len(values), len(self)).scatter_(1, nearest, shares)
+
+    def _distances(self, values: Tensor) -> Tensor:
+        # Differences, not products, which would leave few right digits of small distances.
+        return torch.cdist(values, self.centers, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def rebalancing(prior: Tensor, uniform_share: float = 0.5) -> Tensor:
@@ -216,7 +219,9 @@ class SplitBrainAutoencoder(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.color_prediction = ChannelPrediction(lightness_network, features, bins)
-        self.lightness_prediction = ChannelPrediction(color_network, features, Bins(torch.arange(100).add(0.5)[:, None]))
+        self.lightness_prediction = ChannelPrediction(
+            color_network, features, Bins(torch.arange(100).add(0.5)[:, None])
+        )
 
     def forward(self, images: Tensor) -> Tensor:
         """RGB images to the features of both networks, ``[N, 2 * features, h, w]``."""
@@ -258,7 +263,8 @@ class VideoColorization(torch.nn.Module):
             ``[N, V, h, w]``: at each place the mean of the values, weighted by its attention to theirs.
         """
         features = self._encode(lightness)
-        maps = adaptive_avg_pool2d(values.flatten(0, 1), features.shape[3:]).unflatten(0, values.shape[:2])
+        height, width = features.shape[3:]
+        maps = adaptive_avg_pool2d(values.flatten(0, 1), (height, width)).unflatten(0, values.shape[:2])
         return self._copied(features, maps)
 
     def loss(self, frames: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ Under ``torchrun`` every process contrasts its rows with those of all (:mod:`.di
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -22,9 +21,8 @@ from .. import functional as F
 from .. import nn
 from ..models.transformer import TransformerEncoder, TransformerEncoderLayer
 from . import distributed
+from .augment import Augmentation
 from .momentum import check_momentum, follow, follower
-
-Augmentation = Callable[[Tensor], Tensor]  # images [N, C, H, W] to random views of them
 
 
 def check_temperature(temperature: float) -> None:
@@ -273,9 +271,7 @@ class CPC(torch.nn.Module):
             raise ValueError(f"steps must be positive, got {steps}")
         self.encoder = encoder
         self.context = nn.LSTM(features, context_features, batch_first=True)
-        self.predictions = torch.nn.ModuleList(
-            nn.Linear(context_features, features, bias=False) for _ in range(steps)
-        )
+        self.predictions = torch.nn.ModuleList(nn.Linear(context_features, features, bias=False) for _ in range(steps))
 
     def forward(self, sequences: Tensor) -> Tensor:
         """Sequences ``[N, T, ...]`` to the context after each part, ``[N, T, context_features]``."""

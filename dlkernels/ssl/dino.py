@@ -16,7 +16,8 @@ from torch.nn.functional import normalize
 from .. import functional as F
 from .. import nn
 from . import distributed
-from .contrastive import Augmentation, check_temperature
+from .augment import Augmentation
+from .contrastive import check_temperature
 from .momentum import check_momentum, follow, follower
 
 
@@ -84,7 +85,8 @@ class DINO(torch.nn.Module):
         center_momentum: of the moving average of the teacher's mean logits.
 
     Attributes:
-        student, teacher: encoder and head; the teacher's features are the better ones.
+        encoder, head: the student.
+        teacher_encoder, teacher_head: the teacher, whose features are the better ones.
         center: the moving average ``[out_features]``.
         step: how many updates there have been.
 
@@ -118,8 +120,8 @@ class DINO(torch.nn.Module):
             raise ValueError(f"steps must be positive, got {steps}")
         if local_views > 0 and local_view is None:
             raise ValueError(f"local_view must be given to make {local_views} local views")
-        self.student = torch.nn.Sequential(encoder, head)
-        self.teacher = follower(self.student)
+        self.encoder, self.head = encoder, head
+        self.teacher_encoder, self.teacher_head = follower(encoder), follower(head)
         self.global_view, self.local_view, self.local_views = global_view, local_view, local_views
         self.steps, self.momentum, self.center_momentum = steps, momentum, center_momentum
         self.student_temperature, self.teacher_temperature = student_temperature, teacher_temperature
@@ -129,7 +131,7 @@ class DINO(torch.nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """The teacher's features ``[N, features]`` of images."""
-        return self.teacher[0](images)
+        return self.teacher_encoder(images)
 
     def loss(self, images: Tensor) -> Tensor:
         """Mean cross-entropy over all pairs of a global view and another one; log(out_features) where all are equal.
@@ -149,16 +151,15 @@ class DINO(torch.nn.Module):
     def targets(self, *views: Tensor) -> list[Tensor]:
         """What the teacher says of views, ``[N, out_features]`` each, without gradient: its logits centred, sharpened
         and made probabilities. While training, their mean waits for :meth:`update` to move the centre."""
-        logits = [self.teacher(view) for view in views]
+        logits = [self.teacher_head(self.teacher_encoder(view)) for view in views]
         if self.training:
             self._means.append(torch.stack([x.mean(0) for x in logits]).mean(0))
         return [torch.softmax((x - self.center) / self.teacher_temperature, 1) for x in logits]
 
     def student_loss(self, view: Tensor, target: Tensor) -> Tensor:
         """Mean cross-entropy of the student's answer to a view and the teacher's, ``target``."""
-        encoder, head = self.student
-        bottleneck = head.bottleneck(encoder(view)) / self.student_temperature
-        return F.linear_cross_entropy(bottleneck, head.weight(), target)
+        bottleneck = self.head.bottleneck(self.encoder(view)) / self.student_temperature
+        return F.linear_cross_entropy(bottleneck, self.head.weight(), target)
 
     @torch.no_grad()
     def update(self) -> None:
@@ -166,7 +167,8 @@ class DINO(torch.nn.Module):
         to 1 on half a cosine, and the centre follows the mean of the teacher's last logits."""
         progress = min(int(self.step) / self.steps, 1.0)
         momentum = 1 - (1 - self.momentum) * (1 + math.cos(math.pi * progress)) / 2
-        follow(self.teacher, self.student, momentum)
+        follow(self.teacher_encoder, self.encoder, momentum)
+        follow(self.teacher_head, self.head, momentum)
         if self._means:
             mean = distributed.mean(torch.stack(self._means).mean(0))
             self.center.lerp_(mean, 1 - self.center_momentum)

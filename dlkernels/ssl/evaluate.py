@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from .. import functional as F
+from .contrastive import check_temperature
 
 
 @torch.no_grad()
@@ -14,14 +15,15 @@ def features_of(encoder: torch.nn.Module, images: Tensor, batch_size: int = 512)
     """Features ``[N, D]`` of images in evaluation; any further dimensions are flattened.
 
     Args:
-        encoder: any module from images to features; left in the mode that it is in.
+        encoder: any module from images to features, each part of which is left in its mode.
         images: ``[N, C, H, W]``.
         batch_size: images that are encoded at a time.
     """
-    training = encoder.training
+    modes = [(module, module.training) for module in encoder.modules()]
     encoder.eval()
     features = torch.cat([encoder(part).flatten(1) for part in images.split(batch_size)])
-    encoder.train(training)
+    for module, training in modes:
+        module.training = training
     return features
 
 
@@ -79,8 +81,7 @@ def weighted_knn(features: Tensor, labels: Tensor, queries: Tensor, k: int = 20,
     classes = _check_examples(features, labels, queries)
     if not 1 <= k <= len(features):
         raise ValueError(f"k must be between 1 and the number of examples, {len(features)}, got {k}")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature}")
+    check_temperature(temperature)
     cosines = normalize(queries, dim=1) @ normalize(features, dim=1).T  # [M, N]
     cosines, nearest = cosines.topk(k, 1)  # [M, k]
     weights = ((cosines - 1) / temperature).exp()  # less the greatest possible: no overflow

@@ -135,7 +135,7 @@ class RelativePatchLocation(torch.nn.Module):
         direction = torch.stack([cell // 3, cell % 3]) - 1
         shift = torch.randint(-self.jitter, self.jitter + 1, (2, count), device=device)
         neighbour = corner + step * direction + shift
-        first, second = (squares(images, *corners, self.patch_size) for corners in (corner, neighbour))
+        first, second = (squares(images, top, left, self.patch_size) for top, left in (corner, neighbour))
         return first, second, place
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
