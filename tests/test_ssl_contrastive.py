@@ -232,14 +232,16 @@ def test_the_key_encoder_is_an_exact_moving_average() -> None:
     for network in (model.encoder, model.key_encoder, model.head, model.key_head):
         for parameter in network.parameters():
             parameter.data = torch.randint(-64, 64, parameter.shape).float()
-    expected = [parameter.clone() for parameter in model.key_encoder.parameters()]
+    fast = [*model.encoder.parameters(), *model.head.parameters()]
+    slow = [*model.key_encoder.parameters(), *model.key_head.parameters()]
+    expected = [parameter.clone() for parameter in slow]
     for _ in range(3):
         with torch.no_grad():
-            for parameter in model.encoder.parameters():
+            for parameter in fast:
                 parameter.add_(torch.randint(-8, 8, parameter.shape))
         model.update()
-        expected = [0.75 * old + 0.25 * new for old, new in zip(expected, model.encoder.parameters(), strict=True)]
-        for actual, other in zip(model.key_encoder.parameters(), expected, strict=True):
+        expected = [0.75 * old + 0.25 * new for old, new in zip(expected, fast, strict=True)]
+        for actual, other in zip(slow, expected, strict=True):
             assert torch.equal(actual, other)
 
 

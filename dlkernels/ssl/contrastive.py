@@ -183,7 +183,6 @@ class MoCo(torch.nn.Module):
         """Images to queries ``[N, projection_features]`` of length 1."""
         return normalize(self.head(self.encoder(images)), dim=1)
 
-    @torch.no_grad()
     def keys(self, images: Tensor) -> Tensor:
         """Images to keys ``[N, projection_features]`` of length 1, without gradient.
 
