@@ -75,7 +75,7 @@ def test_both_recognise_digits_by_their_pixels() -> None:
     split = digits()
     known, unknown = split.train_images.flatten(1), split.test_images.flatten(1)
     for classes in (
-        ssl.linear_probe(known, split.train_labels, unknown, 1e-2),
+        ssl.linear_probe(known, split.train_labels, unknown),
         ssl.weighted_knn(known, split.train_labels, unknown),
     ):
         assert (classes == split.test_labels).float().mean() >= 0.95

@@ -27,7 +27,7 @@ def features_of(encoder: torch.nn.Module, images: Tensor, batch_size: int = 512)
     return features
 
 
-def linear_probe(features: Tensor, labels: Tensor, queries: Tensor, penalty: float = 1e-3) -> Tensor:
+def linear_probe(features: Tensor, labels: Tensor, queries: Tensor, penalty: float = 1e-2) -> Tensor:
     """Classes ``[M]`` that a linear classifier of ``features`` gives ``queries``.
 
     Features are standardised; softmax regression with an L2 penalty is fitted by L-BFGS on all of them at once.
