@@ -69,8 +69,9 @@ def accuracy(logits: Tensor, answers: Tensor) -> float:
     return (logits.argmax(1) == answers).float().mean().item()
 
 
-def pretext_tasks(split: data.Split, steps: int, draws: int, output: Path) -> None:
+def pretext_tasks(split: data.Split, fast: bool, output: Path) -> None:
     """Five tasks on scikit-learn's digits, each solved on test images, and what a probe of its features is worth."""
+    steps, draws = (10, 1) if fast else (200, 5)
     images, unseen = split.train_images, split.test_images
     rows: list[tuple[object, ...]] = []
 
@@ -255,7 +256,7 @@ def following(steps: int, output: Path) -> None:
 def main() -> None:
     options = arguments("lecture_09", __doc__)
     torch.manual_seed(0)
-    pretext_tasks(data.load_digits(0), 10 if options.fast else 200, 1 if options.fast else 5, options.output)
+    pretext_tasks(data.load_digits(0), options.fast, options.output)
     colours(3 if options.fast else 150, options.output)
     following(3 if options.fast else 150, options.output)
 

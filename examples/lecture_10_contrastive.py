@@ -68,7 +68,7 @@ def views() -> torch.nn.Module:
     """Turns, sheared, scaled and shifted digits. Flips and crops, which suit photographs, would make other digits."""
     from kornia.augmentation import RandomAffine
 
-    return RandomAffine(15, translate=(0.15, 0.15), scale=(0.8, 1.2), shear=10)
+    return RandomAffine(15, (0.15, 0.15), (0.8, 1.2), shear=10, padding_mode="border", p=1.0)
 
 
 def worth(encoder: torch.nn.Module, split: data.Split, draws: int) -> tuple[float, float]:
@@ -86,8 +86,9 @@ def worth(encoder: torch.nn.Module, split: data.Split, draws: int) -> tuple[floa
     return probe, neighbours
 
 
-def without_labels(split: data.Split, steps: int, draws: int, output: Path) -> None:
+def without_labels(split: data.Split, fast: bool, output: Path) -> None:
     """Each method on scikit-learn's digits, beside the same encoder with its random weights."""
+    steps, draws, shown = (5, 1, 60) if fast else (200, 5, len(split.test_labels))
     augment, local = views(), ssl.random_view(6, (0.4, 0.8), strength=0.0, flip=0.0, blur=0.0)
     rows_of_digits = torch.nn.Sequential(nn.Linear(8, 16), torch.nn.ReLU(), nn.Linear(16, 16))
     queue = 512
@@ -127,7 +128,8 @@ def without_labels(split: data.Split, steps: int, draws: int, output: Path) -> N
             "local views": local(split.train_images[:12]),
         },
     )
-    save_projections(output / "features.png", features, split.test_labels)
+    features = {name: points[:shown] for name, points in features.items()}
+    save_projections(output / "features.png", features, split.test_labels[:shown])
 
 
 def updates(model: torch.nn.Module) -> Callable[[], None]:
@@ -136,12 +138,12 @@ def updates(model: torch.nn.Module) -> Callable[[], None]:
 
 
 def save_projections(path: Path, features: dict[str, Tensor], labels: Tensor) -> None:
-    """Writes a PNG of the first two principal components of each set of features, in the colours of their classes."""
+    """Writes a PNG of each set of features in two dimensions, by t-SNE, in the colours of their classes."""
+    from sklearn.manifold import TSNE
+
     figure, axes = plt.subplots(1, len(features), figsize=(3 * len(features), 3.2))
     for axis, (name, points) in zip(axes, features.items(), strict=True):
-        centred = torch.nn.functional.normalize(points - points.mean(0), dim=1)
-        _, _, directions = torch.pca_lowrank(centred, 2)
-        first, second = (centred @ directions).T
+        first, second = TSNE(random_state=0).fit_transform(points.numpy()).T
         axis.scatter(first, second, c=labels, cmap="tab10", s=6)
         axis.set_title(name, fontsize=9)
         axis.set_xticks([])
@@ -187,7 +189,7 @@ def main() -> None:
     options = arguments("lecture_10", __doc__)
     torch.manual_seed(0)
     split = data.load_digits(0)
-    without_labels(split, 5 if options.fast else 200, 1 if options.fast else 5, options.output)
+    without_labels(split, options.fast, options.output)
     with_texts(split, 5 if options.fast else 400, options.output)
 
 

@@ -339,8 +339,8 @@ def test_what_cannot_be_contrasted_is_refused() -> None:
     for loss in (ssl.info_nce, ssl.nt_xent):
         with pytest.raises(ValueError, match=r"must both be \[N, D\], got \[1, 3\] and \[2, 3\]"):
             loss(one, two)
-    with pytest.raises(ValueError, match="temperature must be positive, got 0"):
-        ssl.nt_xent(two, two, 0)
+        with pytest.raises(ValueError, match="temperature must be positive, got 0"):
+            loss(two, two, 0)
     with pytest.raises(ValueError, match="sequences must have more than 4 parts, as many as steps, got 4"):
         ssl.CPC(nn.Linear(3, 4), 4, 5).loss(torch.randn(2, 4, 3))
     for arguments, message in (

@@ -42,8 +42,10 @@ def info_nce(queries: Tensor, keys: Tensor, temperature: float | Tensor = 1.0) -
         temperature: divides the dot products.
 
     Raises:
-        ValueError: the shapes differ, or there is nothing to tell a key from.
+        ValueError: the shapes differ, there is nothing to tell a key from, or ``temperature`` is not positive.
     """
+    if not isinstance(temperature, Tensor):
+        check_temperature(temperature)
     if queries.dim() != 2 or queries.shape != keys.shape:
         raise ValueError(f"queries and keys must both be [N, D], got {list(queries.shape)} and {list(keys.shape)}")
     every = distributed.gathered(keys)  # [M, D], M of all processes
