@@ -683,7 +683,10 @@ X, Y = random_images((1, 8, 8)), classes_of(0, 1)
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m: visualize.saliency(m, X[0], Y), r"images must be floating \[N, C, H, W\], N > 0, got .* \[1, 8, 8\]"),
+        (
+            lambda m: visualize.saliency(m, X[0], Y),
+            r"images must be floating \[N, C, H, W\], N > 0, got .* \[1, 8, 8\]",
+        ),
         (lambda m: visualize.saliency(m, X[:0], Y[:0]), r"images must be floating .*\[0, 1, 8, 8\]"),
         (lambda m: visualize.saliency(m, X.long(), Y), "images must be floating .* got torch.int64"),
         (lambda m: visualize.saliency(m, X, classes_of(0)), r"classes must be int64 \[2\], got torch.int64 \[1\]"),
@@ -708,7 +711,10 @@ X, Y = random_images((1, 8, 8)), classes_of(0, 1)
         (lambda m: visualize.first_layer_filters(torch.nn.ReLU()), "model must have a convolution or a linear layer"),
         (lambda m: visualize.last_features(m.features, X), "model must call a torch.nn.Linear, Sequential does not"),
         (lambda m: visualize.pca(torch.ones(5, 3), 4), r"dimensions must be between 1 and 3, .* got 4"),
-        (lambda m: visualize.tsne(torch.ones(5, 3)), "perplexity must be positive and less than the 5 features, got 30"),
+        (
+            lambda m: visualize.tsne(torch.ones(5, 3)),
+            "perplexity must be positive and less than the 5 features, got 30",
+        ),
         (lambda m: visualize.nearest_neighbours(X, X, 3), "count must be between 1 and the 2 features, got 3"),
         (lambda m: visualize.nearest_neighbours(X[:, :, 1:], X, 1), r"queries must be shaped as features, \[1, 8, 8\]"),
     ],
@@ -720,7 +726,9 @@ def test_bad_input_is_an_error_that_says_what_was_expected(call: Callable[[Any],
 
 def test_a_layer_that_is_not_called_in_evaluation_is_named() -> None:
     build, shape = CLASSIFIERS["googlenet"]
-    with pytest.raises(ValueError, match=r"layer must return a tensor in evaluation mode, but 'aux1.fc1' was not called"):
+    with pytest.raises(
+        ValueError, match=r"layer must return a tensor in evaluation mode, but 'aux1.fc1' was not called"
+    ):
         visualize.activation_maps(build(nn), random_images(shape), "aux1.fc1")
 
 

@@ -1,14 +1,14 @@
 """Seeing inside: what a classifier looks for, where it looks, and how it is fooled; a file for each subject.
 
 Functions take any ``torch.nn.Module`` that turns images ``[N, C, H, W]`` into logits ``[N, classes]``, and return
-tensors. They look at it in evaluation mode; its mode, gradients and hooks are then as they were. What a function returned,
-the ``draw_*`` function beside it makes a matplotlib figure of, and :func:`save` a PNG file::
+tensors. They look at it in evaluation mode, and leave its mode, gradients and hooks as they were. Of what a function
+returned, the ``draw_*`` function beside it makes a matplotlib figure, and :func:`save` writes that as PNG::
 
     gradients = visualize.saliency(model, images, classes)  # [N, C, H, W]
     visualize.save(visualize.draw_saliency(images, gradients, classes), "saliency.png")
 
-captum (occlusion, sampled Shapley values, saliency), scikit-learn (embeddings, neighbours) and matplotlib are needed only
-by the functions that use them; the extra ``course`` has all three.
+captum (occlusion, saliency), scikit-learn (embeddings, neighbours) and matplotlib are needed only by the functions that
+use them; the extra ``course`` has all three.
 """
 
 from .activations import activation_maps, draw_activation_maps

@@ -28,8 +28,10 @@ def pca(features: Tensor, dimensions: int = 2) -> tuple[Tensor, Tensor]:
     from sklearn.decomposition import PCA
 
     if not 1 <= dimensions <= min(features.shape):
-        raise ValueError(f"dimensions must be between 1 and {min(features.shape)}, the least of N and D in features "
-                         f"{list(features.shape)}, got {dimensions}")
+        raise ValueError(
+            f"dimensions must be between 1 and {min(features.shape)}, the least of N and D in features "
+            f"{list(features.shape)}, got {dimensions}"
+        )
     analysis = PCA(dimensions, svd_solver="full")
     points = analysis.fit_transform(features.detach().cpu().double().numpy())
     return torch.from_numpy(points).to(features), torch.from_numpy(analysis.explained_variance_ratio_).to(features)
@@ -60,7 +62,9 @@ def draw_embedding(points: Tensor, labels: Tensor, title: str) -> Figure:
 
     figure, axis = plot(f"{title}: {len(points)} images", "first dimension", "second dimension")
     classes = labels.unique().tolist()
-    colours = colormaps["tab10" if len(classes) <= 10 else "turbo"].resampled(max(len(classes), 10 * (len(classes) <= 10)))
+    colours = colormaps["tab10" if len(classes) <= 10 else "turbo"].resampled(
+        max(len(classes), 10 * (len(classes) <= 10))
+    )
     for position, label in enumerate(classes):
         own = points[labels == label].cpu()
         axis.scatter(own[:, 0], own[:, 1], s=9, color=colours(position), label=str(label))

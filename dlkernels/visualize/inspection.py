@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -29,7 +29,7 @@ def inspecting(model: torch.nn.Module, gradients: bool = False) -> Iterator[None
 
 
 @contextmanager
-def hooked(modules: list[torch.nn.Module], hook: Callable[..., Tensor | None]) -> Iterator[None]:
+def hooked(modules: Sequence[torch.nn.Module], hook: Callable[..., Tensor | None]) -> Iterator[None]:
     """Calls ``hook(module, inputs, output)`` after each call of the modules. Batch norms next to them run unfused."""
     handles = [module.register_forward_hook(hook) for module in modules]
     try:

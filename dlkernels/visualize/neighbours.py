@@ -31,7 +31,9 @@ def nearest_neighbours(queries: Tensor, features: Tensor, count: int) -> tuple[T
     from sklearn.neighbors import NearestNeighbors
 
     if queries.shape[1:] != features.shape[1:]:
-        raise ValueError(f"queries must be shaped as features, {list(features.shape[1:])}, got {list(queries.shape[1:])}")
+        raise ValueError(
+            f"queries must be shaped as features, {list(features.shape[1:])}, got {list(queries.shape[1:])}"
+        )
     if not 1 <= count <= len(features):
         raise ValueError(f"count must be between 1 and the {len(features)} features, got {count}")
     searched, asked = (values.detach().flatten(1).cpu().double().numpy() for values in (features, queries))

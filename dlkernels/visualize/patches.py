@@ -83,16 +83,15 @@ def units_of(activations: Tensor, layer: str, channel: int) -> Tensor:
         ValueError: there is no such channel, or the shape is another.
     """
     if activations.dim() not in (2, 4):
-        raise ValueError(f"layer must return [N, channels, h, w] or [N, channels], but {layer!r} returned "
-                         f"{list(activations.shape)}")
+        raise ValueError(
+            f"layer must return [N, channels, h, w] or [N, channels], but {layer!r} returned {list(activations.shape)}"
+        )
     if not 0 <= channel < activations.shape[1]:
         raise ValueError(f"channel must be in [0, {activations.shape[1]}), got {channel}")
     return activations[:, channel].reshape(len(activations), *(activations.shape[2:] or (1, 1)))
 
 
-def maximal_patches(
-    model: torch.nn.Module, images: Tensor, layer: str, channel: int, count: int = 9
-) -> MaximalPatches:
+def maximal_patches(model: torch.nn.Module, images: Tensor, layer: str, channel: int, count: int = 9) -> MaximalPatches:
     """The patches of the images that the channel responds to most.
 
     Args:
@@ -116,8 +115,10 @@ def maximal_patches(
     for position in positions[chosen].tolist():
         rows, columns = (field[position // width, position % width].nonzero() for field in fields)
         boxes.append([int(rows.min()), int(columns.min()), int(rows.max()) + 1, int(columns.max()) + 1])
-    patches = [images[index][:, top:bottom, left:right].clone()
-               for index, (top, left, bottom, right) in zip(chosen.tolist(), boxes, strict=True)]
+    patches = [
+        images[index][:, top:bottom, left:right].clone()
+        for index, (top, left, bottom, right) in zip(chosen.tolist(), boxes, strict=True)
+    ]
     return MaximalPatches(patches, torch.tensor(boxes), chosen, activations)
 
 

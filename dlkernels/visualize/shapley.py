@@ -8,7 +8,6 @@ of the baseline.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,7 +19,6 @@ from .inspection import BATCH_SIZE, checked_classes, checked_images, class_score
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Scores = Callable[[Tensor], Tensor]
 MOST_PATCHES = 16  # whose 65,536 subsets are still evaluated
 
 
@@ -58,43 +56,48 @@ def shapley_values(
         raise ValueError(f"permutations must be positive, got {permutations}")
     patches = torch.arange(height * width // patch_size**2).view(height // patch_size, width // patch_size)
     if permutations is None and patches.numel() > MOST_PATCHES:
-        raise ValueError(f"exact values take at most {MOST_PATCHES} patches, but patch_size={patch_size} makes "
-                         f"{patches.numel()}; give permutations")
-    mask = patches.repeat_interleave(patch_size, 0).repeat_interleave(patch_size, 1).to(images.device)  # [H, W]
-    generator = torch.Generator().manual_seed(seed)
+        raise ValueError(
+            f"exact values take at most {MOST_PATCHES} patches, but patch_size={patch_size} makes "
+            f"{patches.numel()}; give permutations"
+        )
+    if permutations is None:
+        subsets, weights = _all_subsets(patches.numel())
+    else:
+        subsets, weights = _random_orders(patches.numel(), permutations, seed)
+    patch_of_pixel = patches.repeat_interleave(patch_size, 0).repeat_interleave(patch_size, 1)  # [H, W]
     with inspecting(model):
         checked_classes(classes, images, class_scores(model, images[:1]).shape[1])
         values = []
         for image, label in zip(images, classes.tolist(), strict=True):
-
-            def scores(subsets: Tensor, image: Tensor = image, label: int = label) -> Tensor:
-                """Of the image with the patches of each subset alone: bool ``[M, patches]`` to float64 ``[M]``."""
-                shown = (torch.where(part.to(mask.device)[:, None, mask], image, baseline)
-                         for part in subsets.split(BATCH_SIZE))
-                return torch.cat([class_scores(model, part)[:, label].double().cpu() for part in shown])
-
-            exact = permutations is None
-            values.append(_exact(scores, patches.numel()) if exact else _sampled(scores, patches.numel(), permutations, generator))
+            scores = []
+            for part in subsets.split(BATCH_SIZE):
+                present = part[:, None, patch_of_pixel].to(images.device)  # [B, 1, H, W]
+                scores.append(class_scores(model, torch.where(present, image, baseline))[:, label])
+            values.append(torch.cat(scores).cpu().double() @ weights)
     return torch.stack(values).view(-1, *patches.shape).to(images)
 
 
-def _exact(scores: Scores, count: int) -> Tensor:
-    """``[count]``: the sum over all subsets S of the share of score(S with i) - score(S without i)."""
-    patches = torch.arange(count)
-    subsets = (torch.arange(2**count)[:, None] >> patches & 1).bool()  # [2^count, count]
-    # The share of the orders in which exactly the s patches of a subset come before i.
+def _all_subsets(count: int) -> tuple[Tensor, Tensor]:
+    """Subsets of the patches, bool ``[2^count, count]``, and by what a subset's score counts for each patch, likewise.
+
+    The value of patch i is the mean of score(S with i) - score(S without i) over the orders in which S comes before i.
+    """
+    subsets = (torch.arange(2**count)[:, None] >> torch.arange(count) & 1).bool()
+    # The share of the orders in which exactly the s patches of a set come before i.
     shares = torch.tensor([1 / (count * math.comb(count - 1, s)) for s in range(count)], dtype=torch.float64)
     size = subsets.sum(1, keepdim=True)
     weights = torch.where(subsets, shares[(size - 1).clamp(min=0)], -shares[size.clamp(max=count - 1)])
-    return scores(subsets) @ weights
+    return subsets, weights
 
 
-def _sampled(scores: Scores, count: int, permutations: int, generator: torch.Generator) -> Tensor:
-    """``[count]``: what each patch adds to those before it, averaged over random orders (Castro et al. 2009)."""
-    places = torch.stack([torch.randperm(count, generator=generator) for _ in range(permutations)])  # of each patch
-    subsets = places[:, None] < torch.arange(count + 1)[:, None]  # the first none, one, two... patches of each order
-    gains = scores(subsets.flatten(0, 1)).view(permutations, count + 1).diff()  # of the patch in each place
-    return gains.gather(1, places).mean(0)
+def _random_orders(count: int, permutations: int, seed: int) -> tuple[Tensor, Tensor]:
+    """The first none, one, two... patches of random orders, and by what the score of each counts for each patch, both
+    ``[permutations * (count + 1), count]``: each patch has what it adds to those before it (Castro et al. 2009)."""
+    generator = torch.Generator().manual_seed(seed)
+    place = torch.stack([torch.randperm(count, generator=generator) for _ in range(permutations)])[:, None]
+    size = torch.arange(count + 1)[:, None]
+    weights = ((place == size - 1).double() - (place == size).double()) / permutations
+    return (place < size).flatten(0, 1), weights.flatten(0, 1)
 
 
 def draw_shapley_values(images: Tensor, values: Tensor, classes: Tensor) -> Figure:

@@ -61,6 +61,9 @@ CLASSIFIERS: dict[str, tuple[Callable[[ModuleType], torch.nn.Module], tuple[int,
         lambda layers: models.VisionTransformer(16, 4, 2, 2, 16, 32, num_classes=CLASSES, layers=layers),
         (3, 16, 16),
     ),
-    "cells": (lambda layers: models.CellNetwork(channels=4, num_cells=3, num_classes=CLASSES, layers=layers), (3, 8, 8)),
+    "cells": (
+        lambda layers: models.CellNetwork(channels=4, num_cells=3, num_classes=CLASSES, layers=layers),
+        (3, 8, 8),
+    ),
     "mlp_mixer": (lambda layers: models.MLPMixer(16, 4, 2, 16, 8, 32, CLASSES, layers=layers), (3, 16, 16)),
 }
