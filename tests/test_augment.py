@@ -1,5 +1,4 @@
-"""Mixed examples, averaged predictions and transfer: labels share as pixels do, averages are averages, and what is frozen
-stays."""
+"""Mixed examples, averaged predictions, transfer: labels share as pixels do, and what is frozen stays."""
 
 from __future__ import annotations
 
@@ -99,7 +98,7 @@ def test_cutout_zeroes_a_square_of_its_size_and_nothing_else() -> None:
     assert areas.max() == size**2
     inside = rows[:, 1:-1].sum(1).eq(size) & columns[:, 1:-1].sum(1).eq(size)
     assert (areas[inside] == size**2).all() and inside.any()
-    # The square reaches from two pixels before its centre to one behind: cut off are 2 + 1 rows in two places, 1 in one.
+    # The square reaches from two pixels before its centre to one behind: at the border 2, 1 and 1 of its rows are lost.
     expected = (size - (2 + 1 + 1) / height) * (size - (2 + 1 + 1) / width)
     assert areas.float().mean().item() == pytest.approx(expected, rel=0.02)
     assert ((hole.float().mean(0) > 0).all()).item()  # every pixel can be hit
@@ -182,7 +181,6 @@ def test_test_time_augmentation_has_the_average_over_the_views() -> None:
     averaged = ensemble.TestTimeAugmentation(model, views).eval()
     expected = torch.stack([model(x), model(x.flip(-1)), model(x.roll(1, -2))]).softmax(-1).mean(0)
     torch.testing.assert_close(averaged(x).softmax(1), expected)
-    torch.testing.assert_close(averaged(x.flip(-1))[:, :0], averaged(x)[:, :0])
     two = ensemble.TestTimeAugmentation(model, views[:2])
     torch.testing.assert_close(two(x), two(x.flip(-1)))  # what the views do makes no difference any more
 
@@ -190,11 +188,10 @@ def test_test_time_augmentation_has_the_average_over_the_views() -> None:
 def test_an_ensemble_is_better_than_its_members() -> None:
     pytest.importorskip("sklearn")
     digits = data.load_digits(0)
-    members = []
+    members, loss = [], nn.CrossEntropyLoss()
     for seed in range(5):
         torch.manual_seed(seed)
         member, images, labels = models.TwoLayerNet(64, 24), digits.train_images, digits.train_labels
-        loss = nn.CrossEntropyLoss()
         chosen = torch.randperm(len(labels))[:400]
         call = lambda x, y, member=member: loss(member(x), y)  # noqa: E731
         fit(member.parameters(), call, images[chosen], labels[chosen], epochs=20, learning_rate=1e-2)
@@ -293,7 +290,14 @@ def test_digits_that_a_network_has_not_seen_are_learnt_faster_with_its_features(
         head = transfer.replace_head(model, 5)
         few = [tensor[:40] for tensor in parts["train"][1]]
         with transfer.frozen(model, head):
-            fit(head.parameters(), lambda x, y: loss(model.train()(x), y), *few, epochs=60, learning_rate=1e-2, batch_size=20)
+            fit(
+                head.parameters(),
+                lambda x, y: loss(model.train()(x), y),
+                *few,
+                epochs=60,
+                learning_rate=1e-2,
+                batch_size=20,
+            )
         return accuracy(model, *parts["test"][1])
 
     assert accuracy_of_a_head(pretrain=True) >= accuracy_of_a_head(pretrain=False) + 0.1
@@ -313,12 +317,12 @@ X, Y = torch.randn(4, 1, 8, 8), torch.arange(4)
         (lambda: augment.Mixup(4)(X[:1], Y[:1]), "images must be at least two to be mixed, got 1"),
         (lambda: augment.CutMix(4)(X[:1], Y[:1]), "images must be at least two to be mixed, got 1"),
         (lambda: augment.Mixup(4)(X, Y.float()), r"labels must be int64 \[N\] or floating \[N, 4\], got torch.float32"),
-        (lambda: augment.Mixup(3)(X, torch.ones(4, 4)), r"labels must be int64 \[N\] or floating \[N, 3\], got .* \[4, 4"),
+        (lambda: augment.Mixup(3)(X, torch.ones(4, 4)), r"labels must be .* floating \[N, 3\], got .* \[4, 4"),
         (lambda: ensemble.Ensemble([]), "models must be at least one, got none"),
         (lambda: ensemble.TestTimeAugmentation(torch.nn.ReLU(), []), "views must be at least one, got none"),
         (lambda: transfer.replace_head(models.LeNet(8), 1), "num_classes must be at least 2, got 1"),
         (lambda: transfer.replace_head(torch.nn.ReLU(), 2), "model must have a linear layer, ReLU has none"),
-        (lambda: transfer.frozen(models.LeNet(8), nn.Linear(2, 2)).__enter__(), "except_for must be a part of the model"),
+        (lambda: transfer.frozen(models.LeNet(8), nn.Linear(2, 2)).__enter__(), "except_for must be a part"),
         (lambda: transfer.discriminative_groups(models.LeNet(8), 0.0), "learning_rate must be positive, got 0.0"),
         (lambda: transfer.discriminative_groups(models.LeNet(8), 0.1, -1), "decay must be positive, got -1"),
         (lambda: transfer.discriminative_groups(torch.nn.ReLU(), 0.1), "model must have a parameter with a gradient"),

@@ -31,16 +31,24 @@ def _check_rates(learning_rates: Sequence[float]) -> None:
         raise ValueError(f"learning_rates must be positive, and one at least, got {learning_rates}")
 
 
+def _without_noise(model: torch.nn.Module) -> torch.nn.Module:
+    for module in model.modules():
+        if isinstance(module, NOISE):
+            module.eval()
+    return model
+
+
 # ---- 1. Check the initial loss ---------------------------------------------------------------------------------------
 
 
 def check_initial_loss(problem: Problem, steps: int = 10, learning_rate: float = 1e-3) -> Verdict:
     """A fresh network has a loss of log C, and each of its parameters gets a gradient within a few small steps.
 
-    Not in the first step: a last layer may start at zero, and then lets no gradient through. Finds losses that are no
-    cross-entropy or no mean, initial weights that are too large, and dead initialisations.
+    Not in the first step: a last layer may start at zero, and then lets no gradient through. Nothing regularises:
+    dropout, DropConnect and stochastic depth are off. Finds losses that are no cross-entropy or no mean, initial
+    weights that are too large, and dead initialisations.
     """
-    model = problem.fresh_network()
+    model = _without_noise(problem.fresh_network())
     norms = {name: 0.0 for name, parameter in model.named_parameters() if parameter.requires_grad}
     losses = []
     with problem.seeded():
@@ -96,8 +104,8 @@ def overfit_few_batches(
 ) -> Verdict:
     """A few batches are learnt by heart at one of the learning rates: all are right, with a tenth of the initial loss.
 
-    Nothing regularises: dropout, DropConnect and stochastic depth are off. Finds networks that cannot learn, labels
-    that have lost their images, and losses that cannot become small.
+    Nothing regularises here either. Finds networks that cannot learn, labels that have lost their images, and losses
+    that cannot become small.
     """
     _check_rates(learning_rates)
     few = list(islice(problem.batches(), min(batches, problem.steps_per_epoch)))
@@ -117,11 +125,7 @@ def overfit_few_batches(
 
 def _learn_by_heart(problem: Problem, few: list[Examples], steps: int, learning_rate: float) -> Curves:
     """Trains on the same batches, in turn, until they are learnt."""
-    curves = Curves()
-    model = problem.fresh_network()
-    for module in model.modules():
-        if isinstance(module, NOISE):
-            module.eval()
+    curves, model = Curves(), _without_noise(problem.fresh_network())
     for loss, right in take_steps(problem, model, islice(cycle(few), steps), learning_rate):
         curves.losses.append(loss)
         curves.accuracies.append(right)

@@ -68,7 +68,8 @@ def random_search(
     if trials < 1:
         raise ValueError(f"trials must be at least 1, got {trials}")
     ranges = {setting: FloatDistribution(low, high, log=True) for setting, (low, high) in space.items()}
-    facts = {"space": {setting: list(limits) for setting, limits in space.items()}, "seed": seed, "identity": identity}
+    searched = {setting: list(limits) for setting, limits in space.items()}
+    facts = {"identity": identity, "space": searched, "seed": seed}
     return _run(score, lambda number: ranges, trials, seed, storage, name, facts)
 
 
@@ -97,7 +98,7 @@ def grid_search(
     def point(number: int) -> dict[str, FloatDistribution]:
         return {setting: FloatDistribution(value, value) for setting, value in zip(grid, points[number], strict=True)}
 
-    facts = {"grid": {setting: list(values) for setting, values in grid.items()}, "identity": identity}
+    facts = {"identity": identity, "grid": {setting: list(values) for setting, values in grid.items()}}
     return _run(score, point, len(points), 0, storage, name, facts)
 
 
