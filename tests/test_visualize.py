@@ -317,6 +317,39 @@ def test_receptive_fields_are_those_of_the_arithmetic(chain: list[tuple[str, dic
         assert set(columns[i, j].nonzero().flatten().tolist()) == expected[1][j]
 
 
+class TiledConv2d(torch.nn.Conv2d):
+    """A convolution that, as fast algorithms do, computes four outputs together: a NaN of one is a NaN of all."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs = super().forward(x)
+        spread = torch.nn.functional.max_pool2d(outputs.isnan().float(), 2).repeat_interleave(2, 2)
+        return outputs.masked_fill(spread.repeat_interleave(2, 3) > 0, torch.nan)
+
+
+def test_receptive_fields_do_not_depend_on_how_convolutions_are_computed() -> None:
+    model = torch.nn.Sequential(TiledConv2d(1, 1, 3, padding=1), torch.nn.ReLU(), TiledConv2d(1, 1, 3, padding=1))
+    assert model(torch.full((1, 1, 8, 8), torch.nan)).isnan().all()
+    rows, _ = visualize.receptive_fields(model, "2", 0, (1, 8, 8))
+    assert rows[3, 3].nonzero().flatten().tolist() == [1, 2, 3, 4, 5]
+
+
+def test_channels_of_different_groups_have_different_receptive_fields() -> None:
+    class Branches(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.narrow = nn.Conv2d(1, 2, 1)
+            self.wide = nn.Conv2d(1, 2, 5, padding=2)
+            self.grouped = nn.Conv2d(4, 4, 3, padding=1, groups=2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.grouped(torch.cat([self.narrow(x), self.wide(x)], 1))
+
+    for channel, reach in ((0, 1), (1, 1), (2, 3), (3, 3)):
+        rows, columns = visualize.receptive_fields(Branches(), "grouped", channel, (1, 9, 9))
+        assert rows[4, 4].nonzero().flatten().tolist() == list(range(4 - reach, 5 + reach))
+        assert torch.equal(rows[4, 4], columns[4, 4])
+
+
 def smooth(model: torch.nn.Module) -> torch.nn.Module:
     """With activations and pooling through which every gradient passes."""
     for name, module in list(model.named_modules()):

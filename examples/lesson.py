@@ -1,0 +1,89 @@
+"""What lessons share: arguments, short training runs, tables and pictures."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+
+console = Console()
+
+
+def arguments(name: str, doc: str | None) -> argparse.Namespace:
+    """The options of a lesson: ``fast``, and ``output``, a folder, which is made."""
+    parser = argparse.ArgumentParser(description=inspect.cleandoc(doc or "").split("\n")[0])
+    parser.add_argument("--fast", action="store_true", help="a few seconds, in which less is learnt")
+    parser.add_argument("--output", type=Path, default=Path("runs") / name, help="folder of the pictures")
+    options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
+    return options
+
+
+def fit(
+    title: str,
+    steps: int,
+    batch: Callable[[], Sequence[Tensor]],
+    players: Sequence[tuple[Callable[..., Tensor], Sequence[torch.nn.Parameter]]],
+    learning_rate: float = 5e-3,
+    update: Callable[[], None] = lambda: None,
+) -> None:
+    """Lowers the loss of each of ``players`` in turns, by its parameters, with AdamW whose rate falls on a cosine."""
+    optimizers = [torch.optim.AdamW(parameters, learning_rate, weight_decay=1e-2) for _, parameters in players]
+    schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps) for optimizer in optimizers]
+    for _ in track(range(steps), f"{title:<24}", console=console, transient=True):
+        examples = batch()
+        for (loss, _), optimizer, schedule in zip(players, optimizers, schedules, strict=True):
+            value = loss(*examples)
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+            schedule.step()
+        update()
+
+
+def learnt(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """The parameters that gradients move."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def drawn(images: Tensor, count: int = 128) -> Callable[[], tuple[Tensor]]:
+    """Batches of ``count`` of the images, at random."""
+    return lambda: (images[torch.randint(len(images), (count,))],)
+
+
+def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Prints a table; numbers to three places."""
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right")
+    for row in rows:
+        table.add_row(*(f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row))
+    console.print(table)
+
+
+def save_pictures(path: Path, rows: dict[str, Tensor]) -> None:
+    """Writes a PNG with a row of images ``[N, 1 or 3, H, W]`` for each title; grey ones from their least to their
+    greatest value."""
+    columns = max(len(images) for images in rows.values())
+    figure, axes = plt.subplots(len(rows), columns, figsize=(columns, 1.15 * len(rows)), squeeze=False)
+    for row, (title, images) in zip(axes, rows.items(), strict=True):
+        row[0].set_title(title, loc="left", fontsize=8)
+        for cell in row:
+            cell.axis("off")
+        for cell, image in zip(row, images.detach(), strict=False):
+            cell.imshow(image.permute(1, 2, 0).squeeze(2) if len(image) == 1 else image.permute(1, 2, 0), cmap="gray")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    console.print(f"wrote {path}", highlight=False)
