@@ -62,8 +62,8 @@ def class_images(
     ):
         if not holds:
             raise ValueError(f"{name} is out of range: {value}")
-    parameter = next(model.parameters())
-    images = parameter.new_zeros(len(classes), *image_shape)
+    like = next(model.parameters(), torch.empty(0))
+    images = like.new_zeros(len(classes), *image_shape)
     with inspecting(model, gradients=True):
         checked_classes(classes, images, class_scores(model, images[:1]).shape[1])
         for step in range(1, steps + 1):

@@ -54,8 +54,9 @@ def plot(title: str, x: str, y: str) -> tuple[Figure, Any]:
 
 
 def near_square(count: int) -> tuple[int, int]:
-    """Rows and columns for ``count`` cells, half again as many columns."""
-    columns = math.ceil(math.sqrt(1.5 * count))
+    """Rows and columns for ``count`` cells: up to four times as wide as high, with as few empty cells as can be."""
+    narrowest = math.ceil(math.sqrt(count))
+    columns = min(range(narrowest, 2 * narrowest), key=lambda columns: -count % columns)
     return math.ceil(count / columns), columns
 
 

@@ -50,14 +50,14 @@ def receptive_fields(
     Raises:
         ValueError: there is no such layer or channel.
     """
-    parameter = next(model.parameters())
+    like = next(model.parameters(), torch.empty(0))
     convolutions = [module for module in model.modules() if isinstance(module, torch.nn.Conv2d)]
     marked = []
     with inspecting(model), hooked(convolutions, _mark_windows):
         for dimension, size in ((1, image_shape[1]), (2, image_shape[2])):
             parts = []
             for lines in torch.arange(size).split(BATCH_SIZE):
-                images = parameter.new_zeros(len(lines), *image_shape)
+                images = like.new_zeros(len(lines), *image_shape)
                 for image, line in zip(images, lines, strict=True):
                     image.select(dimension, int(line)).fill_(torch.nan)
                 parts.append(units_of(layer_outputs(model, layer, images), layer, channel).isnan())

@@ -104,8 +104,11 @@ def draw_shapley_values(images: Tensor, values: Tensor, classes: Tensor) -> Figu
     """Images above what :func:`shapley_values` returned for them, with the numbers."""
     captions = [f"class {int(label)}" for label in classes]
     figure = draw_images_and_maps(images, values, "Shapley values", "contribution to the score", captions)
+    dark = 0.6 * values.abs().max().item()
     for axis, contributions in zip(figure.axes[len(images) : 2 * len(images)], values, strict=True):
         for row, line in enumerate(contributions.tolist()):
             for column, value in enumerate(line):
-                axis.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=7)
+                colour = "white" if abs(value) > dark else "black"
+                number = round(value, 1) + 0.0  # no negative zero
+                axis.text(column, row, f"{number:.1f}", ha="center", va="center", fontsize=7, color=colour)
     return figure
