@@ -116,9 +116,9 @@ def test_the_file_is_a_study_of_optunas(tmp_path: Path) -> None:
 
 
 def test_optunas_own_messages_are_as_they_were(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.INFO)
     search.random_search(distance, SPACE, 1, storage=tmp_path / "studies.sqlite")
-    assert optuna.logging.get_verbosity() == before
+    assert optuna.logging.get_verbosity() == optuna.logging.INFO
     assert capfd.readouterr() == ("", "")
 
 

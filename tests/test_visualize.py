@@ -237,7 +237,7 @@ def test_pca_finds_the_plane_that_points_lie_in() -> None:
     assert shares[0] > shares[1]
 
 
-def test_tsne_keeps_classes_together_and_repeats_with_its_seed() -> None:
+def test_tsne_keeps_classes_together_and_repeats() -> None:
     images, labels = digits().test_images[:200], digits().test_labels[:200]
     features = visualize.last_features(trained_lenet(), images)
     points = visualize.tsne(features, perplexity=15)
@@ -581,6 +581,23 @@ def test_regularisers_of_class_images_do_what_they_say() -> None:
         assert clipped.abs().sum(1)[clipped.abs().sum(1) > 0].min() > 0
 
 
+def test_what_contributes_least_is_clipped_whatever_its_sign() -> None:
+    weight = torch.randn(2, 6, 6, dtype=torch.float64)
+    model = Pixels(lambda x: (weight * x.sin()).sum((2, 3))).double()
+    images, _ = visualize.class_images(
+        model, classes_of(0), (2, 6, 6), steps=2, step_size=2.0, decay=0.0, blur_width=0.0, contribution_percentile=50.0
+    )
+    expected = torch.zeros_like(weight)
+    for _ in range(2):
+        gradient = weight * expected.cos() * torch.tensor([1.0, 0.0]).view(2, 1, 1)  # class 0 reads channel 0 alone
+        expected = expected + 2.0 * gradient / gradient.square().mean().sqrt()
+        contribution = (expected * gradient).sum(0)
+        expected = expected * (contribution.abs() >= contribution.abs().flatten().sort().values[18])
+    assert (contribution < 0).any()
+    assert (images != 0).any(1).sum() == 18
+    torch.testing.assert_close(images[0], expected)
+
+
 def test_blur_is_scipys() -> None:
     from scipy.ndimage import gaussian_filter
 
@@ -617,7 +634,7 @@ def test_a_network_that_is_sure_can_be_attacked_too() -> None:
     model, x = linear_model((1, 4, 4), torch.float32), random_images((1, 4, 4), 1)
     with torch.no_grad():
         label = model(x).argmax(1)
-        model.scores.weight *= 20 / model(x).std()
+        model.scores.weight *= 1000 / model(x).std()
     attacked = visualize.fgsm(model, x, label, 0.1)
     torch.testing.assert_close((attacked - x).abs(), torch.full_like(x, 0.1))
 
@@ -702,6 +719,14 @@ def test_every_figure_is_labelled_and_written_as_png(channels: int, tmp_path: Pa
         assert picture.ndim == 3 and picture[..., :3].std() > 0.02, name
 
 
+def test_maps_have_zero_in_the_middle_of_their_colours_and_one_scale_where_numbers_are_to_be_compared() -> None:
+    images, maps = random_images((1, 4, 4)), torch.tensor([[[[-3.0, 1.0]]], [[[0.5, 0.0]]]])
+    compared = visualize.draw_occlusion(images, maps[:, 0], classes_of(0, 1))
+    assert [axis.images[0].get_clim() for axis in compared.axes[2:4]] == [(-3, 3), (-3, 3)]
+    alone = visualize.draw_saliency(images, maps, classes_of(0, 1))
+    assert [axis.images[0].get_clim() for axis in alone.axes[2:4]] == [(-3, 3), (-0.5, 0.5)]
+
+
 def test_a_figure_is_saved_as_png_alone(tmp_path: Path) -> None:
     figure = visualize.draw_filters(torch.randn(2, 1, 3, 3))
     with pytest.raises(ValueError, match=r"path must end in \.png, got .*figure.jpg"):
@@ -748,6 +773,7 @@ X, Y = random_images((1, 8, 8)), classes_of(0, 1)
             lambda m: visualize.tsne(torch.ones(5, 3)),
             "perplexity must be positive and less than the 5 features, got 30",
         ),
+        (lambda m: visualize.tsne(torch.ones(5, 1), 2), r"features must be \[N, D\] with D at least 2, got \[5, 1\]"),
         (lambda m: visualize.nearest_neighbours(X, X, 3), "count must be between 1 and the 2 features, got 3"),
         (lambda m: visualize.nearest_neighbours(X[:, :, 1:], X, 1), r"queries must be shaped as features, \[1, 8, 8\]"),
     ],

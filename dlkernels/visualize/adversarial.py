@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .. import functional
 from .figures import grid, plot, show_image, show_map
 from .inspection import checked_classes, checked_images, class_scores, inspecting
 
@@ -32,13 +31,16 @@ class TargetedAttack:
 
 
 def _loss_gradient(model: torch.nn.Module, images: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradient of the cross-entropy with respect to each image, and the logits."""
+    """Gradient of the loss with respect to each image, up to its length, and the logits.
+
+    The cross-entropy is log(1 + exp(m)) of the margin m by which the other classes are ahead. Its gradient is that of m
+    times a positive number, which is zero in float32 where the network is sure.
+    """
     images = images.detach().requires_grad_()
     scores = class_scores(model, images)
-    checked_classes(classes, images, scores.shape[1])
-    # In float32 the loss of a network that is sure has a gradient of zero, and nowhere to go.
-    loss = functional.cross_entropy(scores.double(), classes, reduction="sum")
-    return torch.autograd.grad(loss, images)[0], scores.detach()
+    own = checked_classes(classes, images, scores.shape[1])[:, None]
+    margin = scores.scatter(1, own, -torch.inf).logsumexp(1) - scores.gather(1, own)[:, 0]
+    return torch.autograd.grad(margin.sum(), images)[0], scores.detach()
 
 
 def _inside(images: Tensor, pixel_range: Range | None) -> Tensor:

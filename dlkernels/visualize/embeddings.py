@@ -37,22 +37,25 @@ def pca(features: Tensor, dimensions: int = 2) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(points).to(features), torch.from_numpy(analysis.explained_variance_ratio_).to(features)
 
 
-def tsne(features: Tensor, perplexity: float = 30.0, seed: int = 0) -> Tensor:
+def tsne(features: Tensor, perplexity: float = 30.0) -> Tensor:
     """Points ``[N, 2]`` whose neighbourhoods are those of the features; distances between clusters mean nothing.
 
+    Starts from the principal components, so that the result is the same every time.
+
     Args:
-        features: ``[N, D]``.
+        features: ``[N, D]``, D at least 2.
         perplexity: how many neighbours a point has, softly counted.
-        seed: of the optimisation.
 
     Raises:
-        ValueError: there are no more features than ``perplexity``.
+        ValueError: there are no more features than ``perplexity``, or D is 1.
     """
     from sklearn.manifold import TSNE
 
     if not 0 < perplexity < len(features):
         raise ValueError(f"perplexity must be positive and less than the {len(features)} features, got {perplexity}")
-    embedding = TSNE(2, perplexity=perplexity, init="pca" if min(features.shape) > 1 else "random", random_state=seed)
+    if features.shape[1] < 2:
+        raise ValueError(f"features must be [N, D] with D at least 2, got {list(features.shape)}")
+    embedding = TSNE(2, perplexity=perplexity, init="pca", random_state=0)
     return torch.from_numpy(embedding.fit_transform(features.detach().cpu().float().numpy())).to(features)
 
 
