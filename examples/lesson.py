@@ -21,7 +21,11 @@ console = Console()
 
 
 def arguments(name: str, doc: str | None) -> argparse.Namespace:
-    """The options of a lesson: ``fast``, and ``output``, a folder, which is made."""
+    """The options of a lesson: ``fast``, and ``output``, a folder, which is made.
+
+    One thread serves: networks so small gain nothing from more.
+    """
+    torch.set_num_threads(1)
     parser = argparse.ArgumentParser(description=inspect.cleandoc(doc or "").split("\n")[0])
     parser.add_argument("--fast", action="store_true", help="a few seconds, in which less is learnt")
     parser.add_argument("--output", type=Path, default=Path("runs") / name, help="folder of the pictures")
@@ -41,7 +45,7 @@ def fit(
     """Lowers the loss of each of ``players`` in turns, by its parameters, with AdamW whose rate falls on a cosine."""
     optimizers = [torch.optim.AdamW(parameters, learning_rate, weight_decay=1e-2) for _, parameters in players]
     schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps) for optimizer in optimizers]
-    for _ in track(range(steps), f"{title:<24}", console=console, transient=True):
+    for _ in track(range(steps), f"{title:<24}", console=console, transient=True, disable=not console.is_terminal):
         examples = batch()
         for (loss, _), optimizer, schedule in zip(players, optimizers, schedules, strict=True):
             value = loss(*examples)
@@ -64,7 +68,8 @@ def drawn(images: Tensor, count: int = 128) -> Callable[[], tuple[Tensor]]:
 
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Prints a table; numbers to three places."""
-    table = Table(title=title, title_justify="left")
+    console.print(f"\n[bold]{title}[/bold]", highlight=False)
+    table = Table()
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right")
     for row in rows:
@@ -75,14 +80,13 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[objec
 def save_pictures(path: Path, rows: dict[str, Tensor]) -> None:
     """Writes a PNG with a row of images ``[N, 1 or 3, H, W]`` for each title; grey ones from their least to their
     greatest value."""
-    columns = max(len(images) for images in rows.values())
-    figure, axes = plt.subplots(len(rows), columns, figsize=(columns, 1.15 * len(rows)), squeeze=False)
-    for row, (title, images) in zip(axes, rows.items(), strict=True):
-        row[0].set_title(title, loc="left", fontsize=8)
-        for cell in row:
-            cell.axis("off")
-        for cell, image in zip(row, images.detach(), strict=False):
-            cell.imshow(image.permute(1, 2, 0).squeeze(2) if len(image) == 1 else image.permute(1, 2, 0), cmap="gray")
+    figure, axes = plt.subplots(len(rows), figsize=(12, 1.3 * len(rows)), squeeze=False)
+    for axis, (title, images) in zip(axes[:, 0], rows.items(), strict=True):
+        framed = torch.nn.functional.pad(images.detach(), (0, 1, 0, 0), value=images.max().item())
+        strip = torch.cat(list(framed), 2).permute(1, 2, 0)  # [H, N * (W + 1), 1 or 3]
+        axis.imshow(strip.squeeze(2), cmap="gray")
+        axis.set_title(title, loc="left", fontsize=8)
+        axis.axis("off")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
