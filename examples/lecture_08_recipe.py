@@ -127,7 +127,9 @@ def more_from_few_examples(split: data.Split, steps: int, seeds: int) -> None:
     }
     views = [partial(torch.roll, shifts=shift, dims=3) for shift in (-1, 0, 1)]
     rows = []
-    for name, change in track(changes.items(), "training with few", console=console, transient=True):
+    for name, change in track(
+        changes.items(), "training with few", console=console, transient=True, disable=not console.is_terminal
+    ):
         members = []
         for seed in range(seeds):
             torch.manual_seed(seed)
@@ -146,7 +148,7 @@ def odd_or_even(split: data.Split, steps: int, seeds: int) -> None:
     rows = []
     for name, pretrained in (("random features", False), ("features of who knows the digits", True)):
         results = []
-        for seed in track(range(seeds), name, console=console, transient=True):
+        for seed in track(range(seeds), name, console=console, transient=True, disable=not console.is_terminal):
             torch.manual_seed(seed)
             model = models.LeNet(8)
             if pretrained:

@@ -326,6 +326,19 @@ def test_curves_hold_every_step_and_every_epoch() -> None:
     assert problems.fit(problem(seed=1), 2, 1e-3, 0.0) != run
 
 
+def test_validation_neither_trains_nor_ends_training() -> None:
+    own = problem()
+    model = own.fresh_network()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    loss, share = problems.validate(own, model)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(module.training for module in model.modules())
+    with torch.no_grad():
+        logits = model.eval()(own.validation[0])
+    assert loss == pytest.approx(cross_entropy(logits, own.validation[1]).item(), rel=1e-5)
+    assert share == pytest.approx((logits.argmax(1) == own.validation[1]).double().mean().item())
+
+
 def test_a_run_ends_where_the_loss_is_no_number() -> None:
     calls = 0
 
