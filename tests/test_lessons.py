@@ -16,7 +16,7 @@ LESSONS = sorted((ROOT / "examples").glob("lecture_*.py"))
 @pytest.mark.slow
 @pytest.mark.parametrize("lesson", LESSONS, ids=lambda lesson: lesson.stem)
 def test_a_lesson_prints_what_was_learnt_and_writes_its_pictures(lesson: Path, tmp_path: Path) -> None:
-    for library in ("kornia", "matplotlib", "rich", "sklearn"):
+    for library in ("captum", "kornia", "matplotlib", "optuna", "rich", "sklearn"):
         pytest.importorskip(library)
     done = subprocess.run(
         [sys.executable, str(lesson), "--fast", "--output", str(tmp_path)],

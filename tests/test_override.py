@@ -273,7 +273,7 @@ LEFT: dict[str, tuple[str, Callable[[], Any]]] = {
         lambda: F.linear(nested_rows(), torch.ones(4, 3)).unbind(),
     ),
     "sparse tensors": (
-        "arguments from the .SparseCPU. backend",
+        "input is a torch.sparse_coo tensor of torch.float32 on cpu, expected a torch.strided one",
         lambda: torch.mm(torch.eye(3).to_sparse(), torch.ones(3, 2)),
     ),
     "tensors of another type": (
