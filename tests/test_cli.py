@@ -23,6 +23,7 @@ pytest.importorskip("typer")
 import dlkernels
 from dlkernels import bench, cli, commands, info, models, train
 from dlkernels.commands.train import train_command
+from dlkernels.operations import OPERATIONS
 from dlkernels.train import Progress, show
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,7 +65,7 @@ def test_info_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert facts["build"]["torch"] == facts["torch"] == torch.__version__
     assert facts["threads"] == torch.get_num_threads()
     assert facts["ok"] is True
-    assert [check["name"] for check in facts["self_test"]] == list(bench.COLUMNS)
+    assert [check["name"] for check in facts["self_test"]] == list(OPERATIONS)
     assert all(check["error"] <= check["bound"] for check in facts["self_test"])
 
 

@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 1) attend(const __grid_cons
   pass.run(ceil_div(seen, kScoreColumns<Scalar>), part * (Pass::columns / Pass::Slab::depth), block_of,
            [&](const ScoreBlock& block, auto& scores, auto&) {
              T decay[2];
-             rows.soften(ScoreRules<Scalar>(args, block), scores, decay);
+             rows.soften(ScoreRules<Scalar>(args, block, true), scores, decay);
 #pragma unroll
              for (auto& slab : pass.result) {
 #pragma unroll

@@ -26,7 +26,7 @@ __device__ __forceinline__ QueryStatistics<accumulate_t<Scalar>> statistics_of(c
 template <class Pass, class Scalar, int kSecondTiles, class T = accumulate_t<Scalar>>
 __device__ void weigh(const AttentionArgs<Scalar>& args, const ScoreBlock& block, Scores<Scalar>& scores,
                       const accumulate_t<Scalar> (&second)[kSecondTiles][4]) {
-  const ScoreRules<Scalar> rules(args, block);
+  const ScoreRules<Scalar> rules(args, block, Pass::rows_are_queries);
   const T scale = Pass::pass == AttentionPass::mask ? T(1) : args.scale;
   auto weight = [&](int j, int i, int64_t query, int64_t key, const QueryStatistics<T>& of_query, bool kept) {
     const T p = rules.exists(query, key)

@@ -340,16 +340,26 @@ struct ScoreRules {
   using T = accumulate_t<Scalar>;
   const AttentionArgs<Scalar>& args;
   const ScoreBlock& block;
+  bool is_whole;  // no score of the block is hidden by an end or by the causal mask
   int64_t mask_offset;
 
-  __device__ ScoreRules(const AttentionArgs<Scalar>& a, const ScoreBlock& b)
+  __device__ ScoreRules(const AttentionArgs<Scalar>& a, const ScoreBlock& b, bool rows_are_queries)
       : args(a),
         block(b),
+        is_whole(is_whole_block(rows_are_queries ? b.first_row : b.first_column,
+                                rows_are_queries ? kAttentionBlock : kScoreColumns<Scalar>,
+                                rows_are_queries ? b.first_column : b.first_row,
+                                rows_are_queries ? kScoreColumns<Scalar> : kAttentionBlock)),
         mask_offset(a.mask.type == AttentionMaskType::none
                         ? 0
                         : batch_offset(a.sizes, a.mask.batch_strides, b.batch) + b.head * a.mask.head_stride) {}
 
+  __device__ bool is_whole_block(int64_t first_query, int queries, int64_t first_key, int keys) const {
+    return first_query + queries <= args.sizes.query_length && first_key + keys <= args.sizes.key_length &&
+           (!args.is_causal || first_key + keys - 1 <= first_query);
+  }
   __device__ __forceinline__ bool exists(int64_t query, int64_t key) const {
+    if (is_whole) return true;
     return query < args.sizes.query_length && key < args.sizes.key_length && (!args.is_causal || key <= query);
   }
   // The score from its product.

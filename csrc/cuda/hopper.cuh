@@ -23,15 +23,15 @@
 
 namespace dlkernels::DLKERNELS_ISA {
 
-// Kernels on Hopper's own instructions have passed on the host only: they are used where DLKERNELS_HOPPER=1 asks for
-// them, and the device is one.
+// Whether kernels on Hopper's own instructions are used: where the device is one, unless DLKERNELS_HOPPER=0 asks for
+// the portable ones.
 inline bool uses_hopper() {
 #if defined(DLKERNELS_SIMT)
   return ::simt::uses_hopper();
 #else
   static const bool wanted = [] {
     const char* value = std::getenv("DLKERNELS_HOPPER");
-    return value != nullptr && std::string(value) == "1";
+    return value == nullptr || std::string(value) != "0";
   }();
   if (!wanted) return false;
   int device = 0, major = 0;
@@ -85,10 +85,15 @@ BoxMap map_boxes(const Scalar* data, int64_t lines, int64_t length, int64_t stri
   const cuuint32_t box[2] = {kBoxLength, static_cast<cuuint32_t>(box_lines)}, steps[2] = {1, 1};
   const CUtensorMapDataType type =
       std::is_same_v<Scalar, bfloat16> ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  // The driver works in a thread's current context, which a thread that autograd has started may not have yet.
+  int device = 0;
+  check(cudaGetDevice(&device));
+  check(cudaSetDevice(device));
   const CUresult result = encode_function()(&boxes.map, type, 2, const_cast<Scalar*>(data), sizes, strides, box, steps,
                                             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                                             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (result != CUDA_SUCCESS) throw std::runtime_error("CUDA: a matrix that cuTensorMapEncodeTiled refuses");
+  if (result != CUDA_SUCCESS)
+    throw std::runtime_error("CUDA: cuTensorMapEncodeTiled refuses a matrix (" + std::to_string(result) + ")");
 #endif
   return boxes;
 }

@@ -7,8 +7,6 @@
 // time, which stage they have read. A barrier in shared memory for either news of every stage is all that passes
 // between them: no thread ever waits for the whole block. As many blocks as the device has room for take tiles in turn,
 // dealt so that those computed at the same time share rows and columns in the second-level cache.
-//
-// Proven on the host alone; on a device only where DLKERNELS_HOPPER=1 asks for it.
 #pragma once
 
 #include "cuda/hopper.cuh"

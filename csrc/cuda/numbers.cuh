@@ -2,6 +2,7 @@
 #pragma once
 
 #if !defined(DLKERNELS_SIMT)
+#include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #endif
 
@@ -48,9 +49,13 @@ __device__ __forceinline__ T narrow(accumulate_t<T> value) {
 }
 template <>
 __device__ __forceinline__ bfloat16 narrow<bfloat16>(float value) {
+#if defined(DLKERNELS_SIMT)
   const uint32_t bits = bits_as<uint32_t>(value);
   if (value != value) return {static_cast<uint16_t>(bits >> 16 | 0x40)};
   return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+#else
+  return {__bfloat16_as_ushort(__float2bfloat16_rn(value))};
+#endif
 }
 template <>
 __device__ __forceinline__ float16 narrow<float16>(float value) {

@@ -174,7 +174,9 @@ struct WarpProduct {
 
   template <class LeftTile, class RightTile>
   __device__ __forceinline__ void add(const Scalar* left, const Scalar* right) {
-#pragma unroll 1
+    [[maybe_unused]] constexpr int kUnitsAtOnce =
+        sizeof(Scalar) == 2 ? LeftTile::units : 1;  // the parts of float32 fill the registers
+#pragma unroll kUnitsAtOnce
     for (int unit = 0; unit < LeftTile::units; ++unit) {
       Prepared<LeftFragment<Scalar>> lefts[down];
 #pragma unroll

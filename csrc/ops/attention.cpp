@@ -26,11 +26,11 @@ void check_tensors(const Tensor& query, const Tensor& key, const Tensor& value) 
   kernel_dtype(query, kName, "query");
   check_same_device(kName, query, "query", key, "key");
   check_same_device(kName, query, "query", value, "value");
-  TORCH_CHECK(query.scalar_type() == key.scalar_type() && query.scalar_type() == value.scalar_type(),
-              "Expected query, key, and value to have the same dtype, but got query.dtype: ", query.dtype(),
+  TORCH_CHECK(query.scalar_type() == key.scalar_type() && query.scalar_type() == value.scalar_type(), kName,
+              ": Expected query, key, and value to have the same dtype, but got query.dtype: ", query.dtype(),
               " key.dtype: ", key.dtype(), " and value.dtype: ", value.dtype(), " instead.");
-  TORCH_CHECK(query.dim() >= 2 && key.dim() >= 2 && value.dim() >= 2,
-              "Expected query, key, and value to all be  at least 2 dimensional, but got query.dim: ", query.dim(),
+  TORCH_CHECK(query.dim() >= 2 && key.dim() >= 2 && value.dim() >= 2, kName,
+              ": Expected query, key, and value to all be  at least 2 dimensional, but got query.dim: ", query.dim(),
               " key.dim: ", key.dim(), " and value.dim: ", value.dim(), " instead.");
   TORCH_CHECK(query.size(-1) == key.size(-1), kName,
               ": query and key must have the same last dimension, but got query ", query.sizes(), " and key ",
@@ -44,8 +44,8 @@ void check_grouped_heads(const Tensor& query, const Tensor& key, const Tensor& v
                     ": enable_gqa needs a dimension of heads (Dimension out of range), but got query ", query.sizes(),
                     ", key ", key.sizes(), " and value ", value.sizes());
   const int64_t heads = query.size(-3), key_heads = key.size(-3), value_heads = value.size(-3);
-  TORCH_CHECK(key_heads > 0 && value_heads > 0 && heads % key_heads == 0 && heads % value_heads == 0,
-              "Number of heads in key and value must divide the number of heads in query: got ", heads, " in query, ",
+  TORCH_CHECK(key_heads > 0 && value_heads > 0 && heads % key_heads == 0 && heads % value_heads == 0, kName,
+              ": Number of heads in key and value must divide the number of heads in query: got ", heads, " in query, ",
               key_heads, " in key and ", value_heads, " in value");
 }
 
@@ -54,14 +54,14 @@ void check_mask(const Tensor& query, const Tensor& mask, bool is_causal) {
   TORCH_CHECK(!is_causal, kName, ": Explicit attn_mask should not be set when is_causal=True");
   check_same_device(kName, query, "query", mask, "attn_mask");
   const auto type = mask.scalar_type();
-  TORCH_CHECK(type == at::kBool || type == at::kFloat || type == query.scalar_type(),
-              "Expected attn_mask dtype to be bool or float or to match query dtype, but got attn_mask.dtype: ",
+  TORCH_CHECK(type == at::kBool || type == at::kFloat || type == query.scalar_type(), kName,
+              ": Expected attn_mask dtype to be bool or float or to match query dtype, but got attn_mask.dtype: ",
               mask.dtype(), " and  query.dtype: ", query.dtype(), " instead.");
 }
 
 void check_options(double dropout_p, const std::optional<double>& scale) {
-  TORCH_CHECK(dropout_p >= 0.0 && dropout_p <= 1.0, "dropout probability has to be between 0 and 1, but got ",
-              dropout_p);
+  TORCH_CHECK(dropout_p >= 0.0 && dropout_p <= 1.0, kName,
+              ": dropout probability dropout_p has to be between 0 and 1, but got ", dropout_p);
   TORCH_CHECK(!scale.has_value() || !std::isnan(*scale), kName, ": scale must be a number, got nan");
 }
 

@@ -22,8 +22,8 @@ using OptionalType = std::optional<at::ScalarType>;
 void check_parameter(const Tensor& input, const OptionalTensor& parameter, const char* name) {
   if (!is_defined(parameter)) return;
   check_same_device(kName, input, "input", *parameter, name);
-  TORCH_CHECK(parameter->dim() == 1 && parameter->size(0) == input.size(1), name, " should contain ", input.size(1),
-              " elements not ", parameter->numel());
+  TORCH_CHECK(parameter->dim() == 1 && parameter->size(0) == input.size(1), kName, ": ", name, " should contain ",
+              input.size(1), " elements not ", parameter->numel());
   const bool half = input.scalar_type() == at::kBFloat16 || input.scalar_type() == at::kHalf;
   TORCH_CHECK(parameter->scalar_type() == input.scalar_type() || (half && parameter->scalar_type() == at::kFloat),
               "batch_norm: mixed dtype: ", name, " is ", parameter->scalar_type(), ", expected ", input.scalar_type(),
@@ -41,8 +41,8 @@ void check_arguments(const Tensor& input, const OptionalTensor& weight, const Op
   check_parameter(input, weight, "weight");
   check_parameter(input, bias, "bias");
   if (!training) {
-    TORCH_CHECK(is_defined(running_mean), "running_mean must be defined in evaluation mode");
-    TORCH_CHECK(is_defined(running_var), "running_var must be defined in evaluation mode");
+    TORCH_CHECK(is_defined(running_mean), "batch_norm: running_mean must be defined in evaluation mode");
+    TORCH_CHECK(is_defined(running_var), "batch_norm: running_var must be defined in evaluation mode");
   }
   TORCH_CHECK_VALUE(!training || eps > 0, "batch_norm eps must be positive during training, but got ", eps);
   if (is_defined(residual)) {
@@ -53,8 +53,8 @@ void check_arguments(const Tensor& input, const OptionalTensor& weight, const Op
   }
   if (training && input.numel() > 0) {
     TORCH_CHECK_VALUE(input.numel() > input.size(1),
-                      "Expected more than 1 value per channel when training, got input size torch.Size(", input.sizes(),
-                      ")");
+                      "batch_norm: Expected more than 1 value per channel when training, got input size torch.Size(",
+                      input.sizes(), ")");
   }
 }
 

@@ -30,10 +30,11 @@ at::DimVector loss_shape(at::IntArrayRef logits) {
 // Class indices: one for each row of the logits.
 void check_indices(const char* name, at::IntArrayRef logits, const Tensor& target) {
   const bool batched = logits.size() > 1;
-  TORCH_CHECK_VALUE(!batched || (target.dim() >= 1 && target.size(0) == logits[0]), "Expected input batch_size (",
-                    logits[0], ") to match target batch_size (", target.dim() >= 1 ? target.size(0) : 0, ").");
-  TORCH_CHECK_VALUE(batched || target.dim() != 1 || target.size(0) == 1,
-                    "For 1D input, 1D target must have size 1, but got target size: ", target.numel());
+  TORCH_CHECK_VALUE(!batched || (target.dim() >= 1 && target.size(0) == logits[0]), name,
+                    ": Expected input batch_size (", logits[0], ") to match target batch_size (",
+                    target.dim() >= 1 ? target.size(0) : 0, ").");
+  TORCH_CHECK_VALUE(batched || target.dim() != 1 || target.size(0) == 1, name,
+                    ": For 1D input, 1D target must have size 1, but got target size: ", target.numel());
   TORCH_CHECK(target.scalar_type() == at::kLong || target.scalar_type() == at::kByte, name,
               ": expected target dtype to be Long or Byte, but got ", target.scalar_type(),
               " (class probabilities would have the shape of the logits, ", logits, ", and not ", target.sizes(), ")");
@@ -44,8 +45,8 @@ void check_indices(const char* name, at::IntArrayRef logits, const Tensor& targe
     return;
   }
   const at::DimVector expected = loss_shape(logits);
-  TORCH_CHECK(target.sizes() == at::IntArrayRef(expected), "Expected target size ", at::IntArrayRef(expected), ", got ",
-              target.sizes(), ": size mismatch (got input: ", logits, " , target: ", target.sizes(), ")");
+  TORCH_CHECK(target.sizes() == at::IntArrayRef(expected), name, ": Expected target size ", at::IntArrayRef(expected),
+              ", got ", target.sizes(), ": size mismatch (got input: ", logits, " , target: ", target.sizes(), ")");
 }
 
 // Class probabilities: the shape of the logits.
@@ -61,10 +62,10 @@ void check_probabilities(const char* name, const Tensor& target, at::ScalarType 
 
 void check_targets(const char* name, at::IntArrayRef logits, const Tensor& target, at::ScalarType target_type,
                    const Tensor& weight, const LossArguments& loss) {
-  TORCH_CHECK_VALUE(loss.reduction == kNone || loss.reduction == kMean || loss.reduction == kSum, loss.reduction,
-                    " is not a valid value for reduction");
-  TORCH_CHECK(loss.label_smoothing >= 0.0 && loss.label_smoothing <= 1.0,
-              "label_smoothing must be between 0.0 and 1.0. Got: ", loss.label_smoothing);
+  TORCH_CHECK_VALUE(loss.reduction == kNone || loss.reduction == kMean || loss.reduction == kSum, name, ": ",
+                    loss.reduction, " is not a valid value for reduction");
+  TORCH_CHECK(loss.label_smoothing >= 0.0 && loss.label_smoothing <= 1.0, name,
+              ": label_smoothing must be between 0.0 and 1.0. Got: ", loss.label_smoothing);
   if (target.sizes() == logits) {
     check_probabilities(name, target, target_type, loss.ignore_index);
   } else {
@@ -77,11 +78,12 @@ void check_targets(const char* name, at::IntArrayRef logits, const Tensor& targe
       " classes or no classes but got weight tensor of shape: ", weight.defined() ? weight.sizes() : at::IntArrayRef());
 }
 
-void check_target_range(const Tensor& target, int64_t classes, int64_t ignore_index) {
+void check_target_range(const char* name, const Tensor& target, int64_t classes, int64_t ignore_index) {
   const int64_t* indices = target.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < target.numel(); ++i) {
     const int64_t index = indices[i];
-    TORCH_CHECK_INDEX((index >= 0 && index < classes) || index == ignore_index, "Target ", index, " is out of bounds.");
+    TORCH_CHECK_INDEX((index >= 0 && index < classes) || index == ignore_index, name, ": Target ", index,
+                      " is out of bounds.", " Expected a class in [0, ", classes, ") or ignore_index=", ignore_index);
   }
 }
 
@@ -164,7 +166,8 @@ ForwardResult cross_entropy_kernel(const Tensor& logits, const Tensor& target, c
   const Operands operands(logits, target, value_or_undefined(weight), ignore_index, label_smoothing);
   const CrossEntropyShape& shape = operands.shape;
   // On other devices looking would wait for them: there a target that is no class gives NaN.
-  if (shape.target != nullptr && logits.is_cpu()) check_target_range(operands.target, shape.classes, ignore_index);
+  if (shape.target != nullptr && logits.is_cpu())
+    check_target_range(kName, operands.target, shape.classes, ignore_index);
 
   const auto options = logits.options().memory_format(std::nullopt);
   Tensor loss =

@@ -26,7 +26,7 @@ void check_targets(const char* name, at::IntArrayRef logits, const Tensor& targe
                    const Tensor& weight, const LossArguments& loss);
 
 // IndexError unless every element of a dense int64 target is a class or ignored.
-void check_target_range(const Tensor& target, int64_t classes, int64_t ignore_index);
+void check_target_range(const char* name, const Tensor& target, int64_t classes, int64_t ignore_index);
 
 // The divided loss from differentiable operators; `divisor` is a constant of the target and the weights.
 Tensor composed_loss(const Tensor& logits, const Tensor& target, const Tensor& weight, const Tensor& divisor,

@@ -36,16 +36,17 @@ std::string python_shape(const Tensor& tensor) {
 
 void check_layer(const Tensor& input, const Tensor& linear_weight, const Tensor& linear_bias) {
   kernel_dtype(input, kName, "input");
-  TORCH_CHECK(input.dim() == 1 || input.dim() == 2, "expected input with dimensionality 1 or 2, got ", input.dim());
-  TORCH_CHECK(linear_weight.dim() >= 2, "expected linear_weight with dimensionality at least 2, got ",
+  TORCH_CHECK(input.dim() == 1 || input.dim() == 2, kName, ": expected input with dimensionality 1 or 2, got ",
+              input.dim());
+  TORCH_CHECK(linear_weight.dim() >= 2, kName, ": expected linear_weight with dimensionality at least 2, got ",
               linear_weight.dim());
   TORCH_CHECK(linear_weight.dim() == 2,
               "linear_cross_entropy: the operator takes a linear_weight of shape [C, in], got ", linear_weight.sizes());
-  TORCH_CHECK(input.size(-1) == linear_weight.size(1),
-              "expected equal input and linear_weight last dimensions (in_features), got ", input.size(-1), " and ",
+  TORCH_CHECK(input.size(-1) == linear_weight.size(1), kName,
+              ": expected equal input and linear_weight last dimensions (in_features), got ", input.size(-1), " and ",
               linear_weight.size(1), ", respectively");
-  TORCH_CHECK(!linear_bias.defined() || (linear_bias.dim() == 1 && linear_bias.size(0) == linear_weight.size(0)),
-              "expected linear_bias shape (", linear_weight.size(0), ",), got ",
+  TORCH_CHECK(!linear_bias.defined() || (linear_bias.dim() == 1 && linear_bias.size(0) == linear_weight.size(0)), kName,
+              ": expected linear_bias shape (", linear_weight.size(0), ",), got ",
               linear_bias.defined() ? python_shape(linear_bias) : "");
 }
 
@@ -119,7 +120,8 @@ ForwardResult linear_cross_entropy_kernel(const Tensor& input, const Tensor& lin
                           ignore_index, label_smoothing);
   const LinearCrossEntropyShape& shape = operands.shape;
   // On other devices looking would wait for them: there a target that is no class gives NaN.
-  if (shape.target != nullptr && input.is_cpu()) check_target_range(operands.target, shape.classes, ignore_index);
+  if (shape.target != nullptr && input.is_cpu())
+    check_target_range(kName, operands.target, shape.classes, ignore_index);
 
   const at::ScalarType wide = accumulate_type(input.scalar_type());
   const auto options = input.options().memory_format(std::nullopt).dtype(wide);

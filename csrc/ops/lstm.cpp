@@ -69,7 +69,7 @@ void check_batch_sizes(const Tensor& batch_sizes, int64_t rows, int64_t batch) {
   TORCH_CHECK(batch_sizes.dim() == 1 && batch_sizes.scalar_type() == at::kLong && batch_sizes.device().is_cpu(),
               "lstm: batch_sizes must be a 1-d int64 tensor on the CPU, got shape ", batch_sizes.sizes(), " of ",
               batch_sizes.scalar_type(), " on ", batch_sizes.device());
-  TORCH_CHECK(batch_sizes.size(0) > 0, "Expected sequence length to be larger than 0 in RNN");
+  TORCH_CHECK(batch_sizes.size(0) > 0, "lstm: Expected sequence length to be larger than 0 in RNN");
   int64_t total = 0, before = batch;
   for (int64_t step = 0; step < batch_sizes.size(0); ++step) {
     const int64_t size = batch_sizes.const_data_ptr<int64_t>()[step * batch_sizes.stride(0)];
@@ -92,7 +92,7 @@ void check_layer(const Tensor& input, const Tensor& h0, const Tensor& c0, const 
               input.dim());
   TORCH_CHECK(input.size(-1) == w_ih.size(1), "lstm: input.size(-1) must be equal to input_size. Expected ",
               w_ih.size(1), ", got ", input.size(-1));
-  TORCH_CHECK(packed || input.size(0) > 0, "Expected sequence length to be larger than 0 in RNN");
+  TORCH_CHECK(packed || input.size(0) > 0, "lstm: Expected sequence length to be larger than 0 in RNN");
   const int64_t batch = packed ? (h0.dim() > 0 ? h0.size(0) : 0) : input.size(1);
   check_same_device(kLayer, input, "input", h0, "hidden[0]");
   check_same_device(kLayer, input, "input", c0, "hidden[1]");

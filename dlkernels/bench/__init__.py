@@ -10,10 +10,9 @@ if importlib.util.find_spec("rich") is None:
 from .compare import compare, comparison_table
 from .harness import OURS, TORCH
 from .report import PLOT_FORMATS, circumstances, merged, read_json, summary_table, write_json, write_plot, write_report
-from .runner import COLUMNS, DTYPES, HUGE_PAGES, MODES, PROVIDERS, BenchError, Run, run
+from .runner import DTYPES, HUGE_PAGES, MODES, PROVIDERS, BenchError, Run, run
 
 __all__ = [
-    "COLUMNS",
     "DTYPES",
     "HUGE_PAGES",
     "MODES",

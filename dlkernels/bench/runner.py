@@ -38,7 +38,6 @@ from .harness import (
     measure_ceilings,
 )
 
-COLUMNS = ("conv2d", "batch_norm", "lstm", "linear", "cross_entropy", "linear_cross_entropy", "attention")
 HUGE_PAGES = "torch, huge pages"
 PROVIDERS = (OURS, TORCH, "compile", "thp")
 MODES = {"forward": FORWARD, "both": BOTH}
@@ -143,7 +142,7 @@ def run(
     """Measures the cases of ``columns`` against torch as it is, and against the other ``providers``.
 
     Args:
-        columns: some of :data:`COLUMNS`.
+        columns: some of :data:`dlkernels.operations.OPERATIONS`.
         quick: one shape a class, and fewer samples.
         dtypes: element types to measure.
         shapes: only cases whose class or name holds this text; all for an empty one.

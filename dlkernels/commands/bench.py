@@ -11,6 +11,7 @@ import torch
 import typer
 
 from .. import info
+from ..operations import OPERATIONS
 from . import Failure, missing_package, wide_console
 
 
@@ -87,7 +88,7 @@ def bench_command(
     for path in (json_file, plot, report):
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-    chosen = [operation.value] if operation else list(bench.COLUMNS)
+    chosen = [operation.value] if operation else list(OPERATIONS)
     console = wide_console()
     if device is Device.cuda:
         check_cuda(chosen_providers)

@@ -97,14 +97,11 @@ class Captioner(torch.nn.Module):
 
     def forward(self, images: Tensor, inputs: Tensor) -> Tensor:
         """Logits ``[N, T, vocabulary_size]`` of what follows the inputs ``[N, T]``, given images ``[N, C, H, W]``."""
-        hidden, _ = self.decoder(inputs, self.start(images))
-        return self.decoder.output(hidden)
+        return self.decoder.logits(inputs, self.start(images))
 
     def loss(self, images: Tensor, captions: Tensor) -> Tensor:
         """Mean cross-entropy of the captions ``[N, T]`` but their start symbols and padding."""
-        inputs, targets = shifted(captions)
-        hidden, _ = self.decoder(inputs, self.start(images))
-        return token_loss(hidden, self.decoder.output, targets, self.padding_index)
+        return self.decoder.loss(captions, self.start(images), self.padding_index)
 
     def start(self, images: Tensor) -> RecurrentState:
         """The decoder's state before its first token, given the images ``[N, C, H, W]`` (of :mod:`.decoding`)."""

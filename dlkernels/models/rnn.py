@@ -268,6 +268,15 @@ class RecurrentDecoder(torch.nn.Module):
             features = self._attend_after_all_tokens(features, state)
         return self.output_dropout(features), state
 
+    def logits(self, tokens: Tensor, state: RecurrentState) -> Tensor:
+        """``[N, T, vocabulary_size]`` of what follows each of the tokens ``[N, T]``."""
+        return self.output(self(tokens, state)[0])
+
+    def loss(self, sequences: Tensor, state: RecurrentState, padding_index: int) -> Tensor:
+        """Mean cross-entropy of the sequences ``[N, T]`` but their start symbols and padding."""
+        inputs, targets = shifted(sequences)
+        return token_loss(self(inputs, state)[0], self.output, targets, padding_index)
+
     def _attend_before_each_token(self, embedded: Tensor, state: RecurrentState) -> tuple[Tensor, RecurrentState]:
         assert self.attend is not None and state.keys is not None and state.memory is not None
         hidden, cell, features = state.hidden, state.cell, []
@@ -345,14 +354,11 @@ class Seq2Seq(torch.nn.Module):
         Raises:
             ValueError: a source is empty or goes on after padding.
         """
-        hidden, _ = self.decoder(inputs, self.start(source))
-        return self.decoder.output(hidden)
+        return self.decoder.logits(inputs, self.start(source))
 
     def loss(self, source: Tensor, target: Tensor) -> Tensor:
         """Mean cross-entropy of the target ``[N, T]`` but its start symbols and padding."""
-        inputs, targets = shifted(target)
-        hidden, _ = self.decoder(inputs, self.start(source))
-        return token_loss(hidden, self.decoder.output, targets, self.padding_index)
+        return self.decoder.loss(target, self.start(source), self.padding_index)
 
     def start(self, source: Tensor) -> RecurrentState:
         """The decoder's state before its first token, given the source ``[N, S]`` (of :mod:`.decoding`)."""

@@ -13,13 +13,14 @@ from .registration import in_transform, register_fake, traced_as
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
 
-def _reduction(reduction: str, size_average: bool | None = None, reduce: bool | None = None) -> int:
+def _reduction(operation: str, reduction: str, size_average: bool | None = None, reduce: bool | None = None) -> int:
     if size_average is not None or reduce is not None:
         reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
     try:
         return _REDUCTIONS[reduction]
     except (KeyError, TypeError):
-        raise ValueError(f"{reduction} is not a valid value for reduction, expected 'none', 'mean' or 'sum'") from None
+        expected = "expected 'none', 'mean' or 'sum'"
+        raise ValueError(f"{operation}: {reduction} is not a valid value for reduction, {expected}") from None
 
 
 def cross_entropy(
@@ -60,7 +61,7 @@ def cross_entropy(
         return torch.nn.functional.cross_entropy(
             input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
         )
-    code = _reduction(reduction, size_average, reduce)
+    code = _reduction("cross_entropy", reduction, size_average, reduce)
     return _C.cross_entropy(input, target, weight, code, ignore_index, label_smoothing)
 
 

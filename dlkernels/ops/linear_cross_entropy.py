@@ -74,7 +74,7 @@ def linear_cross_entropy(
             reduction=reduction,
             label_smoothing=label_smoothing,
         )
-    code = _reduction(reduction)
+    code = _reduction("linear_cross_entropy", reduction)
     if linear_weight.dim() > 2:
         return _loss_of_many_outputs(
             input, linear_weight, linear_bias, target, weight, reduction, ignored, label_smoothing
@@ -115,10 +115,11 @@ def _loss_of_many_outputs(
     classes, *positions, features = linear_weight.shape
     if input.dim() != 2:
         raise RuntimeError(
-            f"K-dimensional loss defined by linear_weight shape {tuple(linear_weight.shape)} requires batched input, "
-            f"(N, {features}), got unbatched input with shape {tuple(input.shape)}"
+            "linear_cross_entropy: K-dimensional loss defined by linear_weight shape "
+            f"{tuple(linear_weight.shape)} requires batched input, (N, {features}), got unbatched input with shape "
+            f"{tuple(input.shape)}"
             if input.dim() == 1
-            else f"expected input with dimensionality 1 or 2, got {input.dim()}"
+            else f"linear_cross_entropy: expected input with dimensionality 1 or 2, got {input.dim()}"
         )
     rows = input.shape[0]
     if linear_bias is not None and linear_bias.shape != linear_weight.shape[:-1]:

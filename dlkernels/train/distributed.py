@@ -19,6 +19,9 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from ..ranks import rank as rank
+from ..ranks import size as size
+
 
 @contextmanager
 def processes(device: str) -> Iterator[torch.device]:
@@ -43,16 +46,6 @@ def processes(device: str) -> Iterator[torch.device]:
         # with the interpreter locked, and that thread may be waiting for the interpreter.
         gc.collect()
         dist.destroy_process_group()
-
-
-def rank() -> int:
-    """This process's number, from 0."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
-
-def size() -> int:
-    """How many processes there are."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def parallel(module: torch.nn.Module) -> torch.nn.Module:

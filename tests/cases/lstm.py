@@ -39,9 +39,10 @@ def sequence_of(function: Callable[..., Any]) -> Callable[..., Any]:
         batch_first: bool = False,
         batch_sizes: Tensor | None = None,
     ) -> Any:
+        training = input.is_cuda  # without dropout it changes nothing, but cuDNN differentiates in training alone
         if batch_sizes is not None:
-            return function(input, batch_sizes, (h, c), parameters, bias, layers, 0.0, False, bidirectional)
-        return function(input, (h, c), parameters, bias, layers, 0.0, False, bidirectional, batch_first)
+            return function(input, batch_sizes, (h, c), parameters, bias, layers, 0.0, training, bidirectional)
+        return function(input, (h, c), parameters, bias, layers, 0.0, training, bidirectional, batch_first)
 
     return call
 
