@@ -19,7 +19,7 @@ REFERENCE = re.compile(r":(?:attr|class|func|meth|mod):<code>(?:~|\.)?([\w.]+)</
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds the results of the benchmarks and their log, under the paths that they have in the repository."""
     results = ROOT / "benchmarks"
-    for path in sorted([results / "LOG.md", *results.glob("results/cpu*.md"), *results.glob("results/*.png")]):
+    for path in sorted([results / "LOG.md", *results.glob("results/*.md"), *results.glob("results/*.png")]):
         files.append(File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)))
     return files
 
