@@ -299,7 +299,7 @@ def test_models_lists_every_network_with_its_parameters(capsys: pytest.CaptureFi
         (["bench", "--dtype", "float8"], ["--dtype", "float8"]),
         (["bench", "--dtype", "bf16,int8"], ["--dtype", "'int8'", "bfloat16, float16, float32, float64"]),
         (["bench", "--providers", "torch,jax"], ["--providers", "'jax'", "dlkernels, torch, compile, thp"]),
-        (["bench", "--mode", "backward"], ["--mode", "'backward'", "forward, both"]),
+        (["bench", "--mode", "sideways"], ["--mode", "'sideways'", "forward, backward, both"]),
         (["bench", "compare"], ["first"]),
         (["bench", "compare", "a.json"], ["second"]),
         (["bench", "compare", "a.json", "b.json", "--threshold", "-1"], ["--threshold", "0"]),
@@ -401,6 +401,19 @@ def test_bench_measures_the_shapes_and_directions_it_is_told(
     (only,) = json.loads(path.read_text())["results"]
     assert (only["name"], only["dtype"], only["direction"]) == ("CIFAR-10 (128x10)", "float32", "forward")
     assert only["spread"] == {"dlkernels": 0.0, "torch": 0.0}  # of one sample
+
+
+@pytest.mark.usefixtures("little_to_measure")
+def test_bench_knows_short_names_and_backward_alone(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    paths = {kind: tmp_path / f"run.{kind}" for kind in ("json", "png", "md")}
+    written = ["--json", paths["json"], "--plot", paths["png"], "--report", paths["md"]]
+    chosen = ["--shapes", "cifar10", "--dtype", "fp32", "--mode", "fwd,bwd,full", *map(str, written)]
+    assert cli.run(["bench", "cross_entropy", "--threads", "1", "--quick", *chosen]) == 0
+    assert "forward / backward / both" in capsys.readouterr().out
+    results = json.loads(paths["json"].read_text())["results"]
+    assert [result["direction"] for result in results] == ["forward", "backward", "forward + backward"]
+    assert "| backward: torch |" in paths["md"].read_text()
+    assert paths["png"].stat().st_size > 1000
 
 
 def compared(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import dlkernels
 from dlkernels import functional as F
 
 from .cases import Case, Sample, all_cases, call, gradients, random_like, values_on
@@ -76,6 +77,49 @@ def test_a_captured_graph_draws_its_dropout_anew() -> None:
     first = output.clone()
     graph.replay()
     assert not torch.equal(output, first)
+
+
+def test_a_converted_model_trains_in_a_captured_graph() -> None:
+    """A whole step: forward, loss, backward and the optimiser, replayed, beside the same steps one call at a time."""
+
+    def build() -> torch.nn.Module:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(
+            torch.nn.Conv2d(3, 8, 3, padding=1),
+            torch.nn.BatchNorm2d(8),
+            torch.nn.ReLU(),
+            torch.nn.Flatten(),
+            torch.nn.Linear(8 * 8 * 8, 5),
+        )
+        return dlkernels.convert(model.cuda())
+
+    images, labels = torch.randn(4, 3, 8, 8, device="cuda"), torch.tensor([0, 1, 2, 3], device="cuda")
+
+    def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    eager, captured = build(), build()
+    eager_optimizer = torch.optim.SGD(eager.parameters(), 0.1, momentum=0.9)
+    optimizer = torch.optim.SGD(captured.parameters(), 0.1, momentum=0.9)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step(captured, optimizer)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step(captured, optimizer)
+    losses = [step(eager, eager_optimizer) for _ in range(6)][3:]
+    for expected in losses:
+        graph.replay()
+        assert torch.equal(loss, expected)
+    for ours, theirs in zip(captured.state_dict().values(), eager.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_streams_do_not_disturb_each_other() -> None:

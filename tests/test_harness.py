@@ -18,6 +18,7 @@ pytest.importorskip("rich")
 from dlkernels import bench
 from dlkernels.bench import batch_norm, report, runner
 from dlkernels.bench.harness import (
+    BACKWARD,
     BEST,
     BOTH,
     FORWARD,
@@ -36,6 +37,7 @@ from dlkernels.bench.harness import (
     measure,
     measure_ceilings,
     outputs_of,
+    program,
     relative_difference,
     stopwatch,
 )
@@ -186,6 +188,27 @@ def test_both_directions_are_measured_after_they_agreed() -> None:
 def test_only_the_directions_asked_for_are_measured() -> None:
     (only,) = measure(case(), CEILINGS, SHORT, directions=[BOTH])
     assert only.direction == BOTH
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_backward_alone_is_what_forward_leaves_of_both(compiled: bool) -> None:
+    measured = measure(case(), CEILINGS, SHORT, compiled, directions=[BOTH, BACKWARD])
+    assert [entry.direction for entry in measured] == [BACKWARD, BOTH]
+    assert all(entry.same for entry in measured)
+    assert measured[0].bytes == case().both.bytes - case().forward.bytes
+    assert measured[0].operations == case().both.operations - case().forward.operations
+    x = torch.randn(3, 4, requires_grad=True)
+    forwards = []
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        forwards.append(1)
+        return x.square()
+
+    backward = program(function, (x,), (torch.ones(3, 4),), BACKWARD)
+    for _ in range(3):
+        (gradient,) = backward()  # type: ignore[misc]
+        assert torch.equal(gradient, 2 * x)
+    assert len(forwards) == 1
 
 
 @pytest.mark.parametrize(

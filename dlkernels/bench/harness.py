@@ -1,7 +1,7 @@
 """Measuring: contenders interleaved in one process, after their results have been compared.
 
 A :class:`Case` is one call on one shape; it builds the same inputs for every contender. For each direction (forward;
-forward and backward) the harness
+backward; forward and backward) the harness
 
 1. compares our outputs and gradients with torch's, and measures nothing that differs;
 2. chooses how many calls one sample holds, so that a sample is long against the clock;
@@ -39,8 +39,10 @@ PROCESSOR = torch.device("cpu")
 OURS = "dlkernels"
 TORCH = "torch"
 FORWARD = "forward"
+BACKWARD = "backward"
 BOTH = "forward + backward"
-DIRECTIONS = (FORWARD, BOTH)
+DIRECTIONS = (FORWARD, BACKWARD, BOTH)
+MEASURED = (FORWARD, BOTH)  # where none is chosen
 
 BEST = "best of torch's"
 
@@ -82,6 +84,12 @@ class Case:
     build: Callable[[torch.device], Problem] = field(repr=False)
     forward: Cost
     both: Cost
+
+    def cost(self, direction: str) -> Cost:
+        """Of one of :data:`DIRECTIONS`; backward is what forward leaves of both."""
+        if direction == BACKWARD:
+            return Cost(self.both.bytes - self.forward.bytes, self.both.operations - self.forward.operations)
+        return self.forward if direction == FORWARD else self.both
 
 
 @dataclass(kw_only=True)
@@ -188,19 +196,25 @@ def outputs_of(result: object) -> tuple[Tensor, ...]:
     return result if isinstance(result, tuple) else (result,)  # type: ignore[return-value]
 
 
-def program(function: Function, inputs: tuple[Tensor, ...], grad_outputs: tuple[Tensor, ...] | None) -> Program:
-    """One call: forward without gradients, or forward and backward when ``grad_outputs`` are given."""
+def program(
+    function: Function, inputs: tuple[Tensor, ...], grad_outputs: tuple[Tensor, ...], direction: str
+) -> Program:
+    """One call: forward without gradients, backward of one forward pass that is kept, or both."""
     leaves = tuple(value for value in inputs if value.requires_grad)
+    kept = outputs_of(function(*inputs)) if direction == BACKWARD else ()
 
     def forward() -> tuple[Tensor, ...]:
         with torch.no_grad():
             return outputs_of(function(*inputs))
 
+    def backward() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(kept, leaves, grad_outputs, retain_graph=True)
+
     def both() -> tuple[Tensor, ...]:
         outputs = outputs_of(function(*inputs))
         return (*outputs, *torch.autograd.grad(outputs, leaves, grad_outputs))
 
-    return forward if grad_outputs is None else both
+    return {FORWARD: forward, BACKWARD: backward, BOTH: both}[direction]
 
 
 def page_faults() -> int:
@@ -256,7 +270,7 @@ def contenders(problem: Problem, compiled: bool) -> dict[str, Function]:
     for name, function in problem.backends.items():
         try:
             outputs = outputs_of(function(*problem.inputs))
-            program(function, problem.inputs, tuple(map(torch.ones_like, outputs)))()
+            program(function, problem.inputs, tuple(map(torch.ones_like, outputs)), BOTH)()
         except RuntimeError:  # "no available kernel"
             continue
         functions[name] = function
@@ -272,7 +286,7 @@ def measure(
     budget: Budget,
     compiled: bool = False,
     device: torch.device = PROCESSOR,
-    directions: Collection[str] = DIRECTIONS,
+    directions: Collection[str] = MEASURED,
 ) -> list[Result]:
     """One case in each of the directions; the times of a result that differs from torch's are not taken."""
     problem = case.build(device)
@@ -282,32 +296,40 @@ def measure(
     grad_outputs = tuple(torch.randn_like(out) for out in shapes)
 
     results = []
-    for direction, cost, grads in ((FORWARD, case.forward, None), (BOTH, case.both, grad_outputs)):
-        if direction not in directions:
-            continue
-        programs = {name: program(function, problem.inputs, grads) for name, function in functions.items()}
-        pairs = zip(programs[OURS](), programs[TORCH](), strict=True)  # type: ignore[call-overload]
-        error = largest(relative_difference(ours, peer) for ours, peer in pairs)
-        result = Result(
-            column=case.column,
-            group=case.group,
-            name=case.name,
-            dtype=dtype_name(case.dtype),
-            direction=direction,
-            bytes=cost.bytes,
-            operations=cost.operations,
-            error=error,
-            same=error <= SAME[case.dtype],
-        )
-        results.append(result)
-        if not result.same:
-            continue
-        result.take(programs, budget, stopwatch(device))
-        if problem.backends:
-            best = min(result.median[name] for name in (TORCH, *problem.backends) if name in programs)
-            result.median[BEST], result.ratio[BEST] = best, best / result.median[OURS]
-        result.share_of_ceiling = ceilings.seconds(cost, result.dtype) / result.median[OURS]
+    # A compiled backward pass may reuse the memory of what forward saved, unless it is to run again.
+    with torch._functorch.config.patch(donated_buffer=BACKWARD not in directions):
+        for direction in (known for known in DIRECTIONS if known in directions):
+            programs = {
+                name: program(function, problem.inputs, grad_outputs, direction) for name, function in functions.items()
+            }
+            result = compared(case, direction, programs)
+            results.append(result)
+            if not result.same:
+                continue
+            result.take(programs, budget, stopwatch(device))
+            if problem.backends:
+                best = min(result.median[name] for name in (TORCH, *problem.backends) if name in programs)
+                result.median[BEST], result.ratio[BEST] = best, best / result.median[OURS]
+            result.share_of_ceiling = ceilings.seconds(case.cost(direction), result.dtype) / result.median[OURS]
     return results
+
+
+def compared(case: Case, direction: str, programs: dict[str, Program]) -> Result:
+    """What there is to say of a case in one direction before it is timed: above all, whether the results agree."""
+    pairs = zip(programs[OURS](), programs[TORCH](), strict=True)  # type: ignore[call-overload]
+    error = largest(relative_difference(ours, peer) for ours, peer in pairs)
+    cost = case.cost(direction)
+    return Result(
+        column=case.column,
+        group=case.group,
+        name=case.name,
+        dtype=dtype_name(case.dtype),
+        direction=direction,
+        bytes=cost.bytes,
+        operations=cost.operations,
+        error=error,
+        same=error <= SAME[case.dtype],
+    )
 
 
 def best_rate(call: Program, amount: float, seconds: float, elapsed: Stopwatch) -> float:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from .harness import BOTH, FORWARD, OURS, TORCH, Ceilings, Result, geometric_mean
+from .harness import BACKWARD, BOTH, DIRECTIONS, FORWARD, OURS, TORCH, Ceilings, Result, geometric_mean
 
 if TYPE_CHECKING:
     from .runner import Run
@@ -123,6 +123,12 @@ def merged(runs: Sequence[Run]) -> Run:
     )
 
 
+def directions(run: Run) -> list[str]:
+    """Those that the run has measured, in their order."""
+    found = {result.direction for result in run.results if result.ratio}
+    return [direction for direction in DIRECTIONS if direction in found]
+
+
 def percent(share: float | None) -> str:
     """A spread; nothing where the run recorded none."""
     return "" if share is None else f"{share:.0%}"
@@ -140,19 +146,19 @@ def summary_table(run: Run) -> Table:
     summed = {(entry.label, entry.direction): entry for entry in classes(run.results)}
     peers = list(dict.fromkeys(peer for entry in summed.values() for peer in entry.ratio))
     table.add_column("class", no_wrap=True)
-    measured = {direction for _, direction in summed}
-    modes = " / ".join(mode for mode, direction in (("forward", FORWARD), ("both", BOTH)) if direction in measured)
+    measured = directions(run)
+    modes = " / ".join("both" if direction == BOTH else direction for direction in measured)
     for peer in peers:
         table.add_column(f"{peer}\n{modes}", justify="right")
     table.add_column("worst\nshape", justify="right")
     table.add_column("spread,\nours", justify="right")
     table.add_column("of the\nceiling", justify="right")
     for label in dict.fromkeys(label for label, _ in summed):
-        both = [summed[label, direction] for direction in (FORWARD, BOTH) if (label, direction) in summed]
-        ratios = [" / ".join(f"{entry.ratio[peer]:.2f}x" for entry in both if peer in entry.ratio) for peer in peers]
-        shares = " / ".join(f"{entry.share_of_ceiling:.0%}" for entry in both)
-        spreads = " / ".join(percent(entry.spread.get(OURS)) for entry in both)
-        table.add_row(label, *ratios, f"{min(entry.worst for entry in both):.2f}x", spreads, shares)
+        entries = [summed[label, direction] for direction in measured if (label, direction) in summed]
+        ratios = [" / ".join(f"{entry.ratio[peer]:.2f}x" for entry in entries if peer in entry.ratio) for peer in peers]
+        shares = " / ".join(f"{entry.share_of_ceiling:.0%}" for entry in entries)
+        spreads = " / ".join(percent(entry.spread.get(OURS)) for entry in entries)
+        table.add_row(label, *ratios, f"{min(entry.worst for entry in entries):.2f}x", spreads, shares)
     return table
 
 
@@ -173,12 +179,13 @@ def class_rows(run: Run) -> tuple[list[str], list[list[str]]]:
     labels = list(dict.fromkeys(label for label, _ in summed))
     peers = list(dict.fromkeys(peer for entry in summed.values() for peer in entry.ratio))
     headings = ["class", "shapes"]
-    for direction in (FORWARD, BOTH):
+    measured = directions(run)
+    for direction in measured:
         headings += [f"{direction}: {peer}" for peer in peers] + ["worst", "of ceiling", "page faults, ours / torch"]
     rows = []
     for label in labels:
-        row = [label, str(max(summed[label, d].shapes for d in (FORWARD, BOTH) if (label, d) in summed))]
-        for direction in (FORWARD, BOTH):
+        row = [label, str(max(summed[label, d].shapes for d in measured if (label, d) in summed))]
+        for direction in measured:
             entry = summed.get((label, direction))
             if entry is None:
                 row += [""] * (len(peers) + 3)
@@ -280,15 +287,16 @@ def write_plot(run: Run, path: Path) -> None:
     labels = list(dict.fromkeys(entry.label for entry in summed))
     place = {label: index for index, label in enumerate(reversed(labels))}
     figure, axes = pyplot.subplots(figsize=(9, 1.6 + 0.34 * max(1, len(labels))), layout="constrained")
-    styles = {FORWARD: ("#2a6f97", 0.2), BOTH: ("#f4a259", -0.2)}
-    for direction, (colour, offset) in styles.items():
+    colours = {FORWARD: "#2a6f97", BACKWARD: "#61a5c2", BOTH: "#f4a259"}
+    measured = directions(run)
+    thickness = 0.8 / max(1, len(measured))
+    for index, direction in enumerate(measured):
+        offset = 0.4 - (index + 0.5) * thickness
         members = [entry for entry in summed if entry.direction == direction]
-        if not members:
-            continue
         heights = [place[entry.label] + offset for entry in members]
         values = [entry.ratio[TORCH] for entry in members]
         # Bars start at one: the side shows who is faster, the length by how much.
-        axes.barh(heights, [v - 1 for v in values], left=1, height=0.38, color=colour, label=direction, zorder=2)
+        axes.barh(heights, [v - 1 for v in values], left=1, height=0.95 * thickness, color=colours[direction], label=direction, zorder=2)
         for height, value in zip(heights, values, strict=True):
             side = 4 if value >= 1 else -4
             axes.annotate(
@@ -321,6 +329,6 @@ def write_plot(run: Run, path: Path) -> None:
         x=0.01,
         horizontalalignment="left",
     )
-    figure.legend(loc="outside lower right", ncols=2, frameon=False, fontsize=9)
+    figure.legend(loc="outside lower right", ncols=3, frameon=False, fontsize=9)
     figure.savefig(path, dpi=160)
     pyplot.close(figure)

@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from .. import info
 from ..train.show import is_live
 from .harness import (
+    BACKWARD,
     BEST,
     BOTH,
     FORWARD,
@@ -40,7 +41,7 @@ from .harness import (
 
 HUGE_PAGES = "torch, huge pages"
 PROVIDERS = (OURS, TORCH, "compile", "thp")
-MODES = {"forward": FORWARD, "both": BOTH}
+MODES = {"forward": FORWARD, "backward": BACKWARD, "both": BOTH}
 DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("float32", "bfloat16", "float16")}  # measured where none is chosen
 
 Item = TypeVar("Item")
@@ -135,7 +136,7 @@ def run(
     dtypes: Sequence[str] = DTYPES["cpu"],
     shapes: str = "",
     providers: Sequence[str] = (),
-    modes: Sequence[str] = tuple(MODES),
+    modes: Sequence[str] = ("forward", "both"),
     device: torch.device = PROCESSOR,
     console: Console | None = None,
 ) -> Run:
@@ -148,7 +149,7 @@ def run(
         shapes: only cases whose class or name holds this text; all for an empty one.
         providers: ``"compile"`` adds torch.compile to the contenders; ``"thp"`` repeats the run in a process whose
             allocator asks for huge pages. ``"dlkernels"`` and ``"torch"`` always are.
-        modes: some of :data:`MODES`: forward alone, forward and backward.
+        modes: some of :data:`MODES`: forward alone, backward alone, forward and backward.
         device: where the tensors are; on a GPU, one of those that the build has kernels for.
         console: where the progress goes; nowhere if not given.
 

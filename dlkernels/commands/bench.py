@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -35,12 +35,13 @@ class Device(str, enum.Enum):
 
 
 SHORT_TYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
+SHORT_MODES = {"fwd": "forward", "bwd": "backward", "full": "both"}
 TYPES = tuple(SHORT_TYPES.values())
 
 
-def listed(option: str, text: str, known: Sequence[str]) -> list[str]:
-    """The names of a list with commas, each one of ``known``."""
-    names = [SHORT_TYPES.get(name, name) for name in map(str.strip, text.split(","))]
+def listed(option: str, text: str, known: Sequence[str], short: Mapping[str, str] | None = None) -> list[str]:
+    """The names of a list with commas, each one of ``known`` or ``short`` for one."""
+    names = [(short or {}).get(name, name) for name in map(str.strip, text.split(","))]
     for name in names:
         if name not in known:
             raise typer.BadParameter(f"{name!r} is not one of {', '.join(known)}", param_hint=option)
@@ -58,7 +59,8 @@ def bench_command(
         typer.Option(metavar="TYPES", help="Only these, with commas: bfloat16, float16, float32, float64 (bf16, ...)."),
     ] = None,
     mode: Annotated[
-        str, typer.Option(metavar="MODES", help="forward: without gradients; both: forward and backward.")
+        str,
+        typer.Option(metavar="MODES", help="forward (fwd): without gradients; backward (bwd): alone; both (full)."),
     ] = "forward,both",
     device: Annotated[Device, typer.Option(help="Where; cuda needs a GPU and a build with CUDA kernels.")] = Device.cpu,
     threads: Annotated[int | None, typer.Option(min=1, help="Torch's default if not given.")] = None,
@@ -80,8 +82,8 @@ def bench_command(
 
     if plot is not None and plot.suffix not in bench.PLOT_FORMATS:
         raise typer.BadParameter(f"must end in {', '.join(bench.PLOT_FORMATS)}, got {plot}", param_hint="--plot")
-    dtypes = listed("--dtype", dtype, TYPES) if dtype else bench.DTYPES[device.value]
-    modes = listed("--mode", mode, tuple(bench.MODES))
+    dtypes = listed("--dtype", dtype, TYPES, SHORT_TYPES) if dtype else bench.DTYPES[device.value]
+    modes = listed("--mode", mode, tuple(bench.MODES), SHORT_MODES)
     chosen_providers = listed("--providers", providers, bench.PROVIDERS)
     if threads is not None:
         torch.set_num_threads(threads)
