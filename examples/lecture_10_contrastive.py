@@ -28,7 +28,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
-from lesson import arguments, console, drawn, fit, learnt, save_pictures, show_table
+from lesson import arguments, drawn, fit, learnt, save_figure, save_pictures, show_table
 from torch import Tensor
 
 from dlkernels import data, nn, ssl
@@ -111,7 +111,7 @@ def without_labels(split: data.Split, fast: bool, output: Path) -> None:
         before = worth(looked_at, split, draws)
         features.setdefault("random weights", ssl.features_of(looked_at, split.test_images))
         learning_rate = 2e-3 if name == "DINO" else 5e-3
-        fit(name, steps, drawn(split.train_images, BATCH), [(loss, learnt(model))], learning_rate, updates(model))
+        fit(name, steps, drawn(split.train_images, count=BATCH), [(loss, learnt(model))], learning_rate, updates(model))
         with torch.no_grad():
             final = loss(split.train_images[:BATCH]).item()
         after = worth(looked_at, split, draws)
@@ -149,9 +149,7 @@ def save_projections(path: Path, features: dict[str, Tensor], labels: Tensor) ->
         axis.set_xticks([])
         axis.set_yticks([])
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-    console.print(f"wrote {path}", highlight=False)
+    save_figure(figure, path)
 
 
 def with_texts(split: data.Split, steps: int, output: Path) -> None:

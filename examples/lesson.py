@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,10 +13,13 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
+
+from dlkernels import visualize
 
 console = Console()
 
@@ -61,9 +65,28 @@ def learnt(model: torch.nn.Module) -> list[torch.nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def drawn(images: Tensor, count: int = 128) -> Callable[[], tuple[Tensor]]:
-    """Batches of ``count`` of the images, at random."""
-    return lambda: (images[torch.randint(len(images), (count,))],)
+def drawn(*columns: Tensor, count: int = 128) -> Callable[[], tuple[Tensor, ...]]:
+    """Batches of ``count`` rows of the columns, images alone or images and their classes, at random."""
+
+    def batch() -> tuple[Tensor, ...]:
+        chosen = torch.randint(len(columns[0]), (count,))
+        return tuple(column[chosen] for column in columns)
+
+    return batch
+
+
+@torch.no_grad()
+def accuracy(model: torch.nn.Module, images: Tensor, labels: Tensor) -> float:
+    """Share of the images that are recognised, in evaluation mode."""
+    return (model.eval()(images).argmax(1) == labels).double().mean().item()
+
+
+def spiral(count: int, noise: float, arms: int = 3) -> tuple[Tensor, Tensor]:
+    """Points ``[arms * count, 2]`` on arms that wind around the origin, and the arm of each."""
+    radius = torch.linspace(0.05, 1, count).repeat(arms)
+    labels = torch.arange(arms).repeat_interleave(count)
+    angle = 2 * math.pi * labels / arms + 4 * radius + noise * torch.randn(arms * count)
+    return torch.stack([radius * angle.cos(), radius * angle.sin()], 1), labels
 
 
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
@@ -88,6 +111,29 @@ def save_pictures(path: Path, rows: dict[str, Tensor]) -> None:
         axis.set_title(title, loc="left", fontsize=8)
         axis.axis("off")
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Writes a figure as PNG, says so, and closes it."""
+    visualize.save(figure, path)
     plt.close(figure)
     console.print(f"wrote {path}", highlight=False)
+
+
+def save_regions(
+    path: Path, classifiers: dict[str, Callable[[Tensor], Tensor]], points: Tensor, labels: Tensor
+) -> None:
+    """Writes a PNG with a map for each title: the classes that its classifier gives the plane, under ``points``
+    ``[N, 2]`` in the colours of their ``labels``."""
+    figure, axes = visualize.figures.grid(1, len(classifiers), "Decision regions", 3.2, 3.3)
+    (left, bottom), (right, top) = (points.amin(0) - 0.1).tolist(), (points.amax(0) + 0.1).tolist()
+    x, y = torch.meshgrid(torch.linspace(left, right, 200), torch.linspace(bottom, top, 200), indexing="xy")
+    colours = {"cmap": "tab10", "vmin": 0, "vmax": 9}
+    for axis, (title, classify) in zip(axes[0], classifiers.items(), strict=True):
+        with torch.no_grad():
+            classes = classify(torch.stack([x.flatten(), y.flatten()], 1)).view(x.shape)
+        axis.imshow(classes, origin="lower", extent=(left, right, bottom, top), alpha=0.4, **colours)
+        axis.scatter(*points.T, c=labels, s=9, edgecolors="white", linewidths=0.3, **colours)
+        axis.set_title(title, fontsize=9)
+    save_figure(figure, path)

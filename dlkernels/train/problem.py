@@ -132,6 +132,11 @@ class Curves:
         """Whether the loss is no number any more, or has grown by half."""
         return not self.last_loss <= 1.5 * abs(self.losses[0])
 
+    @property
+    def final_accuracy(self) -> float:
+        """On the validation examples after the last epoch; 0 if the run diverged."""
+        return 0.0 if self.diverged else self.validation_accuracy[-1]
+
 
 def mean(values: list[float]) -> float:
     """Arithmetic mean."""

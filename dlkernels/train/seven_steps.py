@@ -276,8 +276,7 @@ def _search(
     """The best settings with their accuracy, that in words, and the accuracies of all over each setting."""
 
     def score(settings: Parameters) -> float:
-        curves = fit(problem, epochs, **settings)
-        return 0.0 if curves.diverged else curves.validation_accuracy[-1]
+        return fit(problem, epochs, **settings).final_accuracy
 
     identity = f"{problem.checksum()}, {epochs} epochs"
     found = random_search(score, space, trials, seed=problem.seed, storage=storage, name=name, identity=identity)

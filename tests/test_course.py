@@ -1,0 +1,36 @@
+"""What the course's figures ask for and no network's own tests check, a test for each."""
+
+from __future__ import annotations
+
+import math
+from itertools import product
+
+import pytest
+import torch
+
+from dlkernels import data, functional
+from dlkernels.train.cross_validation import cross_validate, estimator_score
+
+
+def test_nearest_neighbours_with_a_cross_validated_k_recognise_digits() -> None:
+    neighbors = pytest.importorskip("sklearn.neighbors")
+    split = data.load_digits(0)
+    train, test = (split.train_images, split.train_labels), (split.test_images, split.test_labels)
+    scores = {k: estimator_score(neighbors.KNeighborsClassifier(k)) for k in (1, 3, 5, 10, 50)}
+    validated = {k: cross_validate(score, *train).mean for k, score in scores.items()}
+    chosen = max(validated, key=lambda k: validated[k])
+    assert validated[50] < validated[chosen] - 0.02  # k matters
+    assert scores[chosen](train, test) >= 0.97
+
+
+def test_the_output_of_a_convolution_has_the_size_of_the_rule() -> None:
+    checked = 0
+    for size, kernel, padding, dilation, stride in product((5, 8, 11), (1, 2, 3, 5), (0, 1, 3), (1, 2, 3), (1, 2, 3)):
+        expected = math.floor((size + 2 * padding - dilation * (kernel - 1) - 1) / stride) + 1
+        if expected >= 1:
+            x, weight = torch.zeros(1, 1, size, size + 1), torch.zeros(1, 1, kernel, kernel)
+            output = functional.conv2d(x, weight, None, stride, padding, dilation)
+            wider = math.floor((size + 1 + 2 * padding - dilation * (kernel - 1) - 1) / stride) + 1
+            assert output.shape == (1, 1, expected, wider), (size, kernel, padding, dilation, stride)
+            checked += 1
+    assert checked > 200
