@@ -1,8 +1,8 @@
-"""Measures what ``dlkernels.override()`` takes for a call, in microseconds, on tensors so small that little else is left.
+"""Measures what ``dlkernels.override()`` takes for a call, in microseconds, on tensors so small that it shows.
 
-A call of torch's function inside is compared with one of ours directly, and beside it what a mode that does nothing adds
-to the same function of torch: that much is torch's own way to ask a mode, which goes twice through the functions of
-torch.nn.functional that are written in Python. Samples are taken in turns; the smallest of each counts.
+A call of torch's function inside is compared with one of ours directly. Beside it stands what a mode that does nothing
+adds to the same function of torch: that much is torch's own way to ask a mode, which goes twice through the functions
+of torch.nn.functional that are written in Python. Samples are taken in turns; the smallest of each counts.
 """
 
 from __future__ import annotations

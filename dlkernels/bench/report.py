@@ -296,7 +296,8 @@ def write_plot(run: Run, path: Path) -> None:
         heights = [place[entry.label] + offset for entry in members]
         values = [entry.ratio[TORCH] for entry in members]
         # Bars start at one: the side shows who is faster, the length by how much.
-        axes.barh(heights, [v - 1 for v in values], left=1, height=0.95 * thickness, color=colours[direction], label=direction, zorder=2)
+        bars = {"height": 0.95 * thickness, "color": colours[direction], "label": direction, "zorder": 2}
+        axes.barh(heights, [value - 1 for value in values], left=1, **bars)
         for height, value in zip(heights, values, strict=True):
             side = 4 if value >= 1 else -4
             axes.annotate(
