@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .._build_info import BUILD_INFO
+from .once_imported import once_imported
 
 Fake = TypeVar("Fake", bound=Callable[..., Any])
 
@@ -75,7 +76,14 @@ def traced_as(entry: Callable[..., Any]) -> Callable[[Callable[..., Any]], Calla
     The extension's function is the fast way in for eager code, but opaque to ``torch.compile``; the decorated function
     says the same with ``torch.ops.dlkernels`` and is what gets traced in its place. Eager calls do not pass through it.
     """
-    return torch.compiler.substitute_in_graph(entry, skip_signature_check=True)
+
+    def decorate(traced: Callable[..., Any]) -> Callable[..., Any]:
+        once_imported(
+            "torch._dynamo", lambda: torch.compiler.substitute_in_graph(entry, skip_signature_check=True)(traced)
+        )
+        return traced
+
+    return decorate
 
 
 def in_transform() -> bool:
