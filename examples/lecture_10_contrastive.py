@@ -111,7 +111,7 @@ def without_labels(split: data.Split, fast: bool, output: Path) -> None:
         before = worth(looked_at, split, draws)
         features.setdefault("random weights", ssl.features_of(looked_at, split.test_images))
         learning_rate = 2e-3 if name == "DINO" else 5e-3
-        fit(name, steps, drawn(split.train_images, BATCH), [(loss, learnt(model))], learning_rate, updates(model))
+        fit(name, steps, drawn(split.train_images, count=BATCH), [(loss, learnt(model))], learning_rate, updates(model))
         with torch.no_grad():
             final = loss(split.train_images[:BATCH]).item()
         after = worth(looked_at, split, draws)

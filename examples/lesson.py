@@ -6,16 +6,20 @@ import argparse
 import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
+
+from dlkernels import visualize
 
 console = Console()
 
@@ -61,9 +65,20 @@ def learnt(model: torch.nn.Module) -> list[torch.nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def drawn(images: Tensor, count: int = 128) -> Callable[[], tuple[Tensor]]:
-    """Batches of ``count`` of the images, at random."""
-    return lambda: (images[torch.randint(len(images), (count,))],)
+def drawn(*columns: Tensor, count: int = 128) -> Callable[[], tuple[Tensor, ...]]:
+    """Batches of ``count`` rows of the columns, images alone or images and their classes, at random."""
+
+    def batch() -> tuple[Tensor, ...]:
+        chosen = torch.randint(len(columns[0]), (count,))
+        return tuple(column[chosen] for column in columns)
+
+    return batch
+
+
+@torch.no_grad()
+def accuracy(model: torch.nn.Module, images: Tensor, labels: Tensor) -> float:
+    """Share of the images that are recognised, in evaluation mode."""
+    return (model.eval()(images).argmax(1) == labels).double().mean().item()
 
 
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
@@ -91,3 +106,19 @@ def save_pictures(path: Path, rows: dict[str, Tensor]) -> None:
     figure.savefig(path, dpi=120)
     plt.close(figure)
     console.print(f"wrote {path}", highlight=False)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Writes a figure as PNG, and says so."""
+    visualize.save(figure, path)
+    console.print(f"wrote {path}", highlight=False)
+
+
+def panels(rows: int, columns: int, title: str, width: float = 3.0, height: float = 2.5) -> tuple[Figure, Any]:
+    """A figure with a title, and ``[rows, columns]`` axes with a light grid, of the given size in inches each."""
+    figure, axes = visualize.figures.grid(rows, columns, title, width, height)
+    for axis in axes.flat:
+        axis.set_axis_on()
+        axis.grid(alpha=0.3)
+        axis.tick_params(which="both", labelsize=7)
+    return figure, axes
