@@ -7,6 +7,7 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -15,6 +16,7 @@ import matplotlib.pyplot as plt
 import torch
 from matplotlib.figure import Figure
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
@@ -96,7 +98,7 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[objec
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right")
     for row in rows:
-        table.add_row(*(f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row))
+        table.add_row(*(f"{cell:.3f}" if isinstance(cell, float) else escape(str(cell)) for cell in row))
     console.print(table)
 
 
@@ -137,3 +139,13 @@ def save_regions(
         axis.scatter(*points.T, c=labels, s=9, edgecolors="white", linewidths=0.3, **colours)
         axis.set_title(title, fontsize=9)
     save_figure(figure, path)
+
+
+def panels(rows: int, columns: int, title: str, width: float = 3.0, height: float = 2.5) -> tuple[Figure, Any]:
+    """A figure with a title, and ``[rows, columns]`` axes with a light grid, of the given size in inches each."""
+    figure, axes = visualize.figures.grid(rows, columns, title, width, height)
+    for axis in axes.flat:
+        axis.set_axis_on()
+        axis.grid(alpha=0.3)
+        axis.tick_params(which="both", labelsize=7)
+    return figure, axes

@@ -349,7 +349,8 @@ def test_second_gradients_where_everything_is_dropped_are_zero() -> None:
 
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_float32_error_stays_below_two_millionths(is_causal: bool, isa: str) -> None:
-    inputs = tensors(*((1, 3, 777, 64),) * 3, dtype=torch.float32)
+    length = 261 if isa == "simt" else 777  # several blocks and a part of one; the simulator is slow
+    inputs = tensors(*((1, 3, length, 64),) * 3, dtype=torch.float32)
     exact = [t.detach().double().requires_grad_() for t in inputs]
     output, expected = (
         F.scaled_dot_product_attention(*inputs, is_causal=is_causal),

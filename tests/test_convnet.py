@@ -18,6 +18,7 @@ DTYPES = (torch.float32, torch.float64)
 NETWORKS: dict[str, Callable[[ModuleType], torch.nn.Module]] = {
     "three_layers": lambda layers: models.ThreeLayerConvNet(8, 2, 5, 4, 3, 6, layers=layers),
     "three_layers_batch_norm": lambda layers: models.ThreeLayerConvNet(8, 2, 5, 4, 3, 6, True, layers=layers),
+    "three_layers_fractional": lambda layers: models.ThreeLayerConvNet(8, 2, 5, 4, 3, 6, True, 0.7, layers=layers),
     "lenet": lambda layers: models.LeNet(8, 2, 5, (4, 6), layers=layers),
 }
 
@@ -63,6 +64,18 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
         models.ThreeLayerConvNet(7)
     with pytest.raises(ValueError, match="kernel_size must be odd, got 4"):
         models.ThreeLayerConvNet(8, kernel_size=4)
+    for share in (0.4, 1.0):
+        with pytest.raises(ValueError, match=rf"fractional_pooling must be in \[0.5, 1\), got {share}"):
+            models.ThreeLayerConvNet(8, fractional_pooling=share)
+
+
+def test_fractional_pooling_leaves_its_share_of_the_image_and_pools_elsewhere_each_time() -> None:
+    model = models.ThreeLayerConvNet(8, in_channels=1, fractional_pooling=0.7).eval()
+    assert model.hidden.in_features == 32 * 5 * 5  # 0.7 times 8 is 5.6
+    x = torch.randn(2, 1, 8, 8)
+    assert not torch.allclose(model(x), model(x))
+    halving = models.ThreeLayerConvNet(8, in_channels=1)
+    torch.testing.assert_close(halving(x), halving(x))
 
 
 def test_a_small_convolutional_network_with_batch_norm_learns_the_digits() -> None:

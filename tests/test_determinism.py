@@ -27,7 +27,7 @@ def same_bits(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 @pytest.mark.parametrize("case", all_cases(), ids=str)
 def test_bits_do_not_depend_on_the_run_or_the_number_of_threads(case: Case, isa: str, threads: None) -> None:
     expected = run(case)
-    for count in (1, 2, 3, 5):
+    for count in (2,) if isa == "simt" else (1, 2, 3, 5):  # the simulator runs blocks one after the other
         torch.set_num_threads(count)
         assert same_bits(run(case), expected), f"{count} threads"
 

@@ -51,6 +51,27 @@ def test_parameter_counts(name: str, parameters: int) -> None:
         assert sum(parameter.numel() for parameter in models.get_model(name).parameters()) == parameters
 
 
+def test_drop_connect_leaves_out_weights_of_hidden_layers_while_training() -> None:
+    plain, dropping = models.MLP(12, (40, 30), 5), models.MLP(12, (40, 30), 5, drop_connect=0.5)
+    dropping.load_state_dict(plain.state_dict(), strict=True)
+    dropped = [name for name, module in dropping.named_modules() if isinstance(module, nn.DropConnectLinear)]
+    assert dropped == ["hidden.0", "hidden.3"]
+    x = torch.randn(4, 12)
+    torch.testing.assert_close(dropping.eval()(x), plain(x))
+    first, second = (dropping.train()(x) for _ in range(2))
+    assert not torch.allclose(first, second)
+
+
+@pytest.mark.parametrize(
+    ("layers", "p", "message"),
+    [(torch.nn, 0.5, "drop_connect must be 0 on layers of torch.nn, got 0.5"), (nn, 1.5, "p must be between 0 and 1")],
+    ids=["torch", "dlkernels"],
+)
+def test_drop_connect_that_cannot_be_is_refused(layers: ModuleType, p: float, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        models.MLP(12, (8,), 5, drop_connect=p, layers=layers)
+
+
 def test_the_bias_is_the_weight_of_a_pixel_that_is_always_one() -> None:
     model = models.LinearClassifier(12, 5)
     torch.nn.init.normal_(model.scores.bias)

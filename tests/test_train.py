@@ -16,9 +16,9 @@ from torch import Tensor
 from dlkernels import data, models, nn, train
 from dlkernels.data import END, PADDING, START
 from dlkernels.models import registry
-from dlkernels.train import OPTIMIZERS, SCHEDULES, Progress, Settings, Trainer, TrainingError
+from dlkernels.train import OPTIMIZERS, SCHEDULES, Progress, Settings, Trainer, TrainingError, augment
 from dlkernels.train.optimizers import Schedule, make_optimizer
-from dlkernels.train.tasks import Captioning, task_of
+from dlkernels.train.tasks import Augmentation, Captioning, task_of
 
 from .cases.training import BUILDERS, load_once
 
@@ -181,10 +181,17 @@ def test_every_network_has_a_task() -> None:
 # Numbers
 
 
-@pytest.mark.parametrize("optimizer", ["nesterov", "adamw"])
-def test_loss_curves_agree_with_torch(optimizer: str) -> None:
-    rate = 0.05 if optimizer == "nesterov" else 1e-3
-    settings = {"optimizer": optimizer, "learning_rate": rate}
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"optimizer": "nesterov", "learning_rate": 0.05},
+        {"optimizer": "adamw", "learning_rate": 1e-3},
+        {"mixup": 0.4, "cutout": 3},
+        {"cutmix": 1.0},
+    ],
+    ids=str,
+)
+def test_loss_curves_agree_with_torch(settings: dict[str, Any]) -> None:
     ours = losses(prepared("lenet", **settings), 50)
     peer = losses(prepared("lenet", options={"backend": "torch"}, **settings), 50)
     assert len(ours) == 50
@@ -369,6 +376,77 @@ def test_the_schedule_reaches_the_optimiser() -> None:
     assert rates == pytest.approx([0.3 * Schedule("linear", 60, 0.2).factor(step) for step in range(60)])
 
 
+@pytest.mark.parametrize(("base", "peak"), [(None, 0.3), (60, 0.3), (15, 1.2), (120, 0.15)])
+def test_the_rate_is_scaled_with_the_batch(base: int | None, peak: float) -> None:
+    trainer = small(scale_rate=base, learning_rate=0.3, schedule="constant", warmup=0.1)
+    rates = [progress.learning_rate for progress in take(trainer, 7)]
+    assert rates == pytest.approx([peak * min(1, step / 6) for step in range(1, 8)])
+
+
+# Augmentation
+
+AUGMENTATIONS: dict[str, tuple[float, Augmentation]] = {
+    "mixup": (0.4, augment.Mixup(12, 0.4)),
+    "cutmix": (1.0, augment.CutMix(12, 1.0)),
+    "cutout": (2, augment.Cutout(2)),
+}
+TWELVE_CLASSES = {"arguments": {"num_classes": 12}}  # more than the data has
+
+
+def some_examples(trainer: Trainer) -> tuple[Tensor, Tensor]:
+    images, labels = trainer._batch(trainer.data.train, torch.arange(60))
+    return images, labels
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_each_augmentation_changes_the_training_loss_as_its_class_does(name: str) -> None:
+    value, change = AUGMENTATIONS[name]
+    trainer = small(label_smoothing=0.2, options=TWELVE_CLASSES, **{name: value})
+    images, labels = some_examples(trainer)
+    cross_entropy = torch.nn.CrossEntropyLoss(label_smoothing=0.2)
+    plain, differences = cross_entropy(trainer.model(images), labels), []
+    for seed in range(5):
+        torch.manual_seed(seed)
+        loss = trainer.turns[0].objective(images, labels)
+        torch.manual_seed(seed)
+        changed, targets = change(images, labels)
+        torch.testing.assert_close(loss, cross_entropy(trainer.model(changed), targets))
+        differences.append((loss - plain).abs().item())
+    assert max(differences) > 0.01
+    figures = trainer.task.figures(trainer.model, images, labels)
+    assert figures["loss"].item() == pytest.approx(
+        torch.nn.functional.cross_entropy(trainer.model(images), labels).item()
+    )
+
+
+def test_holes_come_first_and_each_batch_draws_one_of_mixup_and_cutmix() -> None:
+    trainer = small(label_smoothing=0.0, options=TWELVE_CLASSES, **{name: v for name, (v, _) in AUGMENTATIONS.items()})
+    images, labels = some_examples(trainer)
+    drawn = set()
+    for seed in range(8):
+        torch.manual_seed(seed)
+        loss = trainer.turns[0].objective(images, labels)
+        torch.manual_seed(seed)
+        changed, targets = AUGMENTATIONS["cutout"][1](images, labels)
+        name = ("mixup", "cutmix")[torch.randint(2, ())]
+        changed, targets = AUGMENTATIONS[name][1](changed, targets)
+        torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(trainer.model(changed), targets))
+        drawn.add(name)
+    assert drawn == {"mixup", "cutmix"}
+
+
+def test_half_way_classifiers_learn_mixed_labels_too() -> None:
+    options = {"arguments": {"auxiliary": True, "num_classes": 12}, "image_size": 8}
+    trainer = prepared("tiny_colour_net", options=options, label_smoothing=0.0, mixup=0.4)
+    images, labels = some_examples(trainer)
+    torch.manual_seed(0)
+    loss = trainer.turns[0].objective(images, labels)
+    torch.manual_seed(0)
+    mixed, shares = AUGMENTATIONS["mixup"][1](images, labels)
+    main, *others = (torch.nn.functional.cross_entropy(logits, shares) for logits in trainer.model.train()(mixed))
+    torch.testing.assert_close(loss, main + 0.3 * sum(others))
+
+
 # Features of the loop
 
 
@@ -416,14 +494,15 @@ def test_early_stopping_restores_the_best_weights() -> None:
     assert trainer.evaluate(trainer.data.validation)["loss"] == validation[best]
 
 
-def test_amp_computes_in_bfloat16() -> None:
+@pytest.mark.parametrize("settings", [{}, {"mixup": 0.4}], ids=str)
+def test_amp_computes_in_bfloat16(settings: dict[str, Any]) -> None:
     seen = []
-    trainer = small(amp=True)
+    trainer = small(amp=True, **settings)
     trainer.model.hidden.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))  # type: ignore[union-attr]
     mixed = losses(trainer, 10)
     assert set(seen) == {torch.bfloat16}
     assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
-    full = losses(small(), 10)
+    full = losses(small(**settings), 10)
     assert mixed != full
     assert mixed == pytest.approx(full, abs=0.02)
     trainer.evaluate(trainer.data.validation)
@@ -470,14 +549,25 @@ def test_batch_norm_wants_two_examples() -> None:
         small(batch_size=4, accumulate=4, options={"arguments": {"norm": True}})
 
 
+@pytest.mark.parametrize("name", ["mixup", "cutmix"])
+def test_mixing_wants_two_examples(name: str) -> None:
+    with pytest.raises(TrainingError, match=f"{name} needs two examples at once, but a batch of 4 has 4 parts"):
+        small(batch_size=4, accumulate=4, **{name: 1.0})
+    list(itertools.islice(small(batch_size=4, accumulate=2, **{name: 1.0}).run(), 1))
+    list(itertools.islice(small(batch_size=4, accumulate=4, cutout=1).run(), 1))
+
+
 def test_a_gan_is_not_stopped_early() -> None:
     with pytest.raises(TrainingError, match="a GAN has no validation loss to stop early by"):
         prepared("tinygan", patience=3)
 
 
-def test_labels_are_smoothed_where_there_are_some() -> None:
-    with pytest.raises(TrainingError, match="an autoencoder has no labels to smooth"):
-        prepared("tinyautoencoder", label_smoothing=0.1)
+@pytest.mark.parametrize(("name", "value"), [("label_smoothing", 0.1), ("mixup", 0.2), ("cutmix", 1.0), ("cutout", 2)])
+@pytest.mark.parametrize("network", ["tinyautoencoder", "tinygan", "tinycaptioner"])
+def test_what_is_of_classifiers_is_refused_by_other_networks(network: str, name: str, value: float) -> None:
+    title = train.task_for(network).title
+    with pytest.raises(TrainingError, match=f"{name}={value} is for classifiers, this is {title}; leave {name} out"):
+        prepared(network, **{name: value})
 
 
 def test_a_network_that_does_not_take_the_data_is_named_before_training() -> None:
@@ -503,6 +593,12 @@ def test_a_network_that_does_not_take_the_data_is_named_before_training() -> Non
         ("weight_decay", -1.0, "weight_decay must be a number that is not negative, got -1.0"),
         ("warmup", 1.5, r"warmup must be in \[0, 1\), got 1.5"),
         ("label_smoothing", -0.1, "label_smoothing must be in"),
+        ("mixup", 0.0, "mixup must be a positive number, got 0.0"),
+        ("mixup", math.nan, "mixup must be a positive number, got nan"),
+        ("cutmix", -1.0, "cutmix must be a positive number, got -1.0"),
+        ("cutmix", math.inf, "cutmix must be a positive number, got inf"),
+        ("cutout", 0, "cutout must be at least 1, got 0"),
+        ("scale_rate", 0, "scale_rate must be at least 1, got 0"),
         ("clip_norm", 0.0, "clip_norm must be a positive number, got 0.0"),
         ("ema", 1.0, r"ema must be in \(0, 1\), got 1.0"),
         ("patience", 0, "patience must be at least 1, got 0"),

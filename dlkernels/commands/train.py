@@ -37,11 +37,22 @@ def train_command(
     accumulate: Annotated[int | None, typer.Option(min=1, help="Parts that a batch is computed in.")] = None,
     optimizer: Annotated[str | None, typer.Option(help=", ".join(OPTIMIZERS) + ".")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Its peak.")] = None,
+    scale_rate: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="BASE", help="The batch size that the rate is for; it is scaled to yours."),
+    ] = None,
     momentum: Annotated[float | None, typer.Option(help="Of momentum and nesterov; first beta of adam, adamw.")] = None,
     weight_decay: Annotated[float | None, typer.Option(help="Of matrices and filters.")] = None,
     schedule: Annotated[str | None, typer.Option(help=", ".join(SCHEDULES) + ".")] = None,
     warmup: Annotated[float | None, typer.Option(help="Share of the steps in which the rate rises.")] = None,
     label_smoothing: Annotated[float | None, typer.Option(help="Of classifiers.")] = None,
+    mixup: Annotated[
+        float | None, typer.Option(metavar="ALPHA", help="Of classifiers: weighted sums of images and of labels.")
+    ] = None,
+    cutmix: Annotated[
+        float | None, typer.Option(metavar="ALPHA", help="Of classifiers: parts of other images, and of labels.")
+    ] = None,
+    cutout: Annotated[int | None, typer.Option(min=1, metavar="SIZE", help="Of classifiers: holes in images.")] = None,
     clip_norm: Annotated[float | None, typer.Option(help="Longest gradient.")] = None,
     ema: Annotated[
         float | None, typer.Option(metavar="DECAY", help="Evaluate a moving average of the weights.")

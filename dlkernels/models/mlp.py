@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from types import ModuleType
 
@@ -55,7 +56,12 @@ class MLP(torch.nn.Module):
         norm: makes the normalisation before each activation, ``dlkernels.nn.BatchNorm1d`` or ``torch.nn.LayerNorm``;
             none if not given.
         dropout: probability of zeroing an activation while training.
+        drop_connect: probability of leaving out a weight of a hidden layer while training.
         layers: where the linear layers come from, ``dlkernels.nn`` or ``torch.nn``.
+
+    Raises:
+        ValueError: ``dropout`` or ``drop_connect`` is outside [0, 1], or ``layers`` has none of the
+            ``DropConnectLinear`` that the latter needs, as ``torch.nn``.
     """
 
     def __init__(
@@ -66,13 +72,17 @@ class MLP(torch.nn.Module):
         activation: Callable[[], torch.nn.Module] = torch.nn.ReLU,
         norm: Callable[[int], torch.nn.Module] | None = None,
         dropout: float = 0.0,
+        drop_connect: float = 0.0,
         layers: ModuleType = nn,
     ) -> None:
         super().__init__()
+        if drop_connect != 0 and not hasattr(layers, "DropConnectLinear"):
+            raise ValueError(f"drop_connect must be 0 on layers of {layers.__name__}, got {drop_connect}")
         sizes = (in_features, *hidden_features)
         modules: list[torch.nn.Module] = []
         for inputs, outputs in pairwise(sizes):
-            modules.append(layers.Linear(inputs, outputs))
+            linear = layers.Linear if drop_connect == 0 else partial(layers.DropConnectLinear, p=drop_connect)
+            modules.append(linear(inputs, outputs))
             if norm is not None:
                 modules.append(norm(outputs))
             modules += [activation(), torch.nn.Dropout(dropout)]

@@ -107,7 +107,7 @@ class Trainer:
         self._check()
         self.steps_per_epoch = len(data.train[0]) // settings.batch_size
         self.steps = settings.epochs * self.steps_per_epoch
-        self.turns = [Turn(model, player, settings) for player in task.players(model, settings)]
+        self.turns = [Turn(model, player, settings) for player in task.players(model, data, settings)]
         self.average: AveragedModel | None = None
         if settings.ema is not None:
             update = get_ema_multi_avg_fn(settings.ema)
@@ -132,12 +132,16 @@ class Trainer:
             shape = f"{distributed.size()} processes times {settings.accumulate} accumulated parts"
             raise TrainingError(f"the batch size, {settings.batch_size}, is not a multiple of {parts}: {shape}")
         normed = any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in self.model.modules())
-        if normed and settings.batch_size == parts:
-            raise TrainingError(f"batch norm needs two examples at once, but a batch of {parts} has {parts} parts")
+        together = {"batch norm": normed, "mixup": settings.mixup is not None, "cutmix": settings.cutmix is not None}
+        for name, asked in together.items():
+            if asked and settings.batch_size == parts:
+                raise TrainingError(f"{name} needs two examples at once, but a batch of {parts} has {parts} parts")
         if settings.patience is not None and not self.task.has_validation_loss:
             raise TrainingError(f"{self.task.title} has no validation loss to stop early by; leave patience out")
-        if settings.label_smoothing > 0 and not self.task.smooths_labels:
-            raise TrainingError(f"{self.task.title} has no labels to smooth; leave label_smoothing out")
+        for name in ("label_smoothing", "mixup", "cutmix", "cutout"):
+            if getattr(settings, name) and not self.task.has_classes:
+                value = getattr(settings, name)
+                raise TrainingError(f"{name}={value} is for classifiers, this is {self.task.title}; leave {name} out")
 
     @property
     def finished(self) -> bool:
@@ -159,7 +163,7 @@ class Trainer:
         """
         self.model.train()
         while not self.finished:
-            learning_rate = self.settings.learning_rate * self.schedule.factor(self.step)
+            learning_rate = self.settings.peak_rate * self.schedule.factor(self.step)
             losses = self.take_step(learning_rate)
             yield Progress(
                 step=self.step,

@@ -151,6 +151,6 @@ def some_steps(trainer: Trainer, steps: int = 20) -> Callable[[], None]:
         again = Trainer(trainer.model, trainer.task, trainer.data, trainer.settings, trainer.device)
         again.model.train()
         for _ in range(steps):
-            again.take_step(again.settings.learning_rate)
+            again.take_step(again.settings.peak_rate)
 
     return program

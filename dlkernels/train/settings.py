@@ -25,11 +25,17 @@ class Settings:
     accumulate: int = 1  # parts that a rank computes its share of a batch in, one after the other
     optimizer: str = "nesterov"
     learning_rate: float = 0.05  # its peak
+    scale_rate: int | None = (
+        None  # batch size that learning_rate is for: the peak is scaled to batch_size in proportion
+    )
     momentum: float = 0.9  # of momentum and nesterov; the first beta of adam and adamw
     weight_decay: float = 5e-3  # of matrices and filters
     schedule: str = "cosine"
     warmup: float = 0.1  # share of all steps in which the learning rate rises to its peak
     label_smoothing: float = 0.0  # of classifiers
+    mixup: float | None = None  # of classifiers: alpha of the distribution of the weight
+    cutmix: float | None = None  # of classifiers: alpha of the distribution of the share that is kept
+    cutout: int | None = None  # of classifiers: height and width of the hole
     clip_norm: float | None = None  # longest gradient, over all weights of one optimiser
     ema: float | None = None  # decay of the moving average of the weights, which is evaluated in their place
     patience: int | None = None  # epochs without a smaller validation loss before the run stops; the best weights stay
@@ -41,14 +47,23 @@ class Settings:
             _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("momentum", "warmup", "label_smoothing"):
             _check(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
+        for name in ("mixup", "cutmix", "clip_norm"):
+            value = getattr(self, name)
+            _check(value is None or _positive(value), name, value, "a positive number")
+        for name in ("scale_rate", "cutout", "patience"):
+            value = getattr(self, name)
+            _check(value is None or value >= 1, name, value, "at least 1")
         _check(_positive(self.learning_rate), "learning_rate", self.learning_rate, "a positive number")
         _check(0 <= self.weight_decay < math.inf, "weight_decay", self.weight_decay, "a number that is not negative")
-        _check(self.clip_norm is None or _positive(self.clip_norm), "clip_norm", self.clip_norm, "a positive number")
         _check(self.ema is None or 0 < self.ema < 1, "ema", self.ema, "in (0, 1)")
-        _check(self.patience is None or self.patience >= 1, "patience", self.patience, "at least 1")
         _check(self.seed >= 0, "seed", self.seed, "at least 0")
         _check(self.optimizer in OPTIMIZERS, "optimizer", self.optimizer, f"one of {', '.join(OPTIMIZERS)}")
         _check(self.schedule in SCHEDULES, "schedule", self.schedule, f"one of {', '.join(SCHEDULES)}")
+
+    @property
+    def peak_rate(self) -> float:
+        """The learning rate after warm-up, by the linear scaling rule (Goyal et al. 2017) where that is asked for."""
+        return self.learning_rate * (1 if self.scale_rate is None else self.batch_size / self.scale_rate)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,10 @@ from .. import data as datasets
 from .. import nn
 from ..data import Images
 from ..data.sets import Columns
+from .augment import CutMix, Cutout, Mixup
 from .settings import Settings
+
+Augmentation = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Task:
         source: what it is trained on unless something else is asked for.
         settings: how it is trained unless something else is asked for.
         has_validation_loss: whether a network with a smaller one is a better one.
-        smooths_labels: whether ``label_smoothing`` means anything.
+        has_classes: whether ``label_smoothing``, ``mixup``, ``cutmix`` and ``cutout`` mean anything.
 
     Args:
         layers: where losses come from that are not the network's own, ``dlkernels.nn`` or ``torch.nn``.
@@ -53,7 +56,7 @@ class Task:
     source: str
     settings: Settings
     has_validation_loss = True
-    smooths_labels = False
+    has_classes = False
 
     def __init__(self, layers: ModuleType = nn) -> None:
         self.layers = layers
@@ -62,7 +65,7 @@ class Task:
         """Arguments of constructors that follow from the data. A network is given those that it has."""
         raise NotImplementedError
 
-    def players(self, model: Any, settings: Settings) -> list[Player]:
+    def players(self, model: Any, data: Any, settings: Settings) -> list[Player]:
         """The losses to minimise, in turns where there are several. Each is a mean over :meth:`count` targets."""
         return [Player("loss", model.loss, model)]
 
@@ -96,15 +99,22 @@ class Classification(Task):
     kind = "images"
     source = "digits"
     settings = Settings(label_smoothing=0.1)
-    smooths_labels = True
+    has_classes = True
 
     def arguments(self, data: datasets.ClassifiedImages) -> dict[str, object]:
         return {**image_arguments(data), "num_classes": data.num_classes}
 
-    def players(self, model: Any, settings: Settings) -> list[Player]:
-        criterion = self.layers.CrossEntropyLoss(label_smoothing=settings.label_smoothing)
+    def players(self, model: Any, data: datasets.ClassifiedImages, settings: Settings) -> list[Player]:
+        cross_entropy = self.layers.CrossEntropyLoss(label_smoothing=settings.label_smoothing)
+        augment = augmentation(settings, data.num_classes)
+
+        def criterion(logits: Tensor, labels: Tensor) -> Tensor:
+            if labels.dim() == 2:  # shares; a network may have more classes than the data, which then have none
+                labels = torch.nn.functional.pad(labels, (0, max(0, logits.shape[1] - labels.shape[1])))
+            return cross_entropy(logits, labels)
 
         def loss(images: Tensor, labels: Tensor) -> Tensor:
+            images, labels = augment(images, labels)
             logits = model(images)  # [N, classes]
             if isinstance(logits, Tensor):
                 return criterion(logits, labels)
@@ -119,6 +129,29 @@ class Classification(Task):
         logits = model(images)  # [N, classes]
         accuracy = (logits.argmax(1) == labels).float().mean()
         return {"accuracy": accuracy, "loss": self.layers.CrossEntropyLoss()(logits, labels)}
+
+
+def augmentation(settings: Settings, num_classes: int) -> Augmentation:
+    """What ``settings`` make of images and labels in training: holes first, then one of Mixup and CutMix.
+
+    Where both are asked for, each call draws one of them. All draws come from torch's generators.
+    """
+    cutout = None if settings.cutout is None else Cutout(settings.cutout)
+    mixes: list[Augmentation] = []
+    if settings.mixup is not None:
+        mixes.append(Mixup(num_classes, settings.mixup))
+    if settings.cutmix is not None:
+        mixes.append(CutMix(num_classes, settings.cutmix))
+
+    def augment(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        if cutout is not None:
+            images, labels = cutout(images, labels)
+        if mixes:
+            chosen = int(torch.randint(len(mixes), ())) if len(mixes) > 1 else 0
+            images, labels = mixes[chosen](images, labels)
+        return images, labels
+
+    return augment
 
 
 class LanguageModelling(Task):
@@ -230,7 +263,7 @@ class Adversarial(Task):
     def inputs(self, batch: Columns) -> Columns:
         return batch[:1]
 
-    def players(self, model: Any, settings: Settings) -> list[Player]:
+    def players(self, model: Any, data: datasets.ClassifiedImages, settings: Settings) -> list[Player]:
         return [
             Player("discriminator", model.discriminator_loss, model.discriminator),
             Player("generator", lambda images: model.generator_loss(len(images)), model.generator),

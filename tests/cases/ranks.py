@@ -47,14 +47,18 @@ def found(trainer: Trainer) -> dict[str, Any]:
 
 
 def resumed_equals_whole(folder: Path) -> bool:
-    """Whether a run with dropout and batch norm goes on, from a checkpoint of all ranks, bit for bit."""
-    arguments = {"dropout": 0.3, "noise": 0.1, "norm": True}
-    whole = prepared("tinyclassifier", arguments=arguments)
+    """Whether a run with dropout, batch norm and mixed images goes on, from a checkpoint of all ranks, bit for bit."""
+    case: dict[str, Any] = {
+        "network": "tinyclassifier",
+        "arguments": {"dropout": 0.3, "noise": 0.1, "norm": True},
+        "settings": {"mixup": 0.4, "cutmix": 1.0, "cutout": 2},
+    }
+    whole = prepared(**case)
     list(whole.run())
-    started = prepared("tinyclassifier", arguments=arguments)
+    started = prepared(**case)
     list(itertools.islice(checkpoint.saved(started.run(), started, folder, {}, every=1), 8))
     distributed.gather("")  # rank 0 has written
-    resumed = prepared("tinyclassifier", arguments=arguments)
+    resumed = prepared(**case)
     torch.rand(3)
     checkpoint.resume(resumed, folder)
     list(resumed.run())
