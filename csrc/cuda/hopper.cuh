@@ -23,15 +23,16 @@
 
 namespace dlkernels::DLKERNELS_ISA {
 
-// Whether kernels on Hopper's own instructions are used: where the device is one, unless DLKERNELS_HOPPER=0 asks for
-// the portable ones.
+// Kernels on Hopper's own instructions were right on a device in every layout, but the suites have not passed there
+// with them since tensor maps are encoded in autograd's threads too: they are used where DLKERNELS_HOPPER=1 asks for
+// them.
 inline bool uses_hopper() {
 #if defined(DLKERNELS_SIMT)
   return ::simt::uses_hopper();
 #else
   static const bool wanted = [] {
     const char* value = std::getenv("DLKERNELS_HOPPER");
-    return value == nullptr || std::string(value) != "0";
+    return value != nullptr && std::string(value) == "1";
   }();
   if (!wanted) return false;
   int device = 0, major = 0;
