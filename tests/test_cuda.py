@@ -6,7 +6,8 @@ That values and gradients are right there, the shared suites show: "cuda" is one
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import pytest
 import torch
@@ -20,6 +21,8 @@ from .conftest import device_kernels
 
 pytestmark = pytest.mark.skipif("cuda" not in device_kernels(), reason="no GPU, or a build without CUDA kernels")
 # The lengths of packed sequences come from the processor with every call; a graph would keep those of its capture.
+WARM_UP = 3  # calls before one is captured
+Result = TypeVar("Result")
 capturable = [case for case in all_cases() if "packed" not in case.name]
 
 
@@ -43,18 +46,24 @@ def run(case: Case, sample: Sample) -> list[Tensor]:
     return [*(o.detach() for o in outputs), *grads]
 
 
-@pytest.mark.parametrize("case", capturable, ids=str)
-def test_a_captured_graph_computes_anew_from_what_its_inputs_hold(case: Case) -> None:
-    sample = case.build(torch.float32).requiring_grad()
+def capture(function: Callable[[], Result]) -> tuple[torch.cuda.CUDAGraph, Result]:
+    """A graph of one call, and what it returned, after the first calls, which load modules and ask for shared memory."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # the first calls load modules and ask for shared memory
-        for _ in range(2):
-            run(case, sample)
+    with torch.cuda.stream(side):
+        for _ in range(WARM_UP):
+            function()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = run(case, sample)
+        result = function()
+    return graph, result
+
+
+@pytest.mark.parametrize("case", capturable, ids=str)
+def test_a_captured_graph_computes_anew_from_what_its_inputs_hold(case: Case) -> None:
+    sample = case.build(torch.float32).requiring_grad()
+    graph, captured = capture(lambda: run(case, sample))
 
     other = case.build(torch.float32).requiring_grad()
     for i in sample.differentiable():
@@ -68,11 +77,7 @@ def test_a_captured_graph_computes_anew_from_what_its_inputs_hold(case: Case) ->
 
 def test_a_captured_graph_draws_its_dropout_anew() -> None:
     query, key, value = (torch.randn(1, 2, 16, 8, device="cuda") for _ in range(3))
-    F.scaled_dot_product_attention(query, key, value, dropout_p=0.5)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = F.scaled_dot_product_attention(query, key, value, dropout_p=0.5)
+    graph, output = capture(lambda: F.scaled_dot_product_attention(query, key, value, dropout_p=0.5))
     graph.replay()
     first = output.clone()
     graph.replay()
@@ -105,16 +110,8 @@ def test_a_converted_model_trains_in_a_captured_graph() -> None:
     eager, captured = build(), build()
     eager_optimizer = torch.optim.SGD(eager.parameters(), 0.1, momentum=0.9)
     optimizer = torch.optim.SGD(captured.parameters(), 0.1, momentum=0.9)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step(captured, optimizer)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loss = step(captured, optimizer)
-    losses = [step(eager, eager_optimizer) for _ in range(6)][3:]
+    graph, loss = capture(lambda: step(captured, optimizer))
+    losses = [step(eager, eager_optimizer) for _ in range(WARM_UP + 3)][WARM_UP:]
     for expected in losses:
         graph.replay()
         assert torch.equal(loss, expected)
