@@ -20,9 +20,9 @@ from .cases import Case, Sample, all_cases, call, gradients, random_like, values
 from .conftest import device_kernels
 
 pytestmark = pytest.mark.skipif("cuda" not in device_kernels(), reason="no GPU, or a build without CUDA kernels")
-# The lengths of packed sequences come from the processor with every call; a graph would keep those of its capture.
 WARM_UP = 3  # calls before one is captured
 Result = TypeVar("Result")
+# The lengths of packed sequences come from the processor with every call; a graph would keep those of its capture.
 capturable = [case for case in all_cases() if "packed" not in case.name]
 
 
@@ -47,7 +47,7 @@ def run(case: Case, sample: Sample) -> list[Tensor]:
 
 
 def capture(function: Callable[[], Result]) -> tuple[torch.cuda.CUDAGraph, Result]:
-    """A graph of one call, and what it returned, after the first calls, which load modules and ask for shared memory."""
+    """A graph of one call, and what that returned. The first calls load modules and ask for shared memory."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
