@@ -25,7 +25,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from lesson import arguments, console, show_table
+from lesson import accuracy, arguments, console, show_table
 from rich.progress import track
 from torch import Tensor
 
@@ -101,12 +101,6 @@ def train(
         loss.backward()
         optimizer.step()
         schedule.step()
-
-
-@torch.no_grad()
-def accuracy(model: torch.nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Share of the images that are recognised."""
-    return (model.eval()(images).argmax(1) == labels).double().mean().item()
 
 
 def shifted(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

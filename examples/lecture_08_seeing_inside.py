@@ -20,7 +20,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from lesson import arguments, console, fit, show_table
+from lesson import arguments, console, drawn_examples, fit, learnt, show_table
 from torch import Tensor
 
 from dlkernels import data, models, nn, visualize
@@ -33,12 +33,8 @@ def trained_network(split: data.Split, steps: int) -> torch.nn.Module:
     """A LeNet for digits."""
     torch.manual_seed(0)
     model, loss = models.LeNet(8), nn.CrossEntropyLoss(label_smoothing=0.1)
-
-    def batch() -> tuple[Tensor, Tensor]:
-        chosen = torch.randint(len(split.train_labels), (32,))
-        return split.train_images[chosen], split.train_labels[chosen]
-
-    fit("LeNet", steps, batch, [(lambda images, labels: loss(model(images), labels), list(model.parameters()))], 3e-3)
+    batch = drawn_examples(split.train_images, split.train_labels, count=32)
+    fit("LeNet", steps, batch, [(lambda images, labels: loss(model(images), labels), learnt(model))], 3e-3)
     return model.eval()
 
 

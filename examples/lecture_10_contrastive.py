@@ -28,7 +28,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
-from lesson import arguments, console, drawn, fit, learnt, save_pictures, show_table
+from lesson import arguments, drawn, fit, learnt, save_figure, save_pictures, show_table
 from torch import Tensor
 
 from dlkernels import data, nn, ssl
@@ -148,10 +148,7 @@ def save_projections(path: Path, features: dict[str, Tensor], labels: Tensor) ->
         axis.set_title(name, fontsize=9)
         axis.set_xticks([])
         axis.set_yticks([])
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-    console.print(f"wrote {path}", highlight=False)
+    save_figure(figure, path)
 
 
 def with_texts(split: data.Split, steps: int, output: Path) -> None:

@@ -12,10 +12,17 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
+
+from dlkernels import train
+from dlkernels.data import END, PADDING, START, UNKNOWN
+from dlkernels.models import decoding
+from dlkernels.models.decoding import SequenceModel
 
 console = Console()
 
@@ -41,19 +48,37 @@ def fit(
     players: Sequence[tuple[Callable[..., Tensor], Sequence[torch.nn.Parameter]]],
     learning_rate: float = 5e-3,
     update: Callable[[], None] = lambda: None,
-) -> None:
-    """Lowers the loss of each of ``players`` in turns, by its parameters, with AdamW whose rate falls on a cosine."""
+    clip_norm: float | None = None,
+) -> list[float]:
+    """Lowers the loss of each of ``players`` in turns, by its parameters, with AdamW whose rate falls on a cosine.
+
+    Gradients longer than ``clip_norm`` are shortened to it. Returns the first player's loss before each step.
+    """
     optimizers = [torch.optim.AdamW(parameters, learning_rate, weight_decay=1e-2) for _, parameters in players]
     schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps) for optimizer in optimizers]
+    values = []
     for _ in track(range(steps), f"{title:<24}", console=console, transient=True, disable=not console.is_terminal):
         examples = batch()
-        for (loss, _), optimizer, schedule in zip(players, optimizers, schedules, strict=True):
+        for (loss, parameters), optimizer, schedule in zip(players, optimizers, schedules, strict=True):
             value = loss(*examples)
             optimizer.zero_grad()
             value.backward()
+            if clip_norm is not None:
+                torch.nn.utils.clip_grad_norm_(parameters, clip_norm)
             optimizer.step()
             schedule.step()
+            values.append(value.item())
         update()
+    return values[:: len(players)]
+
+
+def trained(title: str, recipe: train.Recipe) -> train.Trainer:
+    """The trainer of a recipe, all of whose steps it has taken."""
+    trainer = train.prepare(recipe)
+    show = {"console": console, "transient": True, "disable": not console.is_terminal}
+    for _ in track(trainer.run(), f"{title:<24}", trainer.steps, **show):
+        pass
+    return trainer
 
 
 def learnt(model: torch.nn.Module) -> list[torch.nn.Parameter]:
@@ -64,6 +89,62 @@ def learnt(model: torch.nn.Module) -> list[torch.nn.Parameter]:
 def drawn(images: Tensor, count: int = 128) -> Callable[[], tuple[Tensor]]:
     """Batches of ``count`` of the images, at random."""
     return lambda: (images[torch.randint(len(images), (count,))],)
+
+
+def drawn_examples(*columns: Tensor, count: int) -> Callable[[], tuple[Tensor, ...]]:
+    """Batches of ``count`` examples, at random: the same rows of each column."""
+
+    def batch() -> tuple[Tensor, ...]:
+        rows = torch.randint(len(columns[0]), (count,))
+        return tuple(column[rows] for column in columns)
+
+    return batch
+
+
+@torch.no_grad()
+def accuracy(model: torch.nn.Module, images: Tensor, labels: Tensor) -> float:
+    """Share of the images that are recognised."""
+    return (model.eval()(images).argmax(1) == labels).double().mean().item()
+
+
+def exact(model: SequenceModel, context: Tensor, expected: Tensor) -> float:
+    """Share of the sequences ``[N, T]`` that a model writes exactly as expected, given what they are about."""
+    written = decoding.greedy(model, context, max_length=expected.shape[1])
+    written = torch.nn.functional.pad(written, (0, expected.shape[1] - written.shape[1]), value=PADDING)
+    return (written == expected).all(1).double().mean().item()
+
+
+# What :func:`copy_or_reverse` orders, and how many symbols it has: the special ones, the two orders, and ten letters.
+COPY, REVERSE = UNKNOWN + 1, UNKNOWN + 2
+SYMBOLS = REVERSE + 11
+
+
+def copy_or_reverse(count: int, order: int | None = None) -> tuple[Tensor, Tensor]:
+    """Three to six letters after an order, ``[N, 7]``, and the answers between start and end symbol, ``[N, 8]``.
+
+    The order is drawn for each, or the same for all where it is given.
+    """
+    orders = torch.randint(COPY, REVERSE + 1, (count, 1)) if order is None else torch.full((count, 1), order)
+    lengths = torch.randint(3, 7, (count, 1))
+    positions = torch.arange(6).expand(count, -1)
+    letters = torch.randint(REVERSE + 1, SYMBOLS, (count, 6)).masked_fill(positions >= lengths, PADDING)
+    backwards = letters.gather(1, (lengths - 1 - positions).clamp(min=0)).masked_fill(positions >= lengths, PADDING)
+    answers = torch.where(orders == COPY, letters, backwards)
+    targets = torch.nn.functional.pad(answers, (1, 1), value=PADDING)
+    targets[:, 0] = START
+    return torch.cat([orders, letters], 1), targets.scatter(1, lengths + 1, END)
+
+
+def longest_pair(sources: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """A batch of the longest sequence alone."""
+    row = (targets != PADDING).sum(1).argmax()
+    return sources[row : row + 1], targets[row : row + 1]
+
+
+def symbols(tokens: Tensor) -> list[str]:
+    """The symbols of one row of :func:`copy_or_reverse` to read, without padding."""
+    names = {START: "start", END: "end", COPY: "copy", REVERSE: "reverse"}
+    return [names.get(token, chr(token - REVERSE - 1 + ord("a"))) for token in tokens.tolist() if token != PADDING]
 
 
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
@@ -77,6 +158,22 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[objec
     console.print(table)
 
 
+def show_weights(axis: Axes, weights: Tensor, queries: Sequence[str], keys: Sequence[str], title: str) -> None:
+    """Shows attention weights ``[L, S]`` of named queries and keys, from white for 0 to black for 1."""
+    axis.imshow(weights.detach(), cmap="Greys", vmin=0, vmax=1)
+    axis.set_xticks(range(len(keys)), keys, fontsize=8, rotation=90 if max(map(len, keys)) > 2 else 0)
+    axis.set_yticks(range(len(queries)), queries, fontsize=8)
+    axis.set_title(title, fontsize=9)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Writes a figure as PNG, says so, and closes it."""
+    figure.tight_layout()
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    plt.close(figure)
+    console.print(f"wrote {path}", highlight=False)
+
+
 def save_pictures(path: Path, rows: dict[str, Tensor]) -> None:
     """Writes a PNG with a row of images ``[N, 1 or 3, H, W]`` for each title; grey ones from their least to their
     greatest value."""
@@ -87,7 +184,4 @@ def save_pictures(path: Path, rows: dict[str, Tensor]) -> None:
         axis.imshow(strip.squeeze(2), cmap="gray")
         axis.set_title(title, loc="left", fontsize=8)
         axis.axis("off")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-    console.print(f"wrote {path}", highlight=False)
+    save_figure(figure, path)
