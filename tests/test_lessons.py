@@ -67,6 +67,18 @@ def test_a_document_is_read_as_it_was_written(tool: Any) -> None:
     assert list(tool.sections(text).items()) == list(bodies.items())
 
 
+def test_pictures_stand_where_they_were_written(tool: Any) -> None:
+    output = "one\nwrote runs/lecture_02/a.png\nwrote runs/lecture_02/b.png\n\ntwo"
+    image = "![{0}](lessons/lecture_02_x/{0}.png){{ loading=lazy }}".format
+    assert tool.illustrated("lecture_02_x", output, ["a.png", "b.png", "c.png"]) == [
+        "````text\none\n````",
+        image("a"),
+        image("b"),
+        "````text\ntwo\n````",
+        image("c"),
+    ]
+
+
 @pytest.mark.parametrize(("size", "expected"), [((300, 200), (300, 200)), ((2400, 1000), (800, 333))])
 def test_pictures_are_made_small(tool: Any, size: tuple[int, int], expected: tuple[int, int], tmp_path: Path) -> None:
     noise = tool.Image.frombytes("RGB", size, bytes(torch.randint(256, (3 * size[0] * size[1],)).tolist()))

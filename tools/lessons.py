@@ -26,6 +26,7 @@ PICTURES = ROOT / "docs" / "lessons"
 COLUMNS = 100  # of what lessons print
 WIDTHS = (1200, 1000, 800)  # of pictures: the first in which one takes no more than MOST_BYTES, or else the last
 MOST_BYTES = 60_000
+WROTE = re.compile(r"^wrote runs/\w+/(\w+\.png)$", re.MULTILINE)
 HEADING = re.compile(r"^## .*\{ #(lecture_\w+) \}$", re.MULTILINE)
 
 TITLE = """\
@@ -96,9 +97,21 @@ def section(name: str) -> str:
         (PICTURES / name).mkdir(parents=True)
         for picture in pictures:
             save_small(picture, PICTURES / name / picture.name)
-    shown = [f"![{path.stem}](lessons/{name}/{path.name}){{ loading=lazy }}" for path in pictures]
     command = f"```\npython examples/{name}.py\n```"
-    return "\n\n".join([about(name), command, f"````text\n{output}\n````", *shown])
+    return "\n\n".join([about(name), command, *illustrated(name, output, [path.name for path in pictures])])
+
+
+def illustrated(name: str, output: str, pictures: list[str]) -> list[str]:
+    """What a lesson printed, with its pictures where it wrote them, or at the end if it did not say so."""
+    image = "![{}](lessons/" + name + "/{}){{ loading=lazy }}"
+    parts = []
+    for index, part in enumerate(WROTE.split(output)):
+        if index % 2 == 1:
+            parts.append(image.format(part.removesuffix(".png"), part))
+        elif part.strip("\n"):
+            parts.append("````text\n" + part.strip("\n") + "\n````")
+    said = WROTE.findall(output)
+    return parts + [image.format(path.removesuffix(".png"), path) for path in pictures if path not in said]
 
 
 def sections(text: str) -> dict[str, str]:
