@@ -86,4 +86,4 @@ def test_pictures_are_made_small(tool: Any, size: tuple[int, int], expected: tup
     tool.save_small(tmp_path / "large.png", tmp_path / "small.png")
     with tool.Image.open(tmp_path / "small.png") as small:
         assert small.size == expected
-        assert len(small.getcolors()) <= 64
+        assert len(small.getcolors()) <= 128

@@ -23,7 +23,7 @@ EXAMPLES = ROOT / "examples"
 DOCUMENT = ROOT / "docs" / "lessons.md"
 PICTURES = ROOT / "docs" / "lessons"
 
-COLUMNS = 100  # of what lessons print
+COLUMNS = 88  # of what lessons print
 WIDTHS = (1200, 1000, 800)  # of pictures: the first in which one takes no more than MOST_BYTES, or else the last
 MOST_BYTES = 60_000
 WROTE = re.compile(r"^wrote runs/\w+/(\w+\.png)$", re.MULTILINE)
@@ -77,13 +77,13 @@ def run(name: str, folder: Path) -> str:
 
 
 def save_small(source: Path, target: Path) -> None:
-    """Writes a picture in 64 colours, and smaller where it would take too many bytes."""
+    """Writes a picture in 128 colours, and smaller where it would take too many bytes."""
     with Image.open(source) as opened:
         picture = opened.convert("RGB")
     for width in WIDTHS:
         size = (width, round(picture.height * width / picture.width))
         smaller = picture if picture.width <= width else picture.resize(size, Image.Resampling.LANCZOS)
-        smaller.quantize(64).save(target, optimize=True)
+        smaller.quantize(128, Image.Quantize.MAXCOVERAGE, kmeans=3).save(target, optimize=True)
         if target.stat().st_size <= MOST_BYTES:
             return
 
