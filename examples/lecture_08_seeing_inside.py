@@ -20,7 +20,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from lesson import arguments, console, drawn, fit, show_table
+from lesson import arguments, console, drawn, fit, learnt, show_table
 from torch import Tensor
 
 from dlkernels import data, models, nn, visualize
@@ -34,7 +34,7 @@ def trained_network(split: data.Split, steps: int) -> torch.nn.Module:
     torch.manual_seed(0)
     model, loss = models.LeNet(8), nn.CrossEntropyLoss(label_smoothing=0.1)
     batch = drawn(split.train_images, split.train_labels, count=32)
-    fit("LeNet", steps, batch, [(lambda images, labels: loss(model(images), labels), list(model.parameters()))], 3e-3)
+    fit("LeNet", steps, batch, [(lambda images, labels: loss(model(images), labels), learnt(model))], 3e-3)
     return model.eval()
 
 

@@ -148,7 +148,6 @@ def save_projections(path: Path, features: dict[str, Tensor], labels: Tensor) ->
         axis.set_title(name, fontsize=9)
         axis.set_xticks([])
         axis.set_yticks([])
-    figure.tight_layout()
     save_figure(figure, path)
 
 

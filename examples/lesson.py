@@ -14,6 +14,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.markup import escape
@@ -21,7 +22,10 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from dlkernels import visualize
+from dlkernels import train, visualize
+from dlkernels.data import END, PADDING, START, UNKNOWN
+from dlkernels.models import decoding
+from dlkernels.models.decoding import SequenceModel
 
 console = Console()
 
@@ -47,19 +51,37 @@ def fit(
     players: Sequence[tuple[Callable[..., Tensor], Sequence[torch.nn.Parameter]]],
     learning_rate: float = 5e-3,
     update: Callable[[], None] = lambda: None,
-) -> None:
-    """Lowers the loss of each of ``players`` in turns, by its parameters, with AdamW whose rate falls on a cosine."""
+    clip_norm: float | None = None,
+) -> list[float]:
+    """Lowers the loss of each of ``players`` in turns, by its parameters, with AdamW whose rate falls on a cosine.
+
+    Gradients longer than ``clip_norm`` are shortened to it. Returns the first player's loss before each step.
+    """
     optimizers = [torch.optim.AdamW(parameters, learning_rate, weight_decay=1e-2) for _, parameters in players]
     schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps) for optimizer in optimizers]
+    values = []
     for _ in track(range(steps), f"{title:<24}", console=console, transient=True, disable=not console.is_terminal):
         examples = batch()
-        for (loss, _), optimizer, schedule in zip(players, optimizers, schedules, strict=True):
+        for (loss, parameters), optimizer, schedule in zip(players, optimizers, schedules, strict=True):
             value = loss(*examples)
             optimizer.zero_grad()
             value.backward()
+            if clip_norm is not None:
+                torch.nn.utils.clip_grad_norm_(parameters, clip_norm)
             optimizer.step()
             schedule.step()
+            values.append(value.item())
         update()
+    return values[:: len(players)]
+
+
+def trained(title: str, recipe: train.Recipe) -> train.Trainer:
+    """The trainer of a recipe, all of whose steps it has taken."""
+    trainer = train.prepare(recipe)
+    show = {"console": console, "transient": True, "disable": not console.is_terminal}
+    for _ in track(trainer.run(), f"{title:<24}", trainer.steps, **show):
+        pass
+    return trainer
 
 
 def learnt(model: torch.nn.Module) -> list[torch.nn.Parameter]:
@@ -91,6 +113,46 @@ def spiral(count: int, noise: float, arms: int = 3) -> tuple[Tensor, Tensor]:
     return torch.stack([radius * angle.cos(), radius * angle.sin()], 1), labels
 
 
+def exact(model: SequenceModel, context: Tensor, expected: Tensor) -> float:
+    """Share of the sequences ``[N, T]`` that a model writes exactly as expected, given what they are about."""
+    written = decoding.greedy(model, context, max_length=expected.shape[1])
+    written = torch.nn.functional.pad(written, (0, expected.shape[1] - written.shape[1]), value=PADDING)
+    return (written == expected).all(1).double().mean().item()
+
+
+# What :func:`copy_or_reverse` orders, and how many symbols it has: the special ones, the two orders, and ten letters.
+COPY, REVERSE = UNKNOWN + 1, UNKNOWN + 2
+SYMBOLS = REVERSE + 11
+
+
+def copy_or_reverse(count: int, order: int | None = None) -> tuple[Tensor, Tensor]:
+    """Three to six letters after an order, ``[N, 7]``, and the answers between start and end symbol, ``[N, 8]``.
+
+    The order is drawn for each, or the same for all where it is given.
+    """
+    orders = torch.randint(COPY, REVERSE + 1, (count, 1)) if order is None else torch.full((count, 1), order)
+    lengths = torch.randint(3, 7, (count, 1))
+    positions = torch.arange(6).expand(count, -1)
+    letters = torch.randint(REVERSE + 1, SYMBOLS, (count, 6)).masked_fill(positions >= lengths, PADDING)
+    backwards = letters.gather(1, (lengths - 1 - positions).clamp(min=0)).masked_fill(positions >= lengths, PADDING)
+    answers = torch.where(orders == COPY, letters, backwards)
+    targets = torch.nn.functional.pad(answers, (1, 1), value=PADDING)
+    targets[:, 0] = START
+    return torch.cat([orders, letters], 1), targets.scatter(1, lengths + 1, END)
+
+
+def longest_pair(sources: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """A batch of the longest sequence alone."""
+    row = (targets != PADDING).sum(1).argmax()
+    return sources[row : row + 1], targets[row : row + 1]
+
+
+def symbols(tokens: Tensor) -> list[str]:
+    """The symbols of one row of :func:`copy_or_reverse` to read, without padding."""
+    names = {START: "start", END: "end", COPY: "copy", REVERSE: "reverse"}
+    return [names.get(token, chr(token - REVERSE - 1 + ord("a"))) for token in tokens.tolist() if token != PADDING]
+
+
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Prints a table; numbers to three places."""
     console.print(f"\n[bold]{title}[/bold]", highlight=False)
@@ -100,6 +162,14 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[objec
     for row in rows:
         table.add_row(*(f"{cell:.3f}" if isinstance(cell, float) else escape(str(cell)) for cell in row))
     console.print(table)
+
+
+def show_weights(axis: Axes, weights: Tensor, queries: Sequence[str], keys: Sequence[str], title: str) -> None:
+    """Shows attention weights ``[L, S]`` of named queries and keys, from white for 0 to black for 1."""
+    axis.imshow(weights.detach(), cmap="Greys", vmin=0, vmax=1)
+    axis.set_xticks(range(len(keys)), keys, fontsize=8, rotation=90 if max(map(len, keys)) > 2 else 0)
+    axis.set_yticks(range(len(queries)), queries, fontsize=8)
+    axis.set_title(title, fontsize=9)
 
 
 def save_pictures(path: Path, rows: dict[str, Tensor]) -> None:
@@ -112,12 +182,13 @@ def save_pictures(path: Path, rows: dict[str, Tensor]) -> None:
         axis.imshow(strip.squeeze(2), cmap="gray")
         axis.set_title(title, loc="left", fontsize=8)
         axis.axis("off")
-    figure.tight_layout()
     save_figure(figure, path)
 
 
 def save_figure(figure: Figure, path: Path) -> None:
     """Writes a figure as PNG, says so, and closes it."""
+    if figure.get_layout_engine() is None:
+        figure.tight_layout()
     visualize.save(figure, path)
     plt.close(figure)
     console.print(f"wrote {path}", highlight=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import importlib
 import re
 import sys
 from collections.abc import Callable
@@ -57,3 +58,10 @@ def assert_true(tests: list[doctest.DocTest]) -> None:
     for test in tests:
         doctest.DocTestRunner().run(test, out=said.append)
     assert not said, "".join(said)
+
+
+@pytest.mark.parametrize("name", ["nn", "ssl", "visualize"])
+def test_the_page_of_a_package_lists_all_that_is_public(name: str) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "api" / f"{name}.md").read_text(encoding="utf-8")
+    listed = {member for members in re.findall(r"members: \[(.*?)\]", page, re.DOTALL) for member in members.split()}
+    assert {member.rstrip(",") for member in listed} == set(importlib.import_module(f"dlkernels.{name}").__all__)

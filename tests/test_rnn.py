@@ -1,4 +1,4 @@
-"""Recurrent networks: the language model learns a text by heart, the encoder-decoder learns to reverse."""
+"""Recurrent networks: the language model learns a text by heart, the encoder-decoder learns to copy and to reverse."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dlkernels import models, nn
 from dlkernels.models import decoding
 from dlkernels.models.rnn import AdditiveAttention, RecurrentEncoder
 
-from .cases.sequences import END, PADDING, fit, reversed_sequences
+from .cases.sequences import END, PADDING, fit, sequence_pairs
 
 CELLS = ("rnn", "lstm", "gru")
 
@@ -107,12 +107,13 @@ def test_tied_weights_are_one_parameter() -> None:
 
 
 @pytest.mark.parametrize("attention", [None, "additive", "dot"])
-def test_an_encoder_decoder_learns_to_reverse(attention: str | None) -> None:
+@pytest.mark.parametrize("order", [1, -1], ids=["copy", "reverse"])
+def test_an_encoder_decoder_learns_to_copy_and_to_reverse(attention: str | None, order: int) -> None:
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     model = models.Seq2Seq(8, 8, 32, 64, 1, attention)
-    fit(model, lambda: reversed_sequences(64, generator), steps=300)
-    sources, targets = reversed_sequences(500, generator)
+    fit(model, lambda: sequence_pairs(64, generator, order), steps=300)
+    sources, targets = sequence_pairs(500, generator, order)
     found = decoding.greedy(model, sources, max_length=targets.shape[1])
     assert (found == targets).all(1).float().mean() >= 0.99
 

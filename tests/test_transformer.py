@@ -1,4 +1,4 @@
-"""Transformer: torch's weights give torch's outputs and gradients under every mask, and it learns to reverse."""
+"""Transformer: torch's weights give torch's outputs and gradients under every mask; it learns to copy and reverse."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dlkernels.models.transformer import (
 )
 
 from .cases.networks import TOLERANCES
-from .cases.sequences import PADDING, fit, reversed_sequences
+from .cases.sequences import PADDING, fit, sequence_pairs
 
 FEATURES, HEADS, HIDDEN = 12, 3, 20
 N, S, T = 3, 5, 4
@@ -232,12 +232,13 @@ def test_initial_weights_are_torchs() -> None:
 
 
 @pytest.mark.parametrize("norm_first", [False, True])
-def test_it_learns_to_reverse(norm_first: bool) -> None:
+@pytest.mark.parametrize("order", [1, -1], ids=["copy", "reverse"])
+def test_it_learns_to_copy_and_to_reverse(norm_first: bool, order: int) -> None:
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     model = models.Transformer(8, 8, 32, 4, 1, 1, 64, 0.0, norm_first=norm_first)
-    fit(model, lambda: reversed_sequences(64, generator), steps=300)
-    sources, targets = reversed_sequences(500, generator)
+    fit(model, lambda: sequence_pairs(64, generator, order), steps=300)
+    sources, targets = sequence_pairs(500, generator, order)
     found = decoding.greedy(model, sources, max_length=targets.shape[1])
     assert (found == targets).all(1).float().mean() >= 0.99
 

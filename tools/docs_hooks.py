@@ -13,6 +13,7 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parent.parent
 MATHEMATICS = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
+LITERAL = re.compile(r'::</p>(?=\s*<(?:div class="[^"]*highlight|pre))')  # what reStructuredText has before code
 REFERENCE = re.compile(r":(?:attr|class|func|meth|mod):<code>(?:~|\.)?([\w.]+)</code>")
 
 
@@ -31,11 +32,13 @@ def on_page_markdown(markdown: str, page: Page, **_: object) -> None:
 
 
 def on_page_content(content: str, **_: object) -> str:
-    """Mathematics from LaTeX to MathML, which browsers show by themselves; references in docstrings to links."""
+    """Mathematics from LaTeX to MathML, which browsers show by themselves; what docstrings have of reStructuredText to
+    links and plain colons."""
 
     def mathml(match: re.Match[str]) -> str:
         display = "block" if match[1] == "div" else "inline"
         return convert(html.unescape(match[2]), display=display)
 
     content = REFERENCE.sub(r'<autoref identifier="\1" optional><code>\1</code></autoref>', content)
+    content = LITERAL.sub(":</p>", content)
     return MATHEMATICS.sub(mathml, content)

@@ -58,6 +58,8 @@ def draw_verdict(verdict: Verdict) -> Figure:
         axis.set(xlabel=panel.x, ylabel=panel.y)
         axis.set_xscale("log" if panel.log_x else "linear")
         axis.set_yscale("log" if panel.log_y else "linear")
+        if panel.log_x:  # within one decade every tick between has a long name
+            axis.tick_params("x", which="both", labelsize=8, rotation=45)
         if panel.highest is not None:
             axis.set_ylim(top=panel.highest)
         axis.grid(alpha=0.3)

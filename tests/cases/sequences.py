@@ -129,12 +129,12 @@ def picture(colour: str, shape: str, place: str, generator: torch.Generator) -> 
     return image
 
 
-def reversed_sequences(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Sources of two to five tokens of five kinds, and the same backwards as targets."""
+def sequence_pairs(count: int, generator: torch.Generator, order: int) -> tuple[Tensor, Tensor]:
+    """Sources of two to five tokens of five kinds, and as targets the same forwards (``order`` 1) or backwards (-1)."""
     lengths = torch.randint(2, 6, (count,), generator=generator).tolist()
     tokens = torch.randint(3, 8, (count, 5), generator=generator).tolist()
     sources = [row[:length] for row, length in zip(tokens, lengths, strict=True)]
-    return padded(sources), padded([[START, *source[::-1], END] for source in sources])
+    return padded(sources), padded([[START, *source[::order], END] for source in sources])
 
 
 def fit(
