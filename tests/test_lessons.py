@@ -79,11 +79,16 @@ def test_pictures_stand_where_they_were_written(tool: Any) -> None:
     ]
 
 
-@pytest.mark.parametrize(("size", "expected"), [((300, 200), (300, 200)), ((2400, 1000), (800, 333))])
-def test_pictures_are_made_small(tool: Any, size: tuple[int, int], expected: tuple[int, int], tmp_path: Path) -> None:
-    noise = tool.Image.frombytes("RGB", size, bytes(torch.randint(256, (3 * size[0] * size[1],)).tolist()))
-    noise.save(tmp_path / "large.png")
+@pytest.mark.parametrize(
+    ("width", "most_bytes", "expected"), [(1300, 60_000, 1300), (1300, 16_000, 1000), (1300, 100, 800), (600, 100, 600)]
+)
+def test_pictures_are_made_small(
+    tool: Any, width: int, most_bytes: int, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tool, "MOST_BYTES", most_bytes)
+    noise = bytes(torch.randint(256, (3 * width * 20,)).tolist())
+    tool.Image.frombytes("RGB", (width, 20), noise).save(tmp_path / "large.png")
     tool.save_small(tmp_path / "large.png", tmp_path / "small.png")
     with tool.Image.open(tmp_path / "small.png") as small:
-        assert small.size == expected
+        assert small.size == (expected, round(20 * expected / width))
         assert len(small.getcolors()) <= 128

@@ -24,8 +24,8 @@ DOCUMENT = ROOT / "docs" / "lessons.md"
 PICTURES = ROOT / "docs" / "lessons"
 
 COLUMNS = 88  # of what lessons print
-WIDTHS = (1200, 1000, 800)  # of pictures: the first in which one takes no more than MOST_BYTES, or else the last
-MOST_BYTES = 60_000
+MOST_BYTES = 60_000  # of a picture, if it can be seen in so few
+WIDTHS = (1200, 1000, 800)  # of one that takes more in its own
 WROTE = re.compile(r"^wrote runs/\w+/(\w+\.png)$", re.MULTILINE)
 HEADING = re.compile(r"^## .*\{ #(lecture_\w+) \}$", re.MULTILINE)
 
@@ -80,9 +80,8 @@ def save_small(source: Path, target: Path) -> None:
     """Writes a picture in 128 colours, and smaller where it would take too many bytes."""
     with Image.open(source) as opened:
         picture = opened.convert("RGB")
-    for width in WIDTHS:
-        size = (width, round(picture.height * width / picture.width))
-        smaller = picture if picture.width <= width else picture.resize(size, Image.Resampling.LANCZOS)
+    for width in (picture.width, *(width for width in WIDTHS if width < picture.width)):
+        smaller = picture.resize((width, round(picture.height * width / picture.width)), Image.Resampling.BOX)
         smaller.quantize(128, Image.Quantize.MAXCOVERAGE, kmeans=3).save(target, optimize=True)
         if target.stat().st_size <= MOST_BYTES:
             return
