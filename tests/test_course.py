@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import math
+import re
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,3 +37,17 @@ def test_the_output_of_a_convolution_has_the_size_of_the_rule() -> None:
             assert output.shape == (1, 1, expected, wider), (size, kernel, padding, dilation, stride)
             checked += 1
     assert checked > 200
+
+
+def test_every_row_of_the_course_names_tests_that_there_are() -> None:
+    folder = Path(__file__).parent
+    rows = re.findall(
+        r"^\| [\d-]+ \|.*", (folder.parent / "docs" / "course.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert {number for row in rows for number in re.findall(r"lecture_(\d+)", row)} == {f"{n:02}" for n in range(2, 14)}
+    for row in rows:
+        named = re.findall(r"`(test_\w+\.py)(?:::(test_\w+))?`", row)
+        assert named, row
+        for file, test in named:
+            body = ast.parse((folder / file).read_text(encoding="utf-8")).body
+            assert test in ("", *(node.name for node in body if isinstance(node, ast.FunctionDef))), f"{file}::{test}"
