@@ -25,9 +25,7 @@ class Settings:
     accumulate: int = 1  # parts that a rank computes its share of a batch in, one after the other
     optimizer: str = "nesterov"
     learning_rate: float = 0.05  # its peak
-    scale_rate: int | None = (
-        None  # batch size that learning_rate is for: the peak is scaled to batch_size in proportion
-    )
+    scale_rate: int | None = None  # batch size that learning_rate is for; the peak grows with batch_size
     momentum: float = 0.9  # of momentum and nesterov; the first beta of adam and adamw
     weight_decay: float = 5e-3  # of matrices and filters
     schedule: str = "cosine"
