@@ -272,6 +272,12 @@ def test_a_small_resnet_learns_the_digits(threads: None) -> None:
     assert trainer.finish()["accuracy"] >= 0.97
 
 
+@pytest.mark.parametrize(("arguments", "momentum"), [({}, 0.0003), ({"momentum": 0.1}, 0.1)], ids=str)
+def test_running_statistics_of_mnasnet_move_as_fast_as_asked_for(arguments: dict[str, float], momentum: float) -> None:
+    norms = [m for m in MNASNet(0.25, 5, **arguments).modules() if isinstance(m, torch.nn.BatchNorm2d)]  # type: ignore[arg-type]
+    assert [norm.momentum for norm in norms] == pytest.approx([momentum] * len(norms))
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [

@@ -13,7 +13,7 @@ from .. import nn
 from .blocks import make_divisible
 from .registry import register
 
-MOMENTUM = 1 - 0.9997  # of the running statistics
+MOMENTUM = 1 - 0.9997  # of the running statistics, which takes some ten thousand steps
 
 
 def conv_norm(
@@ -22,7 +22,7 @@ def conv_norm(
     """Convolution padded to divide height and width by ``stride`` alone, and batch norm."""
     return [
         layers.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, groups=groups, bias=False),
-        layers.BatchNorm2d(out_channels, momentum=MOMENTUM),
+        layers.BatchNorm2d(out_channels),
     ]
 
 
@@ -66,6 +66,7 @@ class MNASNet(torch.nn.Module):
     Args:
         alpha: multiplies the channels of every layer but the last.
         dropout: probability before the linear layer.
+        momentum: share of a batch in the running statistics; short runs want more than the default.
         layers: where the layers with parameters come from, ``dlkernels.nn`` or ``torch.nn``.
 
     Raises:
@@ -74,7 +75,15 @@ class MNASNet(torch.nn.Module):
 
     _version = 2  # of torchvision's state_dict; in the first, alpha left the stem as it was
 
-    def __init__(self, alpha: float, num_classes: int = 1000, dropout: float = 0.2, *, layers: ModuleType = nn) -> None:
+    def __init__(
+        self,
+        alpha: float,
+        num_classes: int = 1000,
+        dropout: float = 0.2,
+        momentum: float = MOMENTUM,
+        *,
+        layers: ModuleType = nn,
+    ) -> None:
         super().__init__()
         if alpha <= 0:
             raise ValueError(f"alpha must be positive, got {alpha}")
@@ -100,6 +109,8 @@ class MNASNet(torch.nn.Module):
         for module in self.modules():
             if isinstance(module, torch.nn.Conv2d):
                 torch.nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif isinstance(module, torch.nn.BatchNorm2d):
+                module.momentum = momentum
             elif isinstance(module, torch.nn.Linear):
                 torch.nn.init.kaiming_uniform_(module.weight, mode="fan_out", nonlinearity="sigmoid")
                 torch.nn.init.zeros_(module.bias)
