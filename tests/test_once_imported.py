@@ -21,6 +21,22 @@ assert torch.equal(x.grad, torch.full((2, 3), 4.0))
 """
 
 
+# torch's submodules that its compiler imports would be missed only where nothing has imported that before.
+ATTRIBUTES = """
+import ast, functools, pathlib, sys
+import dlkernels, torch
+for path in pathlib.Path(dlkernels.__file__).parent.rglob("*.py"):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = []
+        while isinstance(node, ast.Attribute):
+            names.append(node.attr)
+            node = node.value
+        if names and isinstance(node, ast.Name) and node.id == "torch":
+            functools.reduce(getattr, reversed(names), torch)
+assert "torch._dynamo" not in sys.modules
+"""
+
+
 def run(program: str) -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -28,6 +44,10 @@ def run(program: str) -> None:
 
 def test_importing_dlkernels_does_not_import_dynamo() -> None:
     run("import sys, dlkernels, dlkernels.models, dlkernels.train; assert 'torch._dynamo' not in sys.modules")
+
+
+def test_what_the_package_uses_of_torch_is_there_without_dynamo() -> None:
+    run(ATTRIBUTES)
 
 
 @pytest.mark.parametrize("before", ["", "import torch._dynamo\n"], ids=["after dlkernels", "before dlkernels"])

@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch._functorch import config as functorch_config
 
 from .. import _C
 
@@ -297,7 +298,7 @@ def measure(
 
     results = []
     # A compiled backward pass may reuse the memory of what forward saved, unless it is to run again.
-    with torch._functorch.config.patch(donated_buffer=BACKWARD not in directions):
+    with functorch_config.patch(donated_buffer=BACKWARD not in directions):
         for direction in (known for known in DIRECTIONS if known in directions):
             programs = {
                 name: program(function, problem.inputs, grad_outputs, direction) for name, function in functions.items()
