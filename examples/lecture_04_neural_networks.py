@@ -22,12 +22,13 @@ Run it: ``python examples/lecture_04_neural_networks.py [--fast] [--output FOLDE
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from lesson import accuracy, arguments, fit, learnt, save_figure, save_regions, show_table, spiral
+from lesson import accuracy, arguments, descend, fit, learnt, save_figure, save_regions, show_table, spiral
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
@@ -142,16 +143,8 @@ def sgd(
     """Minibatch gradient descent; the loss of each step."""
     optimizer = torch.optim.SGD(model.parameters(), learning_rate, momentum=momentum)
     generator = torch.Generator().manual_seed(0)
-    losses = []
-    model.train()
-    for _ in range(epochs):
-        for images, labels in data.shuffled_batches(*examples, batch_size, generator):
-            loss = cross_entropy(model(images), labels)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-    return losses
+    epochs_of_batches = (data.shuffled_batches(*examples, batch_size, generator) for _ in range(epochs))
+    return descend(model, optimizer, itertools.chain.from_iterable(epochs_of_batches))
 
 
 def fifty_by_heart(split: data.Split, epochs: int) -> None:

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lesson import accuracy, arguments, console, drawn, panels, save_figure, show_table
+from lesson import accuracy, arguments, console, descend, drawn, panels, save_figure, show_table
 from rich.progress import track
 from torch import Tensor
 
@@ -107,7 +107,8 @@ def small_batches(split: data.Split, seen: int, seeds: int) -> None:
         ]
         model = torch.nn.Sequential(*blocks, torch.nn.Flatten(), nn.Linear(24 * 4, 10))
         optimizer = torch.optim.SGD(model.parameters(), 0.002 * size, momentum=0.9)
-        descend(model, optimizer, (split.train_images, split.train_labels), seen // size, size)
+        batch = drawn(split.train_images, split.train_labels, count=size)
+        descend(model, optimizer, (batch() for _ in range(seen // size)))
         return accuracy(model, split.test_images, split.test_labels)
 
     sizes, rows = (2, 8, 32), []
@@ -118,22 +119,6 @@ def small_batches(split: data.Split, seen: int, seeds: int) -> None:
         rows.append((name, *means))
     columns = ("norm", *(f"batches of {size}" for size in sizes))
     show_table(f"Test accuracy on digits after {seen} examples, mean over {seeds} seeds", columns, rows)
-
-
-def descend(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, examples: Examples, steps: int, size: int
-) -> list[float]:
-    """Takes steps on batches at random; the loss of each."""
-    criterion, batch, losses = nn.CrossEntropyLoss(), drawn(*examples, count=size), []
-    model.train()
-    for _ in range(steps):
-        images, labels = batch()
-        loss = criterion(model(images), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
 
 
 # ---- Rules -----------------------------------------------------------------------------------------------------------
@@ -313,7 +298,8 @@ def every_optimiser(steps: int, output: Path) -> None:
             model = models.LeNet(8)
             decay = 0.01 if name == "adamw" else 0.0
             settings = Settings(optimizer=name, learning_rate=rate, weight_decay=decay)
-            losses = descend(model, make_optimizer(model.parameters(), settings), (train[0], train[1]), steps, 64)
+            batch = drawn(*train, count=64)
+            losses = descend(model, make_optimizer(model.parameters(), settings), (batch() for _ in range(steps)))
             with torch.no_grad():
                 validated = criterion(model.eval()(validation[0]), validation[1]).item()
             runs.append((validated, rate, losses, model))

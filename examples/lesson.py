@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from dlkernels import train, visualize
+from dlkernels import functional, train, visualize
 from dlkernels.data import END, PADDING, START, UNKNOWN
 from dlkernels.models import decoding
 from dlkernels.models.decoding import SequenceModel
@@ -97,6 +97,21 @@ def drawn(*columns: Tensor, count: int = 128) -> Callable[[], tuple[Tensor, ...]
         return tuple(column[chosen] for column in columns)
 
     return batch
+
+
+def descend(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, batches: Iterable[tuple[Tensor, ...]]
+) -> list[float]:
+    """A step of the optimiser on the cross-entropy of each batch of images and classes; the loss of each."""
+    losses = []
+    model.train()
+    for images, labels in batches:
+        loss = functional.cross_entropy(model(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
 
 
 @torch.no_grad()

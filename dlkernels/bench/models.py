@@ -188,9 +188,16 @@ def inference(model: torch.nn.Module, batch: tuple[Tensor, ...], dtype: torch.dt
 def training_step(
     model: torch.nn.Module, layers: ModuleType, batch: tuple[Tensor, ...], dtype: torch.dtype, compiled: bool = False
 ) -> Program:
-    """One step on a batch; sets ``model`` to training. So small a rate leaves the numbers where they are."""
+    """:func:`step_program` of a network of ours."""
     loss = loss_function(model.train(), layers)
-    loss = torch.compile(loss) if compiled else loss
+    return step_program(torch.compile(loss) if compiled else loss, model, batch, dtype)
+
+
+def step_program(
+    loss: Callable[..., Tensor], model: torch.nn.Module, batch: tuple[Tensor, ...], dtype: torch.dtype
+) -> Program:
+    """One step on a batch; sets ``model`` to training. So small a rate leaves the numbers where they are."""
+    model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9, fused=True)
 
     def program() -> Tensor:

@@ -87,6 +87,39 @@ def _widened(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.float() if tensor.dtype == dtype else tensor
 
 
+def _check_many_outputs(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor) -> None:
+    """Shapes of a K-dimensional loss.
+
+    Raises:
+        RuntimeError: one does not fit the weight's.
+        ValueError: the target's batch size is another.
+    """
+    classes, *positions, features = linear_weight.shape
+    if input.dim() != 2:
+        raise RuntimeError(
+            "linear_cross_entropy: K-dimensional loss defined by linear_weight shape "
+            f"{tuple(linear_weight.shape)} requires batched input, (N, {features}), got unbatched input with shape "
+            f"{tuple(input.shape)}"
+            if input.dim() == 1
+            else f"linear_cross_entropy: expected input with dimensionality 1 or 2, got {input.dim()}"
+        )
+    rows = input.shape[0]
+    if linear_bias is not None and linear_bias.shape != linear_weight.shape[:-1]:
+        raise RuntimeError(
+            f"linear_cross_entropy: expected linear_bias shape {(classes, *positions)}, got {tuple(linear_bias.shape)}"
+        )
+    if target.shape != (rows, classes, *positions):  # class indices
+        if target.dim() == 0 or target.shape[0] != rows:
+            got = 0 if target.dim() == 0 else target.shape[0]
+            raise ValueError(
+                f"linear_cross_entropy: Expected input batch_size ({rows}) to match target batch_size ({got})."
+            )
+        if target.shape != (rows, *positions):
+            raise RuntimeError(
+                f"linear_cross_entropy: Expected target size {[rows, *positions]}, got {list(target.shape)}"
+            )
+
+
 def _loss_of_many_outputs(
     input: Tensor,
     linear_weight: Tensor,
@@ -112,32 +145,10 @@ def _loss_of_many_outputs(
         device = input.device.type
         autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         return loss if autocast else loss.to(input.dtype)
-    classes, *positions, features = linear_weight.shape
-    if input.dim() != 2:
-        raise RuntimeError(
-            "linear_cross_entropy: K-dimensional loss defined by linear_weight shape "
-            f"{tuple(linear_weight.shape)} requires batched input, (N, {features}), got unbatched input with shape "
-            f"{tuple(input.shape)}"
-            if input.dim() == 1
-            else f"linear_cross_entropy: expected input with dimensionality 1 or 2, got {input.dim()}"
-        )
+    _check_many_outputs(input, linear_weight, linear_bias, target)
     rows = input.shape[0]
-    if linear_bias is not None and linear_bias.shape != linear_weight.shape[:-1]:
-        raise RuntimeError(
-            f"linear_cross_entropy: expected linear_bias shape {(classes, *positions)}, got {tuple(linear_bias.shape)}"
-        )
+    classes, *positions, features = linear_weight.shape
     probabilities = target.shape == (rows, classes, *positions)
-    if not probabilities:
-        if target.dim() == 0 or target.shape[0] != rows:
-            got = 0 if target.dim() == 0 else target.shape[0]
-            raise ValueError(
-                f"linear_cross_entropy: Expected input batch_size ({rows}) to match target batch_size ({got})."
-            )
-        if target.shape != (rows, *positions):
-            raise RuntimeError(
-                f"linear_cross_entropy: Expected target size {[rows, *positions]}, got {list(target.shape)}"
-            )
-
     count = math.prod(positions)
     weights = linear_weight.reshape(classes, count, features)
     biases = None if linear_bias is None else linear_bias.reshape(classes, count)
