@@ -27,6 +27,7 @@ from dlkernels import info
 from dlkernels.bench.harness import OURS, PROCESSOR, SAME, TORCH, Budget, Program, Times, relative_difference, stopwatch
 from dlkernels.bench.models import INFERENCE, TRAINING, step_program
 from dlkernels.bench.report import circumstances, markdown_table
+from dlkernels.writing import write_text
 
 RESULTS = Path(__file__).resolve().parent / "results"
 OVERRIDE = "override"
@@ -190,9 +191,9 @@ def main(arguments: list[str]) -> None:
         print(text, end="")
         return
     path = RESULTS / f"dropin-{'cpu-amx' if environment['isa'] == 'amx' else 'cpu'}.md"
-    path.write_text(text, encoding="utf-8")
+    write_text(path, text)
     facts = {"environment": environment, "results": [asdict(result) for result in results]}
-    path.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    write_text(path.with_suffix(".json"), json.dumps(facts, indent=1) + "\n")
     print(f"written to {path}")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from dlkernels.bench.harness import BOTH, FORWARD, TORCH
 from dlkernels.bench.report import markdown_table
 from dlkernels.cli import run
+from dlkernels.writing import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 REPORT = ROOT / "benchmarks" / "results" / "cpu.md"
@@ -32,5 +33,5 @@ if __name__ == "__main__":
     status = run(["bench", "--report", str(REPORT), "--plot", str(REPORT.with_suffix(".png")), *sys.argv[1:]])
     if status == 0:
         measured = json.loads(REPORT.with_suffix(".json").read_text(encoding="utf-8"))
-        README.write_text(with_speed_table(README.read_text(encoding="utf-8"), measured["classes"]), encoding="utf-8")
+        write_text(README, with_speed_table(README.read_text(encoding="utf-8"), measured["classes"]))
     sys.exit(status)

@@ -74,15 +74,16 @@ def run(arguments: list[str]) -> int:
     """Runs the command; returns its exit status."""
     try:
         status = app(arguments, prog_name="dlkernels", standalone_mode=False)
+        sys.stdout.flush()
         return status if isinstance(status, int) else 0
     except BrokenPipeError:
-        # Whoever read the output has gone; what is still buffered must not raise again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        give_up_output()
         return 1
     except Failure as failure:
         message, status = str(failure), 1
     except OSError as error:
-        message, status = f"{error.filename or ''}: {error.strerror or error}".removeprefix(": "), 1
+        where = error.filename or ("standard output" if give_up_output() else "")
+        message, status = f"{where}: {error.strerror or error}".removeprefix(": "), 1
     except (KeyboardInterrupt, typer.Abort):
         message, status = "interrupted", 1
     except Exception as error:
@@ -93,8 +94,25 @@ def run(arguments: list[str]) -> int:
     if message == "Missing command.":
         message = "which command? train, models, bench, convert-check or info; --help tells more"
     process = f"process {os.environ['RANK']}: " if os.environ.get("RANK", "0") != "0" else ""
-    print(f"dlkernels: {process}{' '.join(message.split())}", file=sys.stderr)
+    print(f"dlkernels: {process}{printable(' '.join(message.split()))}", file=sys.stderr)
     return status
+
+
+def give_up_output() -> bool:
+    """Whether standard output takes nothing any more; what is still buffered is then dropped, or exit raises again."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
+
+
+def printable(text: str) -> str:
+    """A text without what would control a terminal: messages hold what files do."""
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape", "surrogatepass").decode() for letter in text
+    )
 
 
 def main() -> NoReturn:

@@ -22,6 +22,7 @@ from dlkernels.bench.harness import TORCH
 from dlkernels.bench.models import INFERENCE, TRAINING, WORKLOADS
 from dlkernels.bench.report import markdown_table
 from dlkernels.commands.models import SIZES
+from dlkernels.writing import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT = ROOT / "docs" / "networks.md"
@@ -164,4 +165,4 @@ def document() -> str:
 
 
 if __name__ == "__main__":
-    DOCUMENT.write_text(document(), encoding="utf-8")
+    write_text(DOCUMENT, document())

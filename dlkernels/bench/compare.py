@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from rich.table import Table
+from rich.text import Text
 
 from .harness import OURS, TORCH, Result
 from .report import percent
@@ -79,5 +80,5 @@ def comparison_table(found: Comparison, threshold: float) -> Table:
     for change in found.changes:
         style = "red" if change.relative > threshold else "green" if change.relative < -threshold else None
         cells = (f"{change.relative:+.1%}", f"{change.ours:+.1%}", percent(change.spread))
-        table.add_row(change.case, *cells, style=style)
+        table.add_row(Text(change.case), *cells, style=style)
     return table

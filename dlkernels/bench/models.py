@@ -32,6 +32,7 @@ from rich.console import Console
 from torch import Tensor
 
 from .. import info, models, nn
+from ..writing import write_text
 from .harness import (
     OURS,
     PROCESSOR,
@@ -436,5 +437,5 @@ def report(run: NetworkRun) -> str:
 
 def write_report(run: NetworkRun, path: Path) -> None:
     """The report at ``path`` (markdown), with every figure in a JSON file of the same name beside it."""
-    path.write_text(report(run), encoding="utf-8")
-    path.with_suffix(".json").write_text(json.dumps(asdict(run), indent=1) + "\n", encoding="utf-8")
+    write_text(path, report(run))
+    write_text(path.with_suffix(".json"), json.dumps(asdict(run), indent=1) + "\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from .. import typed_json
+from ..writing import output, write_text
 from .harness import BACKWARD, BOTH, DIRECTIONS, FORWARD, OURS, TORCH, Ceilings, Result, geometric_mean
 
 if TYPE_CHECKING:
@@ -72,6 +75,23 @@ def classes(results: Iterable[Result]) -> list[Class]:
     return summed
 
 
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """What :func:`as_json` gives, but for the classes, which follow from the results."""
+
+    environment: dict[str, Any]
+    ceilings: Ceilings
+    quick: bool
+    seconds: float
+    results: list[Result]
+
+    def as_run(self) -> Run:
+        """The run it is of."""
+        from .runner import Run
+
+        return Run(self.environment, self.ceilings, self.quick, self.results, self.seconds)
+
+
 def as_json(run: Run) -> dict[str, Any]:
     """Everything, in values that JSON can hold."""
     return {
@@ -86,24 +106,40 @@ def as_json(run: Run) -> dict[str, Any]:
 
 def write_json(run: Run, path: Path) -> None:
     """Every figure of the run."""
-    path.write_text(json.dumps(as_json(run), indent=1) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(as_json(run), indent=1) + "\n")
 
 
 def read_json(path: Path) -> Run:
     """A run as :func:`write_json` wrote it.
 
     Raises:
-        ValueError: the file holds something else.
+        ValueError: the file holds something else; the message names the entry.
     """
-    from .runner import Run
-
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        circumstances(facts["environment"])  # all that a report names must be there
-        results = [Result(**entry) for entry in facts["results"]]
-        return Run(facts["environment"], Ceilings(**facts["ceilings"]), facts["quick"], results, facts["seconds"])
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        facts = typed_json.checked(typed_json.parse(path.read_bytes()), dict, "the file")
+        known = {key: value for key, value in facts.items() if key != "classes"}
+        run = typed_json.as_dataclass(Written, known, "the file", complete=False)
+        if not circumstances(run.environment).isprintable():  # all that a report names must be there
+            raise ValueError("environment must be printable")
+        for number, result in enumerate(run.results):
+            check_result(result, f"results[{number}]")
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} holds no benchmark run: {type(error).__name__}: {error}") from None
+    return run.as_run()
+
+
+def check_result(result: Result, name: str) -> None:
+    """Checks that times can be compared.
+
+    Raises:
+        ValueError: one is missing or none that can be measured; the message names it.
+    """
+    for field in ("median", "minimum", "ratio", "spread", "page_faults"):
+        for contender, value in getattr(result, field).items():
+            if not 0 <= value < math.inf or (value == 0 and field in ("median", "minimum", "ratio")):
+                raise ValueError(f"{name}.{field}.{contender} must be positive and finite, got {value}")
+    if result.same and not (TORCH in result.ratio and OURS in result.median):
+        raise ValueError(f"{name} has no ratio of {TORCH} or no median of {OURS}")
 
 
 def merged(runs: Sequence[Run]) -> Run:
@@ -268,7 +304,7 @@ def write_report(run: Run, path: Path) -> None:
                 ]
             )
         lines += markdown_table(headings, rows)
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(path, "\n".join(lines) + "\n")
     write_json(run, path.with_suffix(".json"))
 
 
@@ -331,5 +367,6 @@ def write_plot(run: Run, path: Path) -> None:
         horizontalalignment="left",
     )
     figure.legend(loc="outside lower right", ncols=3, frameon=False, fontsize=9)
-    figure.savefig(path, dpi=160)
+    with output(path) as file:
+        figure.savefig(file, dpi=160, format=path.suffix[1:])
     pyplot.close(figure)

@@ -9,6 +9,8 @@ from rich.console import Console
 # Which extra brings a package that a command may miss.
 EXTRAS = {"sklearn": "cli", "matplotlib": "plot", "safetensors": "train", "tensorboard": "train", "PIL": "train"}
 
+MOST_THREADS = 4096  # more is a mistake, and some of them end the process
+
 
 class Failure(Exception):
     """The command could not do what it was asked; the message is for the user. Exit status 1."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import enum
+import errno
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +14,8 @@ import typer
 
 from .. import info
 from ..operations import OPERATIONS
-from . import Failure, missing_package, wide_console
+from ..writing import naming
+from . import MOST_THREADS, Failure, missing_package, wide_console
 
 
 class Operation(str, enum.Enum):
@@ -63,7 +66,7 @@ def bench_command(
         typer.Option(metavar="MODES", help="forward (fwd): without gradients; backward (bwd): alone; both (full)."),
     ] = "forward,both",
     device: Annotated[Device, typer.Option(help="Where; cuda needs a GPU and a build with CUDA kernels.")] = Device.cpu,
-    threads: Annotated[int | None, typer.Option(min=1, help="Torch's default if not given.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, max=MOST_THREADS, help="Torch's default if not given.")] = None,
     providers: Annotated[
         str,
         typer.Option(metavar="NAMES", help="These two are always there; compile and thp (huge pages) may come beside."),
@@ -90,6 +93,7 @@ def bench_command(
     for path in (json_file, plot, report):
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
+            check_writable(path)
     chosen = [operation.value] if operation else list(OPERATIONS)
     console = wide_console()
     if device is Device.cuda:
@@ -108,17 +112,34 @@ def bench_command(
     except bench.BenchError as error:
         raise Failure(str(error)) from None
     console.print(bench.summary_table(run))
-    if json_file is not None:
-        bench.write_json(run, json_file)
-    if plot is not None:
+    writers = ((bench.write_json, json_file), (bench.write_plot, plot), (bench.write_report, report))
+    failures = []
+    for write, path in writers:
         try:
-            bench.write_plot(run, plot)
+            if path is not None:
+                write(run, path)
         except ModuleNotFoundError as error:
-            raise missing_package("the plot", error) from None
-    if report is not None:
-        bench.write_report(run, report)
+            failures.append(str(missing_package("the plot", error)))
+        except OSError as error:  # what was measured is in the other files
+            failures.append(f"{error.filename}: {error.strerror}")
+    if failures:
+        raise Failure("; ".join(failures))
     if run.wrong:
         raise Failure(f"{len(run.wrong)} results differ from torch's: {'; '.join(run.wrong)}")
+
+
+def check_writable(path: Path) -> None:
+    """Refuses a path that nothing can be written to, before anything is measured.
+
+    Raises:
+        OSError: it is a folder, or nothing can be made beside it; the error names it.
+    """
+    with naming(path):
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not path.exists():
+            path.touch()
+            path.unlink()
 
 
 def check_cuda(providers: list[str]) -> None:

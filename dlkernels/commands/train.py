@@ -16,7 +16,7 @@ from .. import train
 from ..data import DataError
 from ..train import OPTIMIZERS, SCHEDULES, Progress, Trainer, checkpoint, distributed, logs, show
 from ..train.interrupt import stopping_on_signals
-from . import Failure, missing_package
+from . import MOST_THREADS, Failure, missing_package
 from .job import Job, new_job, saved_job
 
 
@@ -60,7 +60,9 @@ def train_command(
     patience: Annotated[int | None, typer.Option(min=1, help="Stop after so many epochs without improvement.")] = None,
     amp: Annotated[bool | None, typer.Option("--amp", help="Autocast to bfloat16.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Decides weights, split and order.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="1 if not given: enough for a small network.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=MOST_THREADS, help="1 if not given: enough for a small network.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, if not given, or cuda.")] = None,
     backend: Annotated[str | None, typer.Option(help="Whose operators compute: dlkernels or torch.")] = None,
     log_file: Annotated[Path | None, typer.Option(help="Write every step to this file, a line of JSON each.")] = None,
@@ -88,7 +90,7 @@ def train_command(
 def carry_out(job: Job, device: torch.device, resume: Path | None, save: Path | None) -> None:
     """Prepares or resumes the run, takes its steps and reports."""
     console = Console(quiet=distributed.rank() != 0)
-    with asked_wrongly():
+    with asked_wrongly(resume):
         trainer = train.prepare(job.recipe, device)
     if resume is not None:
         checkpoint.resume(trainer, resume)
@@ -105,21 +107,35 @@ def take_steps(job: Job, trainer: Trainer, folder: Path | None, console: Console
     if job.tensorboard is not None and first:
         run = logs.boarded(run, Path(job.tensorboard), since)
     if folder is not None:
-        run = checkpoint.saved(run, trainer, folder, job.to_json(), job.save_every)
-    with stopping_on_signals(trainer):
-        for progress in show.shown(run, console):
-            if trainer.stopping and not trainer.finished:
-                stop(progress, folder)
+        run = checkpoint.saved(run, trainer, folder, job.to_json(folder), job.save_every)
+    try:
+        with stopping_on_signals(trainer):
+            for progress in show.shown(run, console):
+                if trainer.stopping and not trainer.finished:
+                    stop(progress, folder)
+    except OSError as error:
+        if error.filename is None or trainer.step == since:
+            raise
+        where = f"step {trainer.step} of {trainer.steps}"
+        raise Failure(f"{error.filename}: {error.strerror}, at {where}; {going_on(folder)}") from None
 
 
 def stop(progress: Progress, folder: Path | None) -> NoReturn:
     """Ends a run that was interrupted."""
     if distributed.rank() != 0:
         raise typer.Exit(1)
-    program = f"torchrun --nproc-per-node {distributed.size()} -m dlkernels" if distributed.size() > 1 else "dlkernels"
-    how = "nothing is saved without --save" if folder is None else f"go on with: {program} train --resume {folder}"
     where = f"epoch {progress.epoch}, step {progress.step} of {progress.steps}, {show.describe(progress)}"
-    raise Failure(f"interrupted at {where}; {how}")
+    raise Failure(f"interrupted at {where}; {going_on(folder)}")
+
+
+def going_on(folder: Path | None) -> str:
+    """How a run that has ended before its time can go on."""
+    if folder is None:
+        return "nothing is saved without --save"
+    if not (folder / checkpoint.LAST).exists():
+        return f"{folder} has no checkpoint yet"
+    program = f"torchrun --nproc-per-node {distributed.size()} -m dlkernels" if distributed.size() > 1 else "dlkernels"
+    return f"go on with: {program} train --resume {folder}"
 
 
 def heading(job: Job, trainer: Trainer) -> str:
@@ -170,13 +186,15 @@ def operations_table(used: list[train.OperationTime]) -> Table:
 
 
 @contextmanager
-def asked_wrongly() -> Iterator[None]:
-    """Values that cannot be are errors of usage, but for what is wrong with a file."""
+def asked_wrongly(resume: Path | None = None) -> Iterator[None]:
+    """Values that cannot be are errors of usage, but for what is wrong with a file, as that of a resumed run."""
     try:
         yield
     except DataError as error:
         raise Failure(str(error)) from None
     except ValueError as error:
+        if resume is not None:
+            raise Failure(f"{resume / checkpoint.LAST}: {error}") from None
         raise typer.BadParameter(str(error)) from None
 
 
@@ -187,5 +205,7 @@ def errors_in_a_line() -> Iterator[None]:
         yield
     except (train.TrainingError, train.CheckpointError) as error:
         raise Failure(str(error)) from None
+    except distributed.OtherRankError:
+        raise typer.Exit(1) from None
     except ModuleNotFoundError as error:
         raise missing_package("this run", error) from None

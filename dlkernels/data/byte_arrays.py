@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from .files import DataError
+from .files import DataError, content_of
 
 
 class _Type:
@@ -70,7 +70,7 @@ def read_pickle(path: Path) -> dict[bytes, Any]:
     Raises:
         DataError: the file holds anything else, is truncated or too long; the message gives the offset.
     """
-    file = io.BytesIO(path.read_bytes())
+    file = io.BytesIO(content_of(path))
     try:
         content = _Unpickler(file, encoding="bytes").load()
     except Exception as error:  # a pickle can raise anything

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from .byte_arrays import read_pickle
-from .files import DataError
+from .files import DataError, content_of
 from .sets import ClassifiedImages, Columns, classified_images
 
 SIZE = 32
@@ -76,7 +76,7 @@ def read_file(path: Path, label_names: dict[bytes, int]) -> Columns:
 
 def read_records(path: Path, label_names: dict[bytes, int]) -> tuple[np.ndarray, np.ndarray]:
     """Pixels ``[N, 3072]`` and labels ``[N]`` of a binary file."""
-    content = np.frombuffer(path.read_bytes(), np.uint8)
+    content = np.frombuffer(content_of(path), np.uint8)
     length = len(label_names) + PIXELS
     count, rest = divmod(len(content), length)
     if rest or not count:

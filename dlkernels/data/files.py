@@ -63,8 +63,25 @@ class Reader:
             raise self.error(f"the file does not unpack: {error}") from None
 
 
+def content_of(path: Path) -> bytes:
+    """All that a file holds.
+
+    Raises:
+        DataError: it is none, but a folder, a pipe or a device, which may never end.
+    """
+    check_file(path)
+    return path.read_bytes()
+
+
+def check_file(path: Path) -> None:
+    """Raises a :class:`DataError` where ``path`` is no file, but a folder, a pipe or a device, which may never end."""
+    if not path.is_file():
+        raise DataError(path, "expected a file")
+
+
 @contextmanager
 def open_data(path: Path) -> Iterator[Reader]:
     """A :class:`Reader` of ``path``."""
+    check_file(path)
     with path.open("rb") as file:
         yield Reader(path, gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file)

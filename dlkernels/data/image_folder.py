@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .files import DataError
+from .files import DataError, check_file
 from .sets import TEST_SHARE, ClassifiedImages, Columns, classified_images, resized, split_off, unit
 
 PILLOW_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
@@ -85,6 +85,7 @@ def read_image(path: Path) -> Tensor:
     """The image in ``path``, uint8 ``[C, H, W]``; PNG and JPEG have three channels, whatever the file has."""
     if path.suffix.lower() not in SUFFIXES:
         raise DataError(path, f"expected an image; its name must end in {', '.join(SUFFIXES)}")
+    check_file(path)
     try:
         array = read_array(path) if path.suffix.lower() == ".npy" else read_picture(path)
     except ModuleNotFoundError:

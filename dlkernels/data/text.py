@@ -5,7 +5,7 @@ from __future__ import annotations
 import sysconfig
 from pathlib import Path
 
-from .files import DataError
+from .files import DataError, content_of
 from .sets import Text, three_parts
 from .vocabulary import TOKENS, Vocabulary
 
@@ -27,7 +27,7 @@ def read_text(path: Path) -> str:
     Raises:
         DataError: it is empty or not UTF-8; the message gives the offset.
     """
-    content = path.read_bytes()
+    content = content_of(path)
     if not content:
         raise DataError(path, "the file is empty", offset=0)
     try:

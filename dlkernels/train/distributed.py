@@ -11,7 +11,7 @@ from __future__ import annotations
 import gc
 import os
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -21,6 +21,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..ranks import rank as rank
 from ..ranks import size as size
+
+
+class OtherRankError(Exception):
+    """Rank 0 could not do what all wait for, and says why itself."""
 
 
 @contextmanager
@@ -84,3 +88,22 @@ def gather(text: str) -> list[str]:
     texts: list[str] = [""] * size()
     dist.all_gather_object(texts, text)
     return texts
+
+
+def in_rank_0(action: Callable[[], object]) -> None:
+    """Does something in rank 0 alone. All ranks must call it together, and none goes on where it fails.
+
+    Raises:
+        OtherRankError: in the other ranks, where it failed. Rank 0 raises what ``action`` does.
+    """
+    failure = None
+    if rank() == 0:
+        try:
+            action()
+        except Exception as error:
+            failure = error
+    (failed, *_) = gather("" if failure is None else "failed")
+    if failure is not None:
+        raise failure
+    if failed:
+        raise OtherRankError

@@ -5,10 +5,13 @@ from __future__ import annotations
 import base64
 import json
 import random
-from typing import cast
+from collections.abc import Callable
+from typing import Any, cast
 
 import numpy as np
 import torch
+
+from .. import typed_json
 
 
 def seed_all(seed: int, rank: int) -> None:
@@ -33,14 +36,39 @@ def states() -> str:
 
 
 def restore(text: str) -> None:
-    """Puts the generators where :func:`states` found them."""
-    found = json.loads(text)
-    version, words, gauss = found["python"]
-    random.setstate((version, tuple(words), gauss))
-    np.random.set_state(tuple(found["numpy"]))
-    torch.set_rng_state(_tensor(found["torch"]))
-    if found["cuda"] is not None:
-        torch.cuda.set_rng_state(_tensor(found["cuda"]))
+    """Puts the generators where :func:`states` found them.
+
+    Raises:
+        ValueError: no generator can stand there; the message names it.
+    """
+    try:
+        found = typed_json.checked(typed_json.parse(text), dict, "it")
+    except ValueError as error:
+        raise ValueError(f"the state of the generators cannot be used: {error}") from None
+    setters: dict[str, Callable[[Any], None]] = {
+        "python": _set_python,
+        "numpy": _set_numpy,
+        "torch": lambda state: torch.set_rng_state(_tensor(state)),
+        "cuda": lambda state: None if state is None else torch.cuda.set_rng_state(_tensor(state)),
+    }
+    for name, set_state in setters.items():
+        try:
+            set_state(found[name])
+        except (ArithmeticError, AssertionError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"the state of {name}'s generator cannot be used: {error}") from None
+
+
+def _set_python(state: Any) -> None:
+    version, words, gauss = state
+    random.setstate((version, tuple(words), None if gauss is None else float(gauss)))
+
+
+def _set_numpy(state: Any) -> None:
+    name, keys, position, has_gauss, gauss = state
+    # numpy reads whatever lies at the position, which may be outside its words.
+    if type(position) is not int or not 0 <= position <= len(keys):
+        raise ValueError(f"its position must be in 0 to {len(keys)}, got {position}")
+    np.random.set_state((name, np.array(keys, np.uint32), position, int(has_gauss), float(gauss)))
 
 
 def _text(state: torch.Tensor) -> str:

@@ -21,6 +21,7 @@ from ..models import load_weights
 from . import distributed, generators
 from .optimizers import Schedule, make_optimizer, optimizer_tensors, restore_optimizer
 from .settings import Progress, Settings, TrainingError
+from .state import State, check_like, check_memory, expected_memory
 from .tasks import Player, Task
 
 Tensors = dict[str, Tensor]
@@ -252,22 +253,41 @@ class Trainer:
 
         Raises:
             TrainingError: it is that of a run on other data or on another number of ranks.
+            ValueError: it is none that this trainer can have; the message names the entry.
         """
-        if facts["data"] != self._checksum:
+        state = State.from_json(facts)
+        if state.data != self._checksum:
             raise TrainingError("the training examples are not those that the checkpoint was made with")
-        if len(facts["generators"]) != distributed.size():
-            counts = f"{len(facts['generators'])} processes, there are {distributed.size()}"
+        if len(state.generators) != distributed.size():
+            counts = f"{len(state.generators)} processes, there are {distributed.size()}"
             raise TrainingError(f"the checkpoint was made by {counts}")
-        load_weights(self.model, _without_prefix("model", tensors))
-        if self.average is not None:
-            self.average.load_state_dict(_without_prefix("average", tensors))
-        for turn in self.turns:
-            restore_optimizer(turn.optimizer, _without_prefix(f"optimizer.{turn.name}", tensors))
-        self.step, self.seconds = facts["step"], facts["seconds"]
-        self.schedule.load(facts["schedule"])
-        self.best_loss, self.best_step = facts["best_loss"], facts["best_step"]
+        if state.step > self.steps:
+            raise ValueError(f"state: step must be at most {self.steps}, got {state.step}")
+        self._load_tensors(tensors, state.step)
+        self.step, self.seconds = state.step, state.seconds
+        self.schedule.load(state.schedule)
+        self.best_loss, self.best_step = state.best_loss, state.best_step
         self.best_weights = best if self.settings.patience is not None else None
-        generators.restore(facts["generators"][distributed.rank()])
+        generators.restore(state.generators[distributed.rank()])
+
+    def _load_tensors(self, tensors: Tensors, step: int) -> None:
+        """Takes on the weights and what the optimisers remember after ``step`` steps."""
+        parts = {f"optimizer.{turn.name}": turn.optimizer for turn in self.turns}
+        known = ("model", *(["average"] if self.average is not None else []), *parts)
+        for name in tensors:
+            if not name.startswith(tuple(f"{part}." for part in known)):
+                raise ValueError(f"{name!r} is nothing that this run has")
+        weights = _without_prefix("model", tensors)
+        load_weights(self.model, weights)
+        check_like(weights, self.model.state_dict(), "model")
+        if self.average is not None:
+            average = _without_prefix("average", tensors)
+            check_like(average, self.average.state_dict(), "average")
+            self.average.load_state_dict(average)
+        for part, optimizer in parts.items():
+            memory = _without_prefix(part, tensors)
+            check_memory(memory, expected_memory(optimizer) if step else {}, part, step)
+            restore_optimizer(optimizer, memory)
 
     @cached_property
     def _checksum(self) -> int:

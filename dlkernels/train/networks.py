@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import types
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -50,6 +50,20 @@ def chosen(builder: Builder, texts: Iterable[str]) -> dict[str, Value]:
             raise ValueError(f"expected NAME=VALUE of {known}; got {text!r}")
         found[name] = _parsed(name, value, simple[name])
     return found
+
+
+def check(builder: Builder, arguments: Mapping[str, Value]) -> None:
+    """Checks arguments that :func:`chosen` may have given.
+
+    Raises:
+        ValueError: there is no such parameter, or it takes no value of this type.
+    """
+    hints = parameters(builder)
+    for name, value in arguments.items():
+        options = _simple(hints.get(name))
+        if type(value) not in options and not (type(value) is int and float in options):
+            expected = _describe(options) if options else "left out: there is no such argument"
+            raise ValueError(f"arguments: {name} must be {expected}, got {value!r}")
 
 
 def _named(function: Callable[..., Any]) -> dict[str, Any]:

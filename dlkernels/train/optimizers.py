@@ -109,6 +109,14 @@ class Schedule:
         """What :meth:`observe` has changed, for a checkpoint."""
         return {"reduction": self.reduction, "smallest": self.smallest, "waited": self.waited}
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Takes on a state of :meth:`state`."""
+    def load(self, state: dict[str, float]) -> None:
+        """Takes on a state of :meth:`state`.
+
+        Raises:
+            ValueError: it is none.
+        """
+        if state.keys() != self.state().keys():
+            raise ValueError(f"schedule must have {', '.join(self.state())}, got {', '.join(state) or 'nothing'}")
+        if not (0 <= state["reduction"] <= 1 and -math.inf <= state["smallest"] and 0 <= state["waited"] < math.inf):
+            raise ValueError(f"schedule has values that no run comes to: {state}")
         self.reduction, self.smallest, self.waited = state["reduction"], state["smallest"], int(state["waited"])

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .. import data, nn
+from .. import data, nn, typed_json
 from ..data import DataSet, Images
 from ..models import get_model_builder
 from . import networks
@@ -20,6 +20,7 @@ from .tasks import Task, task_of
 
 # Where modules come from: everything else of a recipe is the same for both.
 BACKENDS = {"dlkernels": nn, "torch": torch.nn}
+TOO_LARGE = (MemoryError, OverflowError, RuntimeError)  # what sizes raise that no memory is enough for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +35,7 @@ class Recipe:
         backend: whose operators compute, ``"dlkernels"`` or ``"torch"``.
 
     Raises:
-        ValueError: there is no such network or backend.
+        ValueError: there is no such network or backend, or ``image_size`` is not positive.
     """
 
     network: str
@@ -50,6 +51,8 @@ class Recipe:
         get_model_builder(self.network)
         if self.backend not in BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {self.backend!r}")
+        if self.image_size is not None and self.image_size < 1:
+            raise ValueError(f"image_size must be at least 1, got {self.image_size}")
 
     @property
     def task(self) -> Task:
@@ -61,9 +64,13 @@ class Recipe:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_json(cls, facts: Mapping[str, Any]) -> Recipe:
-        """The recipe that :meth:`to_json` has described."""
-        return cls(**{**facts, "settings": Settings(**facts["settings"])})
+    def from_json(cls, facts: Any) -> Recipe:
+        """The recipe that :meth:`to_json` has described.
+
+        Raises:
+            ValueError: ``facts`` are no such description; the message names the entry.
+        """
+        return typed_json.as_dataclass(cls, facts, "recipe")
 
 
 def recipe(
@@ -98,14 +105,11 @@ def prepare(recipe: Recipe, device: torch.device | str = "cpu") -> Trainer:
         ValueError: the data is not of the network's kind, or the network refuses an argument.
     """
     settings, task = recipe.settings, recipe.task
-    dataset = data.load(
-        recipe.source,
-        task.kind,
-        seed=settings.seed,
-        image_size=recipe.image_size,
-        tokens=recipe.tokens,
-        length=recipe.length,
-    )
+    options = {"image_size": recipe.image_size, "tokens": recipe.tokens, "length": recipe.length}
+    try:
+        dataset = data.load(recipe.source, task.kind, seed=settings.seed, **options)  # type: ignore[arg-type]
+    except TOO_LARGE as error:
+        raise ValueError(f"{recipe.source}: {error or 'out of memory'}") from None
     known = networks.parameters(get_model_builder(recipe.network))
     if isinstance(dataset, Images) and not {"in_channels", "in_features"} & known.keys():
         dataset = dataclasses.replace(dataset, channels=3)  # as networks for photographs have it
@@ -125,8 +129,8 @@ def build(recipe: Recipe, found: Mapping[str, object]) -> torch.nn.Module:
     torch.manual_seed(recipe.settings.seed)
     try:
         return builder(**arguments)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{recipe.network}: {error}") from None
+    except (*TOO_LARGE, TypeError, ValueError) as error:
+        raise ValueError(f"{recipe.network}: {error or 'out of memory'}") from None
 
 
 def try_out(name: str, model: torch.nn.Module, task: Task, dataset: DataSet) -> None:

@@ -6,6 +6,7 @@ seed and how many trials have ended before it, so a search that was interrupted 
 
 from __future__ import annotations
 
+import errno
 import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -57,6 +58,7 @@ def random_search(
         identity: of what the score is measured on, for instance a checksum of the data.
 
     Raises:
+        OSError: the file is no database, or cannot be read or written; the error names it.
         ValueError: a range is not positive or upside down, ``trials`` is not positive, or the file has a study of this
             name with another space, seed or identity.
     """
@@ -142,19 +144,28 @@ def _run(
 
 @contextmanager
 def _database(storage: Path | None) -> Iterator[Any]:
-    """optuna's storage in an SQLite file, closed at the end; None keeps it in memory."""
+    """optuna's storage in an SQLite file, closed at the end; None keeps it in memory.
+
+    Raises:
+        OSError: the file is no database or cannot be read or written; the error names it.
+    """
     import optuna
+    from sqlalchemy.exc import SQLAlchemyError
 
     if storage is None:
         yield None
         return
     storage.parent.mkdir(parents=True, exist_ok=True)
-    database = optuna.storages.RDBStorage(f"sqlite:///{storage}")
     try:
-        yield database
-    finally:
-        database.remove_session()
-        database.engine.dispose()
+        database = optuna.storages.RDBStorage(f"sqlite:///{storage}")
+        try:
+            yield database
+        finally:
+            database.remove_session()
+            database.engine.dispose()
+    except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+        cause = error.__cause__ if isinstance(error, optuna.exceptions.StorageInternalError) else error
+        raise OSError(errno.EIO, str(getattr(cause, "orig", None) or error), str(storage)) from error
 
 
 @contextmanager

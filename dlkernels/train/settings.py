@@ -54,7 +54,7 @@ class Settings:
         _check(_positive(self.learning_rate), "learning_rate", self.learning_rate, "a positive number")
         _check(0 <= self.weight_decay < math.inf, "weight_decay", self.weight_decay, "a number that is not negative")
         _check(self.ema is None or 0 < self.ema < 1, "ema", self.ema, "in (0, 1)")
-        _check(self.seed >= 0, "seed", self.seed, "at least 0")
+        _check(0 <= self.seed < 2**63, "seed", self.seed, "at least 0, and of 63 bits")
         _check(self.optimizer in OPTIMIZERS, "optimizer", self.optimizer, f"one of {', '.join(OPTIMIZERS)}")
         _check(self.schedule in SCHEDULES, "schedule", self.schedule, f"one of {', '.join(SCHEDULES)}")
 

@@ -17,6 +17,7 @@ import torch
 
 from .. import nn
 from ..visualize.figures import save
+from ..writing import write_text
 from .problem import Curves, Examples, Problem, fit, mean, take_steps
 from .search import Parameters, best, random_search
 from .verdict import Panel, Verdict, draw_verdict
@@ -367,15 +368,17 @@ def run(
         epochs: of the run whose curves are read; the searches take one and half as many.
 
     Raises:
+        OSError: a file cannot be written; the error names it.
         ValueError: an argument is out of range, or the folder has searches of another problem.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "verdicts.md").write_text("")
+    text = ""
+    write_text(folder / "verdicts.md", text)
     for verdict in _steps(problem, folder / "searches.sqlite", learning_rates, trials, epochs):
         picture = f"{verdict.step}_{verdict.title.lower().replace(' ', '_')}.png"
         save(draw_verdict(verdict), folder / picture)
-        with (folder / "verdicts.md").open("a", encoding="utf-8") as file:
-            file.write(f"{verdict}\n\n![{verdict.title}]({picture})\n\n")
+        text += f"{verdict}\n\n![{verdict.title}]({picture})\n\n"
+        write_text(folder / "verdicts.md", text)
         yield verdict
         if not verdict.passed and verdict.step <= 4:
             return

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..writing import output
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -19,13 +21,15 @@ def save(figure: Figure, path: str | Path) -> Path:
     """Writes a figure as PNG, in a folder that is made where there is none; returns the path.
 
     Raises:
+        OSError: it cannot be written; the error names the path, which is as it was.
         ValueError: the path does not end in ``.png``.
     """
     path = Path(path)
     if path.suffix.lower() != ".png":
         raise ValueError(f"path must end in .png, got {str(path)!r}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    with output(path) as place:
+        figure.savefig(place, dpi=110, format="png")
     return path
 
 
