@@ -34,7 +34,7 @@ def test_dynamic_quantisation_has_the_model_before_convert_or_after_revert() -> 
     quantize = torch.ao.quantization.quantize_dynamic
     first = quantize(network(), {torch.nn.Linear})
     assert quantised(dlkernels.convert(first)) == ["Linear", "LinearPackedParams"]
-    assert [row.left for row in dlkernels.report(first)] [:3] == [None, None, "quantized"]
+    assert [row.left for row in dlkernels.report(first)][:3] == [None, None, "quantized"]
     first(IMAGES)
 
     too_late = quantize(dlkernels.convert(network()), {torch.nn.Linear})
