@@ -75,8 +75,8 @@ def convert(
     which gives the modules that it shards classes of their own; other wrappers may come before or after.
 
     ``isinstance`` finds converted modules under torch's classes. Code that compares classes exactly does not, and
-    mostly says nothing: ``type(m) is nn.Linear``, a dict of classes, ``torch.ao.quantization`` (``prepare``,
-    ``fuse_modules``, FX, ``quantize_dynamic(model, {nn.Linear})``), ``torch.ao.pruning``. Let it have the model first, or after
+    mostly says nothing: ``type(m) is nn.Linear``, a dict of classes, ``quantize_dynamic(model, {nn.Linear})`` and its
+    relatives in ``torch.ao.quantization`` and ``torch.ao.pruning``. Let it have the model first, or after
     :func:`revert`.
 
     Args:
