@@ -18,6 +18,7 @@
 #include "ops/lstm.h"
 #include "ops/python_arguments.h"
 #include "ops/runtime.h"
+#include "ops/special_calls.h"
 
 namespace py = pybind11;
 
@@ -101,6 +102,9 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("isa", [] { return kernels().isa; });
   m.def("available_isas", &available_isas);
   m.def("select_isa", [](const std::string& name) { return select_isa(name.c_str()); }, py::arg("name"));
+  static PyMethodDef is_special = {"is_special", reinterpret_cast<PyCFunction>(&ops::is_special), METH_FASTCALL,
+                                   "is_special(*values: typing.Any) -> bool"};
+  m.add_object("is_special", py::reinterpret_steal<py::object>(PyCFunction_New(&is_special, nullptr)));
   m.def("arithmetic_operations", &arithmetic_operations, py::arg("like"), py::arg("repetitions"), Released());
   m.def("elementary_function", &elementary_function, py::arg("name"), py::arg("input"), Released());
   m.def("batch_norm", &ops::batch_norm_with_update, py::arg("input"), py::arg("weight"), py::arg("bias"),

@@ -74,6 +74,11 @@ def convert(
     own code are not reached: :func:`dlkernels.override` does that. Convert before wrapping in FSDP2's ``fully_shard``,
     which gives the modules that it shards classes of their own; other wrappers may come before or after.
 
+    ``isinstance`` finds converted modules under torch's classes. Code that compares classes exactly does not, and
+    mostly says nothing: ``type(m) is nn.Linear``, a dict of classes, ``quantize_dynamic(model, {nn.Linear})`` and its
+    relatives in ``torch.ao.quantization`` and ``torch.ao.pruning``. Let it have the model first, or after
+    :func:`revert`.
+
     Args:
         model: any module.
         ops: the operations to take, by name, all by default: ``"conv2d"``, ``"batch_norm"``, ``"lstm"``, ``"linear"``,
@@ -122,7 +127,10 @@ class ModuleReport(NamedTuple):
 
 
 class Report(tuple[ModuleReport, ...]):
-    """What :func:`report` found; printing it gives a table."""
+    """What :func:`report` found; printing it gives a table.
+
+    Its last line warns of tools that look for torch's classes, where they would not find a module that is here.
+    """
 
     def __str__(self) -> str:
         here = Counter(module.kind for module in self if module.left is None)
@@ -132,7 +140,13 @@ class Report(tuple[ModuleReport, ...]):
         width_of_name = max((len(module.name) for module in left), default=0)
         width_of_kind = max((len(module.kind) for module in left), default=0)
         lines += [f"{module.name:<{width_of_name}}  {module.kind:<{width_of_kind}}  {module.left}" for module in left]
+        lines += [_EXACT_CLASSES] if here else []
         return "\n".join(lines)
+
+
+_EXACT_CLASSES = (
+    "code that compares classes exactly (type(m) is nn.Linear, torch.ao.quantization) does not find these modules"
+)
 
 
 def report(model: torch.nn.Module) -> Report:
@@ -146,6 +160,7 @@ def report(model: torch.nn.Module) -> Report:
         >>> print(report(model))
         1 of 2 modules run on dlkernels: BatchNorm1d 1
         0  Conv1d  not one of the operations
+        code that compares classes exactly (type(m) is nn.Linear, torch.ao.quantization) does not find these modules
     """
     rows = []
     for name, module in model.named_modules():

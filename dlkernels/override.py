@@ -21,6 +21,7 @@ from . import functional
 from .info import build_facts
 from .operations import chosen_operations
 from .ops.registration import in_transform
+from .ops.special_calls import subclass_for_torch
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _DEVICES = ("meta",) if build_facts().get("cuda") is None else ("meta", "cuda")  # beside the processor
@@ -71,12 +72,17 @@ def _is_times_matrix(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return args[0].dim() >= 2 and args[1].dim() == 2
 
 
+def _is_of_matrices(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """The same for ``mm``, which takes two dimensions only."""
+    return _is_times_matrix(args, kwargs) and args[0].dim() == 2
+
+
 def _times_matrix_plus_bias(bias: Tensor, input: Tensor, matrix: Tensor) -> Tensor:
     return functional.linear(input, matrix.t(), bias)
 
 
 def _is_times_matrix_plus_bias(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    return bool(args) and isinstance(args[0], Tensor) and args[0].dim() == 1 and _is_times_matrix(args[1:], kwargs)
+    return bool(args) and isinstance(args[0], Tensor) and args[0].dim() == 1 and _is_of_matrices(args[1:], kwargs)
 
 
 class _Entry(NamedTuple):
@@ -96,11 +102,11 @@ _ENTRIES: dict[Callable[..., Any], _Entry] = {
     torch.lstm_cell: _Entry("lstm", functional.lstm_cell),
     torch_functional.linear: _Entry("linear", functional.linear),
     torch.matmul: _Entry("linear", _times_matrix, _is_times_matrix),
-    torch.mm: _Entry("linear", _times_matrix, _is_times_matrix),
+    torch.mm: _Entry("linear", _times_matrix, _is_of_matrices),
     torch.addmm: _Entry("linear", _times_matrix_plus_bias, _is_times_matrix_plus_bias),
     Tensor.matmul: _Entry("linear", _times_matrix, _is_times_matrix),
     Tensor.__matmul__: _Entry("linear", _times_matrix, _is_times_matrix),
-    Tensor.mm: _Entry("linear", _times_matrix, _is_times_matrix),
+    Tensor.mm: _Entry("linear", _times_matrix, _is_of_matrices),
     Tensor.addmm: _Entry("linear", _times_matrix_plus_bias, _is_times_matrix_plus_bias),
     torch_functional.cross_entropy: _Entry("cross_entropy", functional.cross_entropy),
     torch._C._nn.cross_entropy_loss: _Entry("cross_entropy", _cross_entropy_loss),  # type: ignore[attr-defined]
@@ -204,7 +210,7 @@ class override(contextlib.ContextDecorator, TorchFunctionMode):
             return self._call_with_mode(function, types, args, kwargs)
         if operation not in self._operations or not (applies is None or applies(args, kwargs)):
             return _call_torch(function, args, kwargs)
-        reason = _obstacle(types, args[0] if args else kwargs.get("input", kwargs.get("query")))
+        reason = _obstacle(operation, types, args, kwargs)
         if reason is None:
             try:
                 result = ours(*args, **kwargs)
@@ -241,13 +247,17 @@ def _first_sentence(text: str) -> str:
     return re.split(r"\. |\n", text, maxsplit=1)[0]
 
 
-def _obstacle(types: Any, tensor: Any) -> str | None:
-    """Why a call with this main argument cannot run here, as far as that can be told before it."""
+def _obstacle(operation: str, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    """Why a call cannot run here, as far as that can be told before it."""
     for kind in types:
         if kind is not Tensor:
             return f"tensors of type {kind.__name__}"
     if in_transform():
         return "inside a transform of torch.func"
+    subclass = subclass_for_torch(operation, _flattened((*args, *kwargs.values())))
+    if subclass is not None:
+        return f"tensors of type {subclass.__name__}"
+    tensor = args[0] if args else kwargs.get("input", kwargs.get("query"))
     if not isinstance(tensor, Tensor):
         return None  # ours to refuse, as everything that is not asked here
     if tensor.dtype not in _DTYPES:
@@ -255,6 +265,15 @@ def _obstacle(types: Any, tensor: Any) -> str | None:
     if not tensor.is_cpu and tensor.device.type not in _DEVICES:
         return f"device {tensor.device.type}"
     return None
+
+
+def _flattened(values: Iterable[Any]) -> Iterator[Any]:
+    """The values, and in place of lists and tuples what is in them."""
+    for value in values:
+        if isinstance(value, (list, tuple)):
+            yield from value
+        else:
+            yield value
 
 
 @contextlib.contextmanager

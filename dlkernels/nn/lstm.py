@@ -91,7 +91,8 @@ class LSTM(torch.nn.LSTM):
     def _forward_packed(self, input: PackedSequence, hx: State | None) -> tuple[PackedSequence, State]:
         data, batch_sizes, sorted_indices, unsorted_indices = input
         if hx is None:
-            hx = self._zero_state(data, int(batch_sizes[0]))
+            # A trace would keep the number, and with it the size of the batch.
+            hx = self._zero_state(data, batch_sizes[0] if torch.jit.is_tracing() else int(batch_sizes[0]))
         else:
             hx = self.permute_hidden(hx, sorted_indices)
         self.check_forward_args(data, hx, batch_sizes)
@@ -112,7 +113,7 @@ class LSTM(torch.nn.LSTM):
     def _parameters_in_order(self) -> list[Tensor]:
         return [weight for weight in self._flat_weights if weight is not None]
 
-    def _zero_state(self, like: Tensor, batch: int) -> State:
+    def _zero_state(self, like: Tensor, batch: Any) -> State:
         runs = self.num_layers * (2 if self.bidirectional else 1)
         h_0 = like.new_zeros([runs, batch, self.proj_size or self.hidden_size])
         return h_0, like.new_zeros([runs, batch, self.hidden_size]) if self.proj_size else h_0

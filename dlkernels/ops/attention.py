@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import _C
-from .registration import in_transform, register_fake, traced_as
+from .registration import register_fake, traced_as
+from .special_calls import elsewhere, torch_has_rules
 
 
 def scaled_dot_product_attention(
@@ -56,11 +58,24 @@ def scaled_dot_product_attention(
         >>> torch.allclose(output[:, :, 0], value[:, :, 0])  # the first query sees the first key alone
         True
     """
-    if in_transform():
-        return torch.nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    if _C.is_special(query, key, value, attn_mask):
+        tensors = (query, key, value, attn_mask)
+        output = elsewhere(
+            *("attention", scaled_dot_product_attention, _by_torch, tensors),
+            *(*tensors, dropout_p, is_causal),
+            scale=scale,
+            enable_gqa=enable_gqa,
         )
+        if output is not NotImplemented:
+            return output
     return _C.attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+
+
+def _by_torch(*arguments: Any, **keywords: Any) -> Tensor:
+    if torch_has_rules():
+        return torch.nn.functional.scaled_dot_product_attention(*arguments, **keywords)
+    with sdpa_kernel(SDPBackend.MATH):
+        return torch.nn.functional.scaled_dot_product_attention(*arguments, **keywords)
 
 
 @traced_as(_C.attention)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from .registration import in_transform, register_fake, traced_as
+from .registration import register_fake, traced_as
+from .special_calls import elsewhere
 
 
 def batch_norm(
@@ -55,12 +56,15 @@ def batch_norm(
         raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
     if training and (running_mean is None) != (running_var is None):
         raise ValueError("batch_norm: running_mean and running_var must either both be None or neither be None")
-    if in_transform():
-        if activation not in _APPLIED:
-            raise ValueError(f"batch_norm: activation must be None, 'relu' or 'relu6', got {activation!r}")
-        output = torch.nn.functional.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-        output = output if residual is None else output + residual
-        return _APPLIED[activation](output)
+    if _C.is_special(input, running_mean, running_var, weight, bias, residual):
+        output = elsewhere(
+            *("batch_norm", batch_norm, _by_torch, (input, running_mean, running_var, weight, bias, residual)),
+            *(input, running_mean, running_var, weight, bias, training, momentum, eps),
+            activation=activation,
+            residual=residual,
+        )
+        if output is not NotImplemented:
+            return output
     return _C.batch_norm(
         input,
         weight,
@@ -80,6 +84,13 @@ _APPLIED: dict[str | None, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
     "relu6": torch.nn.functional.relu6,
 }
+
+
+def _by_torch(*arguments: Any, activation: str | None, residual: Tensor | None) -> Tensor:
+    if activation not in _APPLIED:
+        raise ValueError(f"batch_norm: activation must be None, 'relu' or 'relu6', got {activation!r}")
+    output = torch.nn.functional.batch_norm(*arguments)
+    return _APPLIED[activation](output if residual is None else output + residual)
 
 
 @traced_as(_C.batch_norm)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from .registration import in_transform, register_fake, traced_as
+from .registration import register_fake, traced_as
+from .special_calls import elsewhere
 
 
 def conv2d(
@@ -45,8 +46,13 @@ def conv2d(
         >>> conv2d(images, kernels, stride=2, padding=1).shape
         torch.Size([2, 8, 16, 16])
     """
-    if in_transform():
-        return torch.nn.functional.conv2d(input, weight, bias, stride, padding, dilation, groups)  # type: ignore[arg-type]
+    if _C.is_special(input, weight, bias):
+        tensors = (input, weight, bias)
+        output = elsewhere(
+            *("conv2d", conv2d, torch.nn.functional.conv2d, tensors), *tensors, stride, padding, dilation, groups
+        )
+        if output is not NotImplemented:
+            return output
     return _C.conv2d(input, weight, bias, stride, padding, dilation, groups)
 
 

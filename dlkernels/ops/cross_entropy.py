@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from .registration import in_transform, register_fake, traced_as
+from .registration import register_fake, traced_as
+from .special_calls import elsewhere
 
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
@@ -57,10 +58,14 @@ def cross_entropy(
         >>> cross_entropy(torch.zeros(3, 10), torch.tensor([4, 0, 9]))  # log 10
         tensor(2.3026)
     """
-    if in_transform():
-        return torch.nn.functional.cross_entropy(
-            input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
+    if _C.is_special(input, target, weight):
+        tensors = (input, target, weight)
+        loss = elsewhere(
+            *("cross_entropy", cross_entropy, torch.nn.functional.cross_entropy, tensors),
+            *(*tensors, size_average, ignore_index, reduce, reduction, label_smoothing),
         )
+        if loss is not NotImplemented:
+            return loss
     code = _reduction("cross_entropy", reduction, size_average, reduce)
     return _C.cross_entropy(input, target, weight, code, ignore_index, label_smoothing)
 

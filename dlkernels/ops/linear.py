@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from .registration import in_transform, register_fake, traced_as
+from .registration import register_fake, traced_as
+from .special_calls import elsewhere
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -30,8 +31,11 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         >>> linear(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0], [5.0, 6.0]]), torch.tensor([0.5, 0.0]))
         tensor([[11.5000, 17.0000]])
     """
-    if in_transform():
-        return torch.nn.functional.linear(input, weight, bias)
+    if _C.is_special(input, weight, bias):
+        tensors = (input, weight, bias)
+        output = elsewhere("linear", linear, torch.nn.functional.linear, tensors, *tensors)
+        if output is not NotImplemented:
+            return output
     return _C.linear(input, weight, bias)
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .. import _C
 from .cross_entropy import _reduction
-from .registration import in_transform, register_fake, traced_as
+from .registration import register_fake, traced_as
+from .special_calls import elsewhere
 
 
 def linear_cross_entropy(
@@ -59,27 +60,58 @@ def linear_cross_entropy(
         >>> linear_cross_entropy(hidden, weight, torch.tensor([1, 2, 3, 4]))  # log 1000
         tensor(6.9078)
     """
-    probabilities = target.shape == (*input.shape[:-1], *linear_weight.shape[:-1])
-    if probabilities and ignore_index is not None:
-        raise RuntimeError("linear_cross_entropy: ignore_index cannot be specified when target contains probabilities")
-    ignored = -100 if ignore_index is None else ignore_index
-    if in_transform():
-        bias = None if linear_bias is None else linear_bias.flatten()
-        logits = torch.nn.functional.linear(input, linear_weight.flatten(0, -2), bias)
-        return torch.nn.functional.cross_entropy(
-            logits.unflatten(-1, linear_weight.shape[:-1]),
-            target,
-            weight,
-            ignore_index=ignored,
+    if _C.is_special(input, linear_weight, target, linear_bias, weight):
+        loss = elsewhere(
+            *("linear_cross_entropy", linear_cross_entropy, _by_torch),
+            (input, linear_weight, target, linear_bias, weight),
+            *(input, linear_weight, target),
+            linear_bias=linear_bias,
+            weight=weight,
             reduction=reduction,
+            ignore_index=ignore_index,
             label_smoothing=label_smoothing,
+            options=options,
         )
+        if loss is not NotImplemented:
+            return loss
+    ignored = _ignored_index(input, linear_weight, target, ignore_index)
     code = _reduction("linear_cross_entropy", reduction)
     if linear_weight.dim() > 2:
         return _loss_of_many_outputs(
             input, linear_weight, linear_bias, target, weight, reduction, ignored, label_smoothing
         )
     return _C.linear_cross_entropy(input, linear_weight, linear_bias, target, weight, code, ignored, label_smoothing)
+
+
+def _ignored_index(input: Tensor, linear_weight: Tensor, target: Tensor, ignore_index: int | None) -> int:
+    probabilities = target.shape == (*input.shape[:-1], *linear_weight.shape[:-1])
+    if probabilities and ignore_index is not None:
+        raise RuntimeError("linear_cross_entropy: ignore_index cannot be specified when target contains probabilities")
+    return -100 if ignore_index is None else ignore_index
+
+
+def _by_torch(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+    reduction: str,
+    ignore_index: int | None,
+    label_smoothing: float,
+    options: Any,
+) -> Tensor:
+    bias = None if linear_bias is None else linear_bias.flatten()
+    logits = torch.nn.functional.linear(input, linear_weight.flatten(0, -2), bias)
+    return torch.nn.functional.cross_entropy(
+        logits.unflatten(-1, linear_weight.shape[:-1]),
+        target,
+        weight,
+        ignore_index=_ignored_index(input, linear_weight, target, ignore_index),
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+    )
 
 
 def _widened(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -6,14 +6,15 @@ between layers and ``batch_first`` are composed of them here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from .. import _C
-from .registration import in_transform, register_fake, traced_as
+from .registration import register_fake, traced_as
+from .special_calls import elsewhere, torch_has_rules
 
 
 def lstm_cell(
@@ -48,8 +49,11 @@ def lstm_cell(
     """
     if len(hx) != 2:
         raise RuntimeError(f"lstm_cell expects two hidden states, got {len(hx)}")
-    if in_transform():
-        return torch.lstm_cell(input, tuple(hx), w_ih, w_hh, b_ih, b_hh)
+    if _C.is_special(input, *hx, w_ih, w_hh, b_ih, b_hh):
+        parameters = (w_ih, w_hh, b_ih, b_hh)
+        states = elsewhere("lstm", lstm_cell, _cell_by_torch, (input, *hx, *parameters), input, hx, *parameters)
+        if states is not NotImplemented:
+            return states
     return _C.lstm_cell(input, hx[0], hx[1], w_ih, w_hh, b_ih, b_hh)
 
 
@@ -115,21 +119,49 @@ def lstm(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
             f"lstm() takes 9 positional arguments, got {len(arguments)}; expected input, hx, params, has_biases, "
             "num_layers, dropout, train, bidirectional, batch_first, or data, batch_sizes, hx, ... to bidirectional"
         )
-    if in_transform():
-        return torch.lstm(*arguments)
+    packed = isinstance(arguments[1], Tensor)
+    hx, params = arguments[1 + packed : 3 + packed]
+    if _C.is_special(*arguments[: 1 + packed], *hx, *params):
+        result = elsewhere("lstm", lstm, _by_torch, (*arguments[: 1 + packed], *hx, *params), *arguments)
+        if result is not NotImplemented:
+            return result
+    return _whole(_C.lstm_layer, *arguments)
+
+
+def _by_torch(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.lstm(*arguments) if torch_has_rules() else _whole(_composed_layer, *arguments)
+
+
+def _cell_by_torch(
+    input: Tensor,
+    hx: Sequence[Tensor],
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    if torch_has_rules():
+        return torch.lstm_cell(input, tuple(hx), w_ih, w_hh, b_ih, b_hh)
+    h, c = hx
+    return _composed_step(torch.nn.functional.linear(input, w_ih, b_ih), h, c, w_hh, b_hh)
+
+
+def _whole(layer: Callable[..., Any], *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The arguments of ``lstm``, computed by ``layer``."""
     if isinstance(arguments[1], Tensor):
         data, batch_sizes, *rest = arguments
-        return _stacked(data, batch_sizes, *rest)
+        return _stacked(layer, data, batch_sizes, *rest)
     input, *rest, batch_first = arguments
     if input.dim() != 3:
         raise RuntimeError(f"lstm: input must have 3 dimensions, got {input.dim()}: {list(input.shape)}")
     if not batch_first:
-        return _stacked(input, None, *rest)
-    output, h_n, c_n = _stacked(input.transpose(0, 1), None, *rest)
+        return _stacked(layer, input, None, *rest)
+    output, h_n, c_n = _stacked(layer, input.transpose(0, 1), None, *rest)
     return output.transpose(0, 1), h_n, c_n
 
 
 def _stacked(
+    layer: Callable[..., Any],
     input: Tensor,
     batch_sizes: Tensor | None,
     hx: Sequence[Tensor],
@@ -140,7 +172,7 @@ def _stacked(
     train: bool,
     bidirectional: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """All layers and directions, for input with time first."""
+    """All layers and directions, each by ``layer``, for input with time first."""
     directions = 2 if bidirectional else 1
     runs = num_layers * directions
     _check_stack(input, batch_sizes, hx, params, has_biases, num_layers, directions)
@@ -148,21 +180,19 @@ def _stacked(
     h_0, c_0 = hx[0].unbind(0), hx[1].unbind(0)
     h_n, c_n = [], []
     output = input
-    for layer in range(num_layers):
+    for depth in range(num_layers):
         outputs = []
         for direction in range(directions):
-            run = layer * directions + direction
+            run = depth * directions + direction
             w_ih, w_hh, *others = params[run * per_run : (run + 1) * per_run]
             b_ih, b_hh = others[:2] if has_biases else (None, None)
             w_hr = others[-1] if per_run % 2 == 1 else None
-            result = _C.lstm_layer(
-                output, h_0[run], c_0[run], w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, direction == 1
-            )
+            result = layer(output, h_0[run], c_0[run], w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, direction == 1)
             outputs.append(result[0])
             h_n.append(result[1])
             c_n.append(result[2])
         output = outputs[0] if directions == 1 else torch.cat(outputs, -1)
-        if train and dropout != 0.0 and layer + 1 < num_layers:
+        if train and dropout != 0.0 and depth + 1 < num_layers:
             output = torch.dropout(output, dropout, True)
     if runs == 1:
         return output, h_n[0].unsqueeze(0), c_n[0].unsqueeze(0)
@@ -196,6 +226,53 @@ def _check_stack(
             raise RuntimeError(
                 f"lstm: Expected hidden[{position}] size ({runs}, batch, features), got {list(state.shape)}"
             )
+
+
+def _composed_step(
+    gates: Tensor, h: Tensor, c: Tensor, w_hh: Tensor, b_hh: Tensor | None, w_hr: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """One step in functions for which torch has all rules. ``gates`` are the input's part."""
+    linear = torch.nn.functional.linear
+    i, f, g, o = (gates + linear(h, w_hh, b_hh)).chunk(4, -1)
+    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+    h = o.sigmoid() * c.tanh()
+    return (h if w_hr is None else linear(h, w_hr)), c
+
+
+def _composed_layer(
+    input: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None,
+    batch_sizes: Tensor | None,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``_C.lstm_layer``, step by step in functions for which torch has all rules."""
+    gates = torch.nn.functional.linear(input, w_ih, b_ih)
+    counts = [input.shape[1]] * input.shape[0] if batch_sizes is None else batch_sizes.tolist()
+    parts = gates.unbind(0) if batch_sizes is None else gates.split(counts)
+    steps = list(zip(parts, counts, strict=True))
+    steps = steps[::-1] if reverse else steps
+    h, c = (state[: steps[0][1]] for state in (h0, c0))  # of the sequences that have begun and not ended
+    ended: list[tuple[Tensor, Tensor]] = []
+    outputs = []
+    for gates, count in steps:
+        running = h.shape[0]
+        if count < running:
+            ended.insert(0, (h[count:], c[count:]))
+            h, c = h[:count], c[:count]
+        elif count > running:
+            h, c = torch.cat([h, h0[running:count]]), torch.cat([c, c0[running:count]])
+        h, c = _composed_step(gates, h, c, w_hh, b_hh, w_hr)
+        outputs.append(h)
+    outputs = outputs[::-1] if reverse else outputs
+    h_n, c_n = zip((h, c), *ended, strict=True)
+    output = torch.stack(outputs) if batch_sizes is None else torch.cat(outputs)
+    return output, torch.cat(h_n), torch.cat(c_n)
 
 
 @traced_as(_C.lstm_cell)

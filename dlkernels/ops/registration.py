@@ -4,6 +4,7 @@ which calls are torch's to make."""
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
@@ -92,3 +93,7 @@ def in_transform() -> bool:
     Our operators have no rules for either. torch's have, so the operations hand such calls to them.
     """
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+for _module, _part in (("torch.utils.flop_counter", "flop_formulas"), ("torch.distributed.tensor", "sharding")):
+    once_imported(_module, functools.partial(importlib.import_module, f"{__package__}.{_part}"))
