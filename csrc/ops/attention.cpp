@@ -221,14 +221,15 @@ ForwardResult attention_kernel(const Tensor& query, const Tensor& key, const Ten
   return {output.squeeze(0), is_half ? exact_output.squeeze(0) : exact_output, statistics.squeeze(1), dropout_seed};
 }
 
-// The gradient of an argument from that of its broadcast view.
+// The gradient of an argument from that of its broadcast view. Contiguous, for the order in which torch sums follows
+// strides, as the gradient's follow those of the inputs.
 Tensor reduced_to(const Tensor& grad, const Tensor& argument) {
   if (!grad.defined() || grad.sizes() == argument.sizes()) return grad;
   if (argument.dim() >= 3 && grad.size(-3) != argument.size(-3) && argument.size(-3) > 1) {  // repeated heads
     const int64_t heads = argument.size(-3);
-    return reduced_to(grad.unflatten(-3, {heads, grad.size(-3) / heads}).sum(-3), argument);
+    return reduced_to(grad.contiguous().unflatten(-3, {heads, grad.size(-3) / heads}).sum(-3), argument);
   }
-  return at::sum_to(grad, argument.sizes());
+  return at::sum_to(grad.contiguous(), argument.sizes());
 }
 
 // Whether a gradient is summed over dimensions that its argument is broadcast along.
