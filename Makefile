@@ -2,6 +2,8 @@
 # make test   the tests                    make test-slow   those that install the package
 # make bench  every operation against torch as it is, with huge pages and compiled; writes benchmarks/results
 # make gpu    builds the CUDA kernels and proves them on this machine's GPU; goes on where it was cut short
+# make fuzz   random calls of every operation against torch in float64, FUZZ_SECONDS of them (300)
+# make sanitize  the same and the operations' tests on kernels built with AddressSanitizer and UndefinedBehaviorSanitizer
 # make lint   what CI checks               make format      repairs what can be repaired
 # make docs   the documentation site, in build/site; a warning is an error
 # make dev    builds the extension in place (incremental)
@@ -33,7 +35,7 @@ CXX_FILES = $(shell find csrc tests/simt -name '*.cpp' -o -name '*.cc' -o -name 
 DOCS_TOOLS := $(shell sed -n '/^docs = \[/,/^\]/s/^ *"\(.*\)".*/\1/p' pyproject.toml)
 PYTHON_FILES = setup.py $(wildcard tools dlkernels tests benchmarks examples)
 
-.PHONY: demo dev integrations docs stub test test-slow bench gpu lint format clean
+.PHONY: demo dev integrations docs stub test test-slow fuzz sanitize bench gpu lint format clean
 
 demo: $(DEMO_STAMP)
 	$(PYTHON) -m dlkernels train lenet --data digits
@@ -63,6 +65,14 @@ bench: $(DEMO_STAMP) dev
 # A machine with a GPU has an environment of its own: PYTHON=python3 makes none.
 gpu: $(TEST_STAMP)
 	$(PYTHON) tools/gpu.py $(GPU_ARGS)
+
+# Command-line options of tests/fuzz: FUZZ_ARGS="--only conv2d --isa avx2 --seed 7".
+FUZZ_SECONDS ?= 300
+fuzz: dev
+	$(PYTHON) -m tests.fuzz --seconds $(FUZZ_SECONDS) $(FUZZ_ARGS)
+
+sanitize: $(TEST_STAMP)
+	$(PYTHON) tools/sanitize.py $(SANITIZE_ARGS)
 
 lint: $(LINT_STAMP)
 	$(PYTHON) -m ruff check $(PYTHON_FILES)

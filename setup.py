@@ -16,6 +16,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+# Options of CMakeLists.txt that are switched on by "1" in the environment.
+SWITCHES = ("DLKERNELS_WERROR", "DLKERNELS_EMULATE", "DLKERNELS_CUDA", "DLKERNELS_SIMT", "DLKERNELS_SANITIZE")
 
 
 def number_of_jobs() -> int:
@@ -51,7 +53,8 @@ class CMakeBuild(build_ext):
         import torch
 
         # One folder for each Python and torch, because objects of one are useless to another.
-        build_folder = ROOT / "build" / f"{sysconfig.get_config_var('SOABI')}-torch{torch.__version__}"
+        name = f"{sysconfig.get_config_var('SOABI')}-torch{torch.__version__}"
+        build_folder = ROOT / "build" / (f"{name}-sanitize" if os.environ.get("DLKERNELS_SANITIZE") == "1" else name)
         self.run_cmake(build_folder)
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -76,10 +79,8 @@ class CMakeBuild(build_ext):
         options = {
             "CMAKE_BUILD_TYPE": "Release",
             "CMAKE_MAKE_PROGRAM": find_tool("ninja"),
-            "DLKERNELS_WERROR": os.environ.get("DLKERNELS_WERROR", "0"),
-            "DLKERNELS_EMULATE_AMX": os.environ.get("DLKERNELS_EMULATE_AMX", "0"),
-            "DLKERNELS_CUDA": os.environ.get("DLKERNELS_CUDA", "0"),
-            "DLKERNELS_SIMT": os.environ.get("DLKERNELS_SIMT", "0"),
+            **{name: os.environ.get(name, "0") for name in SWITCHES},
+            "DLKERNELS_ISAS": os.environ.get("DLKERNELS_ISAS", "").replace(",", ";"),
             "DLKERNELS_PYTHON_INCLUDE_DIR": sysconfig.get_path("include"),
             "DLKERNELS_TORCH_INCLUDE_DIRS": ";".join(cpp_extension.include_paths()),
             "DLKERNELS_TORCH_LIBRARY_DIRS": ";".join(library_paths),

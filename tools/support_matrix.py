@@ -47,8 +47,8 @@ KERNELS_TEXT = """\
 
 One test is one way of calling the operation, forward and backward, compared with torch in the same type and with torch
 in float64 (`tests/test_accuracy.py`). Columns are the instruction sets of the machine that ran the tests; `simt`
-is the CUDA kernels, run on the processor, and `amx_emulated` those for AMX with its tiles computed by other
-instructions. A processor with AMX adds `amx`, a GPU `cuda`.
+is the CUDA kernels, run on the processor, and names that end in `_emulated` are kernels of a wider processor, their
+instructions in software. A processor with AMX adds `amx`, a GPU `cuda`.
 
 """
 WRAPPERS_TEXT = """\

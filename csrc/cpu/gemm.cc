@@ -116,7 +116,7 @@ template void multiply_tile<float>(int64_t, int64_t, int64_t, const float* const
                                    int64_t, bool);
 template void multiply_tile<double>(int64_t, int64_t, int64_t, const double* const*, const double*, int64_t, double*,
                                     int64_t, bool);
-#if defined(__AVX512BF16__)
+#if defined(DLKERNELS_AVX512_BF16)
 template void multiply_tile<bfloat16>(int64_t, int64_t, const Segment*, int64_t, const bfloat16* const*,
                                       const bfloat16*, int64_t, float*, int64_t, bool);
 template void multiply_tile<bfloat16>(int64_t, int64_t, int64_t, const bfloat16* const*, const bfloat16*, int64_t,

@@ -14,7 +14,7 @@ namespace dlkernels::DLKERNELS_ISA {
 
 // ---- tile sizes: accumulators + one row of B + one broadcast of A fill the register file --------------------------
 
-#if defined(__AVX512F__)
+#if defined(DLKERNELS_AVX512)
 inline constexpr int64_t kTileRows = 6, kTileVectors = 4;
 #elif defined(__AVX2__)
 inline constexpr int64_t kTileRows = 6, kTileVectors = 2;

@@ -18,7 +18,7 @@
 
 namespace dlkernels {
 
-// One table an instruction set; which of them a build has is CMake's to say.
+// One table an instruction set; which of them a build has, CMake says by DLKERNELS_HAS_<instruction set>.
 namespace baseline {
 extern const KernelTable table;
 }
@@ -32,6 +32,9 @@ namespace avx512_bf16 {
 extern const KernelTable table;
 }
 namespace amx {
+extern const KernelTable table;
+}
+namespace avx512_bf16_emulated {
 extern const KernelTable table;
 }
 namespace amx_emulated {
@@ -91,14 +94,28 @@ Tables find_tables() {
   Tables tables{{&baseline::table}, nullptr, std::nullopt};
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (has_avx2()) tables.usable.push_back(&avx2::table);
-  if (has_avx512()) tables.usable.push_back(&avx512::table);
-  if (has_avx512() && __builtin_cpu_supports("avx512bf16")) tables.usable.push_back(&avx512_bf16::table);
-  if (has_amx()) tables.usable.push_back(&amx::table);
+  [[maybe_unused]] auto use_if = [&](bool usable, const KernelTable& table) {
+    if (usable) tables.usable.push_back(&table);
+  };
+#if defined(DLKERNELS_HAS_avx2)
+  use_if(has_avx2(), avx2::table);
+#endif
+#if defined(DLKERNELS_HAS_avx512)
+  use_if(has_avx512(), avx512::table);
+#endif
+#if defined(DLKERNELS_HAS_avx512_bf16)
+  use_if(has_avx512() && __builtin_cpu_supports("avx512bf16"), avx512_bf16::table);
+#endif
+#if defined(DLKERNELS_HAS_amx)
+  use_if(has_amx(), amx::table);
+#endif
 #endif
   tables.widest = tables.usable.back();
-#if defined(DLKERNELS_EMULATE_AMX)
-  if (has_avx512()) tables.usable.push_back(&amx_emulated::table);
+#if defined(DLKERNELS_HAS_avx512_bf16_emulated)
+  use_if(has_avx2(), avx512_bf16_emulated::table);
+#endif
+#if defined(DLKERNELS_HAS_amx_emulated)
+  use_if(has_avx2(), amx_emulated::table);
 #endif
 #if defined(DLKERNELS_SIMT)
   tables.simt = on_host(simt::table, *tables.widest);

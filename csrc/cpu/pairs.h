@@ -7,7 +7,7 @@
 
 namespace dlkernels::DLKERNELS_ISA {
 
-#if defined(__AVX512BF16__)
+#if defined(DLKERNELS_AVX512_BF16)
 inline constexpr bool kHasPairs = true;
 #else
 inline constexpr bool kHasPairs = false;
@@ -32,7 +32,7 @@ struct Step {
   static DLKERNELS_INLINE Register spread_left(const Factor* p) { return Vec<Factor>(*p); }
   static DLKERNELS_INLINE Vec<Factor> add(Register a, Register b, Vec<Factor> sum) { return fma(a, b, sum); }
 };
-#if defined(__AVX512BF16__)
+#if defined(DLKERNELS_AVX512_BF16)
 template <>
 struct Step<bfloat16> {
   static constexpr int64_t depth = 2;

@@ -79,6 +79,13 @@ size_t& size_of(void* payload) {
   return *reinterpret_cast<size_t*>(static_cast<char*>(payload) - kHeader);
 }
 
+// AddressSanitizer sees a byte beyond a block only where every block is its own.
+#if defined(__SANITIZE_ADDRESS__)
+constexpr bool kPoolsScratch = false;
+#else
+constexpr bool kPoolsScratch = true;
+#endif
+
 // A thread's idle blocks. Sizes are rounded up to an eighth of a power of two, so that near misses are hits.
 class ScratchPool {
  public:
@@ -102,7 +109,7 @@ class ScratchPool {
     }
     size_t step = kSmallest;
     while (step * 16 <= bytes) step *= 2;
-    const size_t rounded = (bytes + step - 1) / step * step;
+    const size_t rounded = kPoolsScratch ? (bytes + step - 1) / step * step : bytes;
     char* block = static_cast<char*>(active.allocate(rounded + kHeader));
     void* payload = block + kHeader;
     size_of(payload) = rounded;
@@ -110,7 +117,7 @@ class ScratchPool {
   }
 
   void release(void* payload) noexcept {
-    if (idle_.size() < kMostBlocks && idle_bytes_ + size_of(payload) <= kMostBytes) {
+    if (kPoolsScratch && idle_.size() < kMostBlocks && idle_bytes_ + size_of(payload) <= kMostBytes) {
       idle_bytes_ += size_of(payload);
       idle_.push_back(payload);  // never reallocates: the constructor reserves
       return;

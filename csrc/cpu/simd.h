@@ -12,6 +12,20 @@
 
 #include "types.h"
 
+// AVX-512 of the processor, or in software for tests (tests/emulated/avx512.h).
+#if defined(DLKERNELS_EMULATE_AVX512)
+#include "avx512.h"
+#define DLKERNELS_AVX512
+#define DLKERNELS_AVX512_BF16
+#else
+#if defined(__AVX512F__)
+#define DLKERNELS_AVX512
+#endif
+#if defined(__AVX512BF16__)
+#define DLKERNELS_AVX512_BF16
+#endif
+#endif
+
 #define DLKERNELS_STRINGIFY_IMPL(x) #x
 #define DLKERNELS_STRINGIFY(x) DLKERNELS_STRINGIFY_IMPL(x)
 
@@ -22,7 +36,7 @@ inline constexpr const char* isa_name = DLKERNELS_STRINGIFY(DLKERNELS_ISA);
 #undef DLKERNELS_STRINGIFY
 #undef DLKERNELS_STRINGIFY_IMPL
 
-#if defined(__AVX512F__)
+#if defined(DLKERNELS_AVX512)
 inline constexpr int64_t kVectorBytes = 64;
 #elif defined(__AVX2__)
 inline constexpr int64_t kVectorBytes = 32;
@@ -82,7 +96,7 @@ using VecD = Vec<double>;
 // One truth value per lane.
 template <class T>
 struct Mask {
-#if defined(__AVX512F__)
+#if defined(DLKERNELS_AVX512)
   using Raw = __mmask16;
 #else
   using Raw = typename Lanes<T>::integer;
@@ -92,7 +106,7 @@ struct Mask {
 
 // ---- comparison and selection ----------------------------------------------------------------------------------
 
-#if defined(__AVX512F__)
+#if defined(DLKERNELS_AVX512)
 namespace compare {
 enum Predicate { equal = _CMP_EQ_OQ, less = _CMP_LT_OQ, less_equal = _CMP_LE_OQ, unordered = _CMP_UNORD_Q };
 }
@@ -216,7 +230,7 @@ DLKERNELS_INLINE Vec<T> min(Vec<T> a, Vec<T> b) {
   return Vec<T>(a.raw < b.raw ? a.raw : b.raw);
 }
 
-#if defined(__AVX512F__)
+#if defined(DLKERNELS_AVX512)
 template <>
 DLKERNELS_INLINE VecF max(VecF a, VecF b) {
   return VecF(_mm512_max_ps(a.raw, b.raw));
@@ -242,7 +256,7 @@ template <class T>
 DLKERNELS_INLINE Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
   return Vec<T>(a.raw * b.raw + c.raw);
 }
-#if defined(__AVX512F__)
+#if defined(DLKERNELS_AVX512)
 template <>
 DLKERNELS_INLINE VecF fma(VecF a, VecF b, VecF c) {
   return VecF(_mm512_fmadd_ps(a.raw, b.raw, c.raw));
@@ -328,7 +342,7 @@ DLKERNELS_INLINE T reduce_max(Vec<T> a) {
   }
   return lanes[0];
 }
-#if defined(__AVX512F__)
+#if defined(DLKERNELS_AVX512)
 template <>
 DLKERNELS_INLINE float reduce_add(VecF a) {
   return _mm512_reduce_add_ps(a.raw);
@@ -377,7 +391,7 @@ DLKERNELS_INLINE double reduce_add_wide(Vec<T> a) {
   }
   return lanes[0];
 }
-#if defined(__AVX512F__)
+#if defined(DLKERNELS_AVX512)
 template <>
 DLKERNELS_INLINE double reduce_add_wide(VecF a) {
   const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(a.raw));
@@ -411,7 +425,7 @@ DLKERNELS_INLINE void store_half_bits(void* p, HalfBits bits) {
 
 // gcc 12 extends a vector in two halves and joins them.
 DLKERNELS_INLINE Lanes<float>::bits zero_extend(HalfBits half) {
-#if defined(__AVX512F__)
+#if defined(DLKERNELS_AVX512)
   return (Lanes<float>::bits)_mm512_cvtepu16_epi32((__m256i)half);
 #elif defined(__AVX2__)
   return (Lanes<float>::bits)_mm256_cvtepu16_epi32((__m128i)half);
@@ -427,17 +441,17 @@ DLKERNELS_INLINE HalfBits narrow_bits(VecF a) {
   const Bits bits = bits_of(a);
   const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const Bits quiet_nan = (bits >> 16) | 0x40u;
-  const Bits nan = (Bits)(a.raw != a.raw);
-  return __builtin_convertvector((rounded & ~nan) | (quiet_nan & nan), HalfBits);
+  const VecF half = select(is_nan(a), from_bits<float>(quiet_nan), from_bits<float>(rounded));
+  return __builtin_convertvector(bits_of(half), HalfBits);
 }
 DLKERNELS_INLINE HalfBits narrow(bfloat16, VecF a) {
-#if defined(__AVX512BF16__)
+#if defined(DLKERNELS_AVX512_BF16)
   constexpr int subnormal = 0x20;  // the instruction would make them zero
   if (_mm512_fpclass_ps_mask(a.raw, subnormal) == 0) return (HalfBits)_mm512_cvtneps_pbh(a.raw);
 #endif
   return narrow_bits(a);
 }
-#if defined(__AVX512F__)
+#if defined(DLKERNELS_AVX512)
 DLKERNELS_INLINE VecF widen(float16, HalfBits half) {
   return VecF(_mm512_cvtph_ps((__m256i)half));
 }
@@ -496,7 +510,7 @@ DLKERNELS_INLINE void store(float16* p, VecF a) {
 namespace detail {
 template <class Register>
 DLKERNELS_INLINE void store_past_cache(void* p, Register a) {
-#if defined(__AVX512F__)
+#if defined(DLKERNELS_AVX512)
   if constexpr (sizeof(a) == 64) return _mm512_stream_si512(static_cast<__m512i*>(p), (__m512i)a);
 #endif
 #if defined(__AVX2__)
@@ -527,7 +541,7 @@ DLKERNELS_INLINE void finish_stores_past_cache() {
 
 // The first `count` lanes (0 <= count <= size); lanes beyond it load as zero and are not stored. Neither touches memory
 // beyond `count` elements.
-#if defined(__AVX512F__)
+#if defined(DLKERNELS_AVX512)
 DLKERNELS_INLINE VecF load(const float* p, int64_t count) {
   return VecF(_mm512_maskz_loadu_ps(first_lanes<float>(count).raw, p));
 }
@@ -602,7 +616,7 @@ DLKERNELS_INLINE Vec<T> keep_lanes(Vec<T> value, T filler, int64_t count) {
 }
 
 // Past the caches, for results that nothing reads soon; p is aligned to the vector. Only float and double.
-#if defined(__AVX512F__)
+#if defined(DLKERNELS_AVX512)
 DLKERNELS_INLINE void stream(float* p, VecF a) {
   _mm512_stream_ps(p, a.raw);
 }

@@ -84,7 +84,7 @@ DLKERNELS_INLINE Line line_up(HalfBits first, HalfBits second) {
 DLKERNELS_INLINE Line pair_up(HalfBits first, HalfBits second) {
   return from_bits<float>(zero_extend(first) | zero_extend(second) << 16);
 }
-#if defined(__AVX512BF16__)
+#if defined(DLKERNELS_AVX512_BF16)
 DLKERNELS_INLINE Line line_up(VecF first, VecF second) {
   return from_bits<float>((LineBits)_mm512_cvtne2ps_pbh(second.raw, first.raw));
 }
@@ -104,7 +104,7 @@ DLKERNELS_INLINE Line pair_up(VecF first, VecF second) {
 #endif
 
 DLKERNELS_INLINE HalfBits round_half(VecF a) {
-#if defined(__AVX512BF16__)
+#if defined(DLKERNELS_AVX512_BF16)
   return (HalfBits)_mm512_cvtneps_pbh(a.raw);
 #else
   return narrow_bits(a);
@@ -116,7 +116,7 @@ struct TwoVectors {
   VecF first, second;
 };
 DLKERNELS_INLINE TwoVectors widen_line(Line line) {
-#if defined(__AVX512BW__)
+#if defined(DLKERNELS_AVX512)
   // Each number to the upper half of its lane.
   alignas(64) static constexpr uint16_t order[2][32] = {
       {0, 0, 0, 1, 0, 2, 0, 3, 0, 4, 0, 5, 0, 6, 0, 7, 0, 8, 0, 9, 0, 10, 0, 11, 0, 12, 0, 13, 0, 14, 0, 15},

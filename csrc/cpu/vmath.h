@@ -15,7 +15,7 @@ DLKERNELS_INLINE VecD map_lanes(VecD a, Function function) {
 
 // a * 2^n for integral n with |n| <= 300: in two exact steps, so that only a subnormal result is rounded.
 DLKERNELS_INLINE VecF scale_by_power_of_two(VecF a, VecF n) {
-#if defined(__AVX512F__)
+#if defined(DLKERNELS_AVX512)
   return VecF(_mm512_scalef_ps(a.raw, n.raw));
 #else
   using Integer = Lanes<float>::integer;
@@ -73,7 +73,7 @@ DLKERNELS_INLINE VecF coarse_exp2_of_negative(VecF x) {
   p = fma(p, r, VecF(6.9312179e-1f));
   p = fma(p, r, VecF(9.9999928e-1f));
   const VecF smallest = -126.0f;
-#if defined(__AVX512F__)
+#if defined(DLKERNELS_AVX512)
   const __mmask16 is_normal = _mm512_cmp_ps_mask(x.raw, smallest.raw, _CMP_NLT_UQ);  // or NaN
   return VecF(_mm512_maskz_scalef_ps(is_normal, p.raw, n.raw));
 #else
