@@ -68,7 +68,8 @@ struct AttentionForwardArgs {
   AttentionTensor<void*> output;        // [..., heads, L, E_v]; aliases nothing
   AttentionTensor<void*> exact_output;  // as output, in float32; data null for float32 and float64
   void* statistics;                     // [2, batches, heads, L], contiguous, of the type that sums have: each row's
-                                        // largest score, and its sum of exp(score - largest)
+                                        // largest score (without a mask and of a positive scale: before it is scaled),
+                                        // and its sum of exp(score - largest)
 };
 
 struct AttentionBackwardArgs {

@@ -21,6 +21,13 @@ inline int64_t query_blocks(const AttentionSizes& sizes) {
   return ceil_div(sizes.query_length, kBackwardQueries);
 }
 
+// Whether D is summed from P and dP, which one block of keys has together: rounding then leaves less of the gradients
+// of rows with most of their weight on one key. The rounding of half types hides it.
+template <class Scalar>
+inline bool has_own_dots(const AttentionSizes& sizes) {
+  return sizeof(Scalar) == sizeof(accumulate_t<Scalar>) && sizes.key_length <= kBackwardKeys;
+}
+
 // ---- operands ------------------------------------------------------------------------------------------------------
 
 // The query side of one head and block of kBackwardQueries.
@@ -35,7 +42,7 @@ struct QueryBlock {
   Right gradient;             // [count, E_v]
   const T* row_max;           // [kBackwardQueries]; infinite where the row saw nothing but -inf
   const T* row_factor;        // [kBackwardQueries]: 1 / sum; zero there
-  const T* row_dot;           // [kBackwardQueries]: D
+  const T* row_dot;           // [kBackwardQueries]: D, unless blocks sum it themselves
 };
 
 // The key side of one block.
@@ -95,9 +102,10 @@ class QuerySide {
     // The rounding of a half-precision output would be most of the error of D.
     constexpr bool is_rounded = sizeof(Scalar) < sizeof(T);
     const auto output = head_of<T>(sizes, is_rounded ? args.exact_output : args.output, batch, head);
-    products.row_dots(block.gradient_transposed, rows_of(output, begin), rows_of(gradient, begin), value_size, count,
-                      row_dot);
-
+    if (!has_own_dots<Scalar>(sizes)) {
+      products.row_dots(block.gradient_transposed, rows_of(output, begin), rows_of(gradient, begin), value_size, count,
+                        row_dot);
+    }
     const int64_t line = (batch * sizes.heads + head) * sizes.query_length + begin;
     const T* maxima = static_cast<const T*>(args.statistics) + line;
     const T* sums = maxima + sizes.batches * sizes.heads * sizes.query_length;
@@ -136,22 +144,29 @@ class BackwardBlocks {
         weights_(kInPlace ? 0 : Products::left_size(kBackwardKeys, kStride)),
         gradient_(kInPlace ? 0 : Products::left_size(kBackwardKeys, kStride)),
         turned_(Products::right_size(kBackwardKeys, kStride)),
-        bias_(args.mask.type != AttentionMaskType::none ? kBlock : 0),
+        bias_(args.mask.type != AttentionMaskType::none || !(args.scale > 0) ? kBlock : 0),
         keep_(args.dropout_p > 0 ? kBlock : 0),
-        keep_row_(kBackwardKeys) {}
+        keep_row_(kBackwardKeys),
+        own_dots_(has_own_dots<Scalar>(args.sizes) ? kStride : 0) {
+    if (args.mask.type == AttentionMaskType::none && bias_.data() != nullptr) fill(bias_.data(), T(0), kBlock);
+  }
 
   // P^T and dS^T of a block. `factor` is the scale for dQ and dK, 1 for the mask.
   void compute(int64_t batch, int64_t head, const Keys& keys, const Queries& queries, T factor) {
-    multiply_visible(keys, queries, keys.key, args_.sizes.head_size, queries.query_transposed, scores_.data());
+    if (has_few_rows(args_.sizes)) {
+      dot_visible(batch, head, keys, queries);
+    } else {
+      multiply_visible(keys, queries, keys.key, args_.sizes.head_size, queries.query_transposed, scores_.data());
+    }
     multiply_visible(keys, queries, keys.value, args_.sizes.value_size, queries.gradient_transposed,
                      weight_gradient_.data());
     const bool has_bias = bias_.data() != nullptr, has_keep = keep_.data() != nullptr;
     if (has_bias) load_bias(batch, head, keys, queries);
     if (has_keep) load_keep(batch, head, keys, queries);
     if (has_bias) {
-      has_keep ? sweep<true, true>(keys, queries, factor) : sweep<true, false>(keys, queries, factor);
+      has_keep ? turn_scores<true, true>(keys, queries, factor) : turn_scores<true, false>(keys, queries, factor);
     } else {
-      has_keep ? sweep<false, true>(keys, queries, factor) : sweep<false, false>(keys, queries, factor);
+      has_keep ? turn_scores<false, true>(keys, queries, factor) : turn_scores<false, false>(keys, queries, factor);
     }
   }
 
@@ -218,8 +233,40 @@ class BackwardBlocks {
     return args_.is_causal ? min_of(max_of(keys.begin + k - queries.begin, 0), queries.count) : 0;
   }
 
-  // Both products are there; one sweep turns scores into P^T, after dropout, and dP^T into dS^T.
+  // Both products are there: scores become P^T, after dropout, and dP^T becomes dS^T.
   template <bool kBias, bool kKeep>
+  void turn_scores(const Keys& keys, const Queries& queries, T factor) {
+    if constexpr (sizeof(Scalar) == sizeof(T)) {
+      if (own_dots_.data() != nullptr) {
+        sum_own_dots<kBias, kKeep>(keys, queries);
+        return sweep<kBias, kKeep, true>(keys, queries, factor);
+      }
+    }
+    sweep<kBias, kKeep, false>(keys, queries, factor);
+  }
+
+  // Scores become P^T, and D is summed from it and dP^T.
+  template <bool kBias, bool kKeep>
+  void sum_own_dots(const Keys& keys, const Queries& queries) {
+    constexpr int64_t lanes = Vec<T>::size;
+    fill(own_dots_.data(), T(0), kStride);
+    for (int64_t k = 0; k < keys.count; ++k) {
+      const int64_t first = first_query(keys, queries, k);
+      for (int64_t q = first / lanes * lanes; q < queries.count; q += lanes) {
+        const int64_t at = k * kStride + q;
+        Vec<T> p = probability<kBias>(queries, at, q);
+        if (q < first) p = select(first_lanes<T>(first - q), Vec<T>::zero(), p);
+        store(scores_.data() + at, p);
+        Vec<T> dp = load(weight_gradient_.data() + at);
+        if constexpr (kKeep) dp *= load(keep_.data() + at);
+        if (q < first) dp = select(first_lanes<T>(first - q), Vec<T>::zero(), dp);
+        store(own_dots_.data() + q, fma(p, dp, load(own_dots_.data() + q)));
+      }
+    }
+  }
+
+  // One sweep. kOwnDots: P^T is there, and D.
+  template <bool kBias, bool kKeep, bool kOwnDots>
   void sweep(const Keys& keys, const Queries& queries, T factor) {
     constexpr int64_t lanes = Vec<T>::size, step = 2 * lanes;
     const Vec<T> zero = Vec<T>::zero();
@@ -236,7 +283,7 @@ class BackwardBlocks {
         Vec<T> weight[2], slope[2];
         for (int64_t v = 0; v < 2; ++v) {
           const int64_t begin = q + v * lanes;
-          weigh<kBias, kKeep>(queries, k, begin, factor, weight[v], slope[v]);
+          weigh<kBias, kKeep, kOwnDots>(queries, k, begin, factor, weight[v], slope[v]);
           if (first > begin || queries.count < begin + lanes) {
             const Mask<T> unseen = first_lanes<T>(max_of(min_of(first - begin, lanes), 0));
             const Mask<T> real = first_lanes<T>(max_of(min_of(queries.count - begin, lanes), 0));
@@ -251,14 +298,23 @@ class BackwardBlocks {
     products_.check(check);
   }
 
-  // A vector of P^T, after dropout, and of dS^T.
-  template <bool kBias, bool kKeep>
-  DLKERNELS_INLINE void weigh(const Queries& queries, int64_t k, int64_t q, T factor, Vec<T>& weight, Vec<T>& slope) {
-    const int64_t at = k * kStride + q;
+  // A vector of P^T, from scores.
+  template <bool kBias>
+  DLKERNELS_INLINE Vec<T> probability(const Queries& queries, int64_t at, int64_t q) const {
     Vec<T> score = load(scores_.data() + at);
     T scale = static_cast<T>(args_.scale);
     if constexpr (kBias) score = fma(score, Vec<T>(scale), load(bias_.data() + at)), scale = 1;  // as forward does
-    const Vec<T> p = Weights<Products>(scale)(score, load(queries.row_max + q)) * load(queries.row_factor + q);
+    // Where forward's products were others, scores differ by a rounding; of huge ones that is no small exponent.
+    const Vec<T> row_max = load(queries.row_max + q);
+    return Weights<Products>(scale)(min(row_max, score), row_max) * load(queries.row_factor + q);
+  }
+
+  // A vector of P^T, after dropout, and of dS^T.
+  template <bool kBias, bool kKeep, bool kOwnDots>
+  DLKERNELS_INLINE void weigh(const Queries& queries, int64_t k, int64_t q, T factor, Vec<T>& weight, Vec<T>& slope) {
+    const int64_t at = k * kStride + q;
+    const Vec<T> p = kOwnDots ? load(scores_.data() + at) : probability<kBias>(queries, at, q);
+    const T* dots = kOwnDots ? own_dots_.data() : queries.row_dot;
     Vec<T> dp = load(weight_gradient_.data() + at);
     weight = p;
     if constexpr (kKeep) {
@@ -266,7 +322,7 @@ class BackwardBlocks {
       dp *= kept;
       weight *= kept;
     }
-    slope = p * (dp - load(queries.row_dot + q)) * Vec<T>(factor);
+    slope = p * (dp - load(dots + q)) * Vec<T>(factor);
   }
 
   // A row of `left` for each key times a column for each query, where the query sees the key.
@@ -276,6 +332,17 @@ class BackwardBlocks {
       const int64_t columns = min_of(kColumnStep, queries.count - q);
       products_.multiply(visible_keys(keys, queries, q + columns), columns, depth, left, right.at(0, q), product + q,
                          kStride, false);
+    }
+  }
+
+  // The scores of few rows, as forward takes them.
+  void dot_visible(int64_t batch, int64_t head, const Keys& keys, const Queries& queries) {
+    const auto key = head_of<Scalar>(args_.sizes, args_.key, batch, head / (args_.sizes.heads / args_.sizes.kv_heads));
+    const auto query = head_of<Scalar>(args_.sizes, args_.query, batch, head);
+    for (int64_t q = 0; q < queries.count; ++q) {
+      for (int64_t k = 0; k < visible_keys(keys, queries, q + 1); ++k) {
+        scores_[k * kStride + q] = dot(query.row(queries.begin + q), key.row(keys.begin + k), args_.sizes.head_size);
+      }
     }
   }
 
@@ -296,9 +363,10 @@ class BackwardBlocks {
   Scratch<Left> weights_;       // P^T after dropout, as a left operand; in the place of scores where it is T
   Scratch<Left> gradient_;      // dS^T, as a left operand; in the place of weight_gradient where it is T
   Scratch<typename Products::Right> turned_;  // dS^T, as a right operand
-  Scratch<T> bias_;                           // mask^T, as scores; none without a mask
+  Scratch<T> bias_;                           // mask^T, as scores; none without a mask and of a positive scale
   Scratch<T> keep_;                           // dropout's factors, as scores; none without dropout
   Scratch<T> keep_row_;                       // [kBackwardKeys]
+  Scratch<T> own_dots_;                       // D, where it is summed from P and dP; none otherwise
 };
 
 }  // namespace dlkernels::DLKERNELS_ISA

@@ -3,8 +3,9 @@
 // A task owns some query rows of one kv head: rows of all query heads that share it, one after another. For each block
 // of keys it packs K^T and V once; then for each block of its rows:
 //   scores = Q K^T            kept in the first-level cache
-//   P = exp(scale scores + mask - row maximum), written as the left operand of
+//   P = exp(scale (scores - row maximum)), written as the left operand of
 //   output += P V             a larger maximum rescales what was summed before (online softmax)
+// Where there is a mask, or no positive scale, scores are scaled and masked first, and the scale of P is 1.
 // Output, maxima and sums stay in scratch until the last block.
 #include <type_traits>
 
@@ -18,19 +19,17 @@ namespace {
 // and under a causal mask little is computed in vain.
 constexpr int64_t kMostKeys = 256, kMostTaskBlocks = 16;  // keys of a block, row blocks of a task
 constexpr int64_t kRowStep = kHasTiles ? kTileHeight : kTileRows, kBlockRows = kHasTiles ? 32 : 24;
-constexpr int64_t kFewRows = 2;  // too few query rows to pay for packing keys and values: a step of generation
 
 template <class T>
-T max_of_row(const T* scores, int64_t count, T scale) {
+T max_of_row(const T* scores, int64_t count) {
   constexpr int64_t lanes = Vec<T>::size;
-  const Vec<T> factor = scale;
   Vec<T> partial[kTileVectors];
   for (int64_t v = 0; v < kTileVectors; ++v) partial[v] = -kInfinity<T>;
   int64_t i = 0;
   for (; i + kTileVectors * lanes <= count; i += kTileVectors * lanes) {
-    for (int64_t v = 0; v < kTileVectors; ++v) partial[v] = max(partial[v], load(scores + i + v * lanes) * factor);
+    for (int64_t v = 0; v < kTileVectors; ++v) partial[v] = max(partial[v], load(scores + i + v * lanes));
   }
-  for (; i < count; i += lanes) partial[0] = max(partial[0], load(scores + i) * factor);
+  for (; i < count; i += lanes) partial[0] = max(partial[0], load(scores + i));
   for (int64_t v = 1; v < kTileVectors; ++v) partial[0] = max(partial[0], partial[v]);
   return reduce_max(partial[0]);
 }
@@ -124,7 +123,7 @@ class ForwardTask {
                            key_begin, keys, [=](int64_t i, T value) { scores[i] = scores[i] * scale + value; });
   }
 
-  // weights[i] = exp(scale * scores[i] - shift) for `count` whole vectors, or what dropout leaves of it; returns the
+  // weights[i] = exp(scale * (scores[i] - shift)) for `count` whole vectors, or what dropout leaves of it; returns the
   // sum of all. Beyond them weights become zero, as far as a product of depth `keys` reads.
   template <bool kKeep>
   T exponentiate_row(const T* scores, int64_t count, int64_t keys, T scale, T shift, Left* weights) {
@@ -167,10 +166,10 @@ class ForwardTask {
       store(last, select(first_lanes<T>(lanes - (whole - seen)), load(last), Vec<T>(-kInfinity<T>)));
     }
     T& row_max = row_max_[row];
-    const T block_max = max_of_row(scores, whole, scale);
+    const T block_max = max_of_row(scores, whole);
     if (block_max > row_max) {
       if (row_max > -kInfinity<T>) {
-        const T decay = exp_of_negative(Vec<T>(row_max - block_max))[0];
+        const T decay = exp_of_negative(Vec<T>((row_max - block_max) * scale))[0];
         row_sum_[row] *= decay;
         scale_row(output_.data() + row * value_stride_, args_.sizes.value_size, decay);
       }
@@ -272,13 +271,13 @@ void forward_call(const AttentionForwardArgs& args) {
   const int64_t kv_heads = sizes.batches * sizes.kv_heads, rows = sizes.heads / sizes.kv_heads * sizes.query_length;
   const int64_t step = balanced_block(rows, kBlockRows, kRowStep), steps = ceil_div(rows, step);
   const int64_t task_rows =
-      rows <= kFewRows ? rows : step * max_of(min_of(kMostTaskBlocks, steps * kv_heads / kWantedTasks), 1);
+      has_few_rows(sizes) ? rows : step * max_of(min_of(kMostTaskBlocks, steps * kv_heads / kWantedTasks), 1);
   const int64_t pieces = ceil_div(rows, task_rows);
   parallel_for(kv_heads * pieces, grain_of(sizes, kv_heads * pieces), [&](int64_t task) {
     const int64_t index = task / pieces, begin = from_both_ends(task % pieces, pieces) * task_rows;
     const int64_t batch = index / sizes.kv_heads, kv_head = index % sizes.kv_heads;
     const int64_t count = min_of(task_rows, rows - begin);
-    if (rows <= kFewRows) {
+    if (has_few_rows(sizes)) {
       ForwardTask<Scalar, MultiplyAdds<accumulate_t<Scalar>>>(args, batch, kv_head, begin, count).run_unpacked();
       return;
     }

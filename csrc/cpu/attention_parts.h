@@ -24,6 +24,12 @@ inline int64_t from_both_ends(int64_t i, int64_t count) {
   return i % 2 == 0 ? i / 2 : count - 1 - i / 2;
 }
 
+// Whether a kv head has too few query rows to pay for packing keys and values: a step of generation. Both directions
+// then take their scores by dot(), so that they have the same bits.
+inline bool has_few_rows(const AttentionSizes& sizes) {
+  return sizes.heads / sizes.kv_heads * sizes.query_length <= 2;
+}
+
 // A call of little work stays on one thread.
 inline int64_t grain_of(const AttentionSizes& sizes, int64_t tasks) {
   const double multiply_adds = static_cast<double>(sizes.batches) * sizes.heads * sizes.query_length *
@@ -122,11 +128,16 @@ inline void scale_row(T* row, int64_t count, T factor) {
 template <class A, class B>
 inline accumulate_t<A> dot(const A* a, const B* b, int64_t count) {
   using T = accumulate_t<A>;
-  Vec<T> sum = Vec<T>::zero();
+  constexpr int64_t lanes = Vec<T>::size;
+  Vec<T> first = Vec<T>::zero(), second = Vec<T>::zero();  // short sums round less, and wait less for each other
   int64_t i = 0;
-  for (; i + Vec<T>::size <= count; i += Vec<T>::size) sum = fma(load(a + i), load(b + i), sum);
-  if (i < count) sum = fma(load(a + i, count - i), load(b + i, count - i), sum);
-  return reduce_add(sum);
+  for (; i + 2 * lanes <= count; i += 2 * lanes) {
+    first = fma(load(a + i), load(b + i), first);
+    second = fma(load(a + i + lanes), load(b + i + lanes), second);
+  }
+  if (i + lanes <= count) first = fma(load(a + i), load(b + i), first), i += lanes;
+  if (i < count) second = fma(load(a + i, count - i), load(b + i, count - i), second);
+  return reduce_add(first + second);
 }
 
 }  // namespace dlkernels::DLKERNELS_ISA

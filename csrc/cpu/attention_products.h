@@ -208,8 +208,8 @@ class TileProducts {
   bool is_exact_ = true;
 };
 
-// The weights of a softmax as products take them: exp(scale * score - shift). Where they are rounded to bfloat16 next,
-// a coarse power of two does.
+// The weights of a softmax as products take them: exp(scale * (score - shift)), in this order: the difference is exact
+// near the largest score, however large that is. Where they are rounded to bfloat16 next, a coarse power of two does.
 template <class Products>
 class Weights {
  public:
@@ -217,10 +217,11 @@ class Weights {
   explicit DLKERNELS_INLINE Weights(T scale) : scale_(kIsCoarse ? scale * kLog2E : scale) {}
 
   DLKERNELS_INLINE Vec<T> operator()(Vec<T> score, Vec<T> shift) const {
+    const Vec<T> exponent = (score - shift) * scale_;
     if constexpr (kIsCoarse) {
-      return coarse_exp2_of_negative(fma(score, scale_, -(shift * Vec<T>(kLog2E))));
+      return coarse_exp2_of_negative(exponent);
     } else {
-      return exp_of_negative(fma(score, scale_, -shift));
+      return exp_of_negative(exponent);
     }
   }
 

@@ -1,8 +1,8 @@
 // Attention forward: see cpu/attention.h for the idea, attention_pass.cuh for the passes.
 //
-// Weights are exp(score - the row's largest so far); a larger one rescales what was summed before (online softmax). The
-// lanes that share a row find its maximum together and keep their own sums until the end. Late rows, which see most
-// under a causal mask, come first.
+// Weights are exp(scale (score - the row's largest so far)); a larger one rescales what was summed before (online
+// softmax). The lanes that share a row find its maximum together and keep their own sums until the end. Late rows,
+// which see most under a causal mask, come first.
 #include "cuda/attention_parts.cuh"
 #include "cuda/attention_pass.cuh"
 
@@ -40,7 +40,7 @@ struct RowSoftmax {
       }
       largest = reduce_row(largest, Greater());
       const T shift = largest == -static_cast<T>(INFINITY) ? T(0) : largest;
-      decay[half] = exp(maximum[half] - shift);
+      decay[half] = exp((maximum[half] - shift) * rules.args.weight_scale);
       maximum[half] = largest;
       sum[half] *= decay[half];
       const uint32_t kept = rules.kept_of_row(ScorePlace(rules.block, 0, half * 2).row);
@@ -49,7 +49,7 @@ struct RowSoftmax {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           T& weight = scores[j][half * 2 + e];
-          weight = exp(weight - shift);
+          weight = exp((weight - shift) * rules.args.weight_scale);
           sum[half] += weight;
           if ((kept >> (2 * j + e) & 1) == 0) weight = T(0);
         }

@@ -28,10 +28,13 @@ __device__ void weigh(const AttentionArgs<Scalar>& args, const ScoreBlock& block
                       const accumulate_t<Scalar> (&second)[kSecondTiles][4]) {
   const ScoreRules<Scalar> rules(args, block, Pass::rows_are_queries);
   const T scale = Pass::pass == AttentionPass::mask ? T(1) : args.scale;
+  auto probability = [&](T score, const QueryStatistics<T>& of_query) {
+    // Turned products may round otherwise than forward's; of huge scores that is no small exponent. NaN stays.
+    const T difference = score > of_query.maximum ? T(0) : score - of_query.maximum;
+    return exp(difference * args.weight_scale) * of_query.factor;
+  };
   auto weight = [&](int j, int i, int64_t query, int64_t key, const QueryStatistics<T>& of_query, bool kept) {
-    const T p = rules.exists(query, key)
-                    ? exp(rules.score(scores[j][i], query, key) - of_query.maximum) * of_query.factor
-                    : T(0);
+    const T p = rules.exists(query, key) ? probability(rules.score(scores[j][i], query, key), of_query) : T(0);
     if constexpr (Pass::has_second) {
       const T grad_p = kept ? second[j][i] * args.kept : T(0);
       return p * (grad_p - of_query.dot) * scale;

@@ -60,6 +60,10 @@ struct AttentionArgs {
   AttentionMask<const void*> mask;
   bool is_causal;
   T scale, kept;  // kept: what a probability that dropout leaves is multiplied by
+  // A score is its product times score_scale (plus the mask), its weight exp((score - the row's largest) weight_scale):
+  // the difference is exact near the largest score, however large that is. One is the scale, the other 1: the second,
+  // where there is a mask or no positive scale.
+  T score_scale, weight_scale;
   uint64_t dropout_threshold;
   const uint64_t* dropout_seed;  // null without dropout
   T *maxima, *sums;              // [batches, heads, L]
@@ -364,7 +368,7 @@ struct ScoreRules {
   }
   // The score from its product.
   __device__ __forceinline__ T score(T product, int64_t query, int64_t key) const {
-    const T scaled = product * args.scale;
+    const T scaled = rounded_product(product, args.score_scale);
     if (args.mask.type == AttentionMaskType::none) return scaled;
     return scaled +
            mask_at<Scalar>(args.mask, mask_offset + query * args.mask.row_stride + key * args.mask.column_stride);
@@ -450,6 +454,8 @@ AttentionArgs<Scalar> common_args(const Given& given, void* statistics) {
   args.mask = given.mask;
   args.is_causal = given.is_causal;
   args.scale = static_cast<T>(given.scale);
+  const bool scales_last = given.mask.type == AttentionMaskType::none && args.scale > T(0);
+  args.score_scale = scales_last ? T(1) : args.scale, args.weight_scale = scales_last ? args.scale : T(1);
   args.kept = given.dropout_p < 1 ? static_cast<T>(1 / (1 - given.dropout_p)) : T(0);
   args.dropout_threshold = static_cast<uint64_t>(given.dropout_p * 0x1p32);
   args.dropout_seed = given.dropout_p > 0 ? given.dropout_seed : nullptr;

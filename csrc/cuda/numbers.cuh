@@ -73,6 +73,24 @@ __device__ __forceinline__ float16 narrow<float16>(float value) {
 #endif
 }
 
+// ---- products that stay apart --------------------------------------------------------------------------------------
+
+// a * b, rounded, whatever is added to it: the same bits in every kernel.
+__device__ __forceinline__ float rounded_product(float a, float b) {
+#if defined(DLKERNELS_SIMT)
+  return a * b;
+#else
+  return __fmul_rn(a, b);
+#endif
+}
+__device__ __forceinline__ double rounded_product(double a, double b) {
+#if defined(DLKERNELS_SIMT)
+  return a * b;
+#else
+  return __dmul_rn(a, b);
+#endif
+}
+
 // ---- dividing by what is known before the launch -------------------------------------------------------------------
 
 // Quotients of numbers below 2^31 by multiplication (Granlund and Montgomery 1994), of larger ones by division.

@@ -221,14 +221,15 @@ ForwardResult attention_kernel(const Tensor& query, const Tensor& key, const Ten
   return {output.squeeze(0), is_half ? exact_output.squeeze(0) : exact_output, statistics.squeeze(1), dropout_seed};
 }
 
-// The gradient of an argument from that of its broadcast view.
+// The gradient of an argument from that of its broadcast view. Contiguous, for the order in which torch sums follows
+// strides, as the gradient's follow those of the inputs.
 Tensor reduced_to(const Tensor& grad, const Tensor& argument) {
   if (!grad.defined() || grad.sizes() == argument.sizes()) return grad;
   if (argument.dim() >= 3 && grad.size(-3) != argument.size(-3) && argument.size(-3) > 1) {  // repeated heads
     const int64_t heads = argument.size(-3);
-    return reduced_to(grad.unflatten(-3, {heads, grad.size(-3) / heads}).sum(-3), argument);
+    return reduced_to(grad.contiguous().unflatten(-3, {heads, grad.size(-3) / heads}).sum(-3), argument);
   }
-  return at::sum_to(grad, argument.sizes());
+  return at::sum_to(grad.contiguous(), argument.sizes());
 }
 
 // Whether a gradient is summed over dimensions that its argument is broadcast along.
@@ -275,8 +276,10 @@ BackwardResult attention_backward_kernel(const Tensor& grad_output, const Tensor
   const bool wants_mask = output_mask[3] && operands.mask.defined() && operands.mask.scalar_type() != at::kBool;
   Tensor grad_mask, grad_mask_view;
   if (wants_mask) {
-    grad_mask = at::empty(attn_mask->sizes(), attn_mask->options().memory_format(std::nullopt));
-    grad_mask_view = grad_mask.expand(operands.mask.sizes());
+    const bool has_scores = operands.mask.numel() > 0;  // where not, no kernel visits the mask
+    const auto options = attn_mask->options().memory_format(std::nullopt);
+    grad_mask = has_scores ? at::empty(attn_mask->sizes(), options) : at::zeros(attn_mask->sizes(), options);
+    if (has_scores) grad_mask_view = grad_mask.expand(operands.mask.sizes());
   }
   KernelsOn(query)->attention.backward(
       {kernel_dtype(query, kName, "query"), sizes, as_argument<const void*>(grad_view),
@@ -286,7 +289,7 @@ BackwardResult attention_backward_kernel(const Tensor& grad_output, const Tensor
        as_mask_argument<const void*>(operands.mask, query.scalar_type()), is_causal, operands.scale, dropout_p,
        seed_of(dropout_seed), as_argument<void*>(grad_query), as_argument<void*>(grad_key),
        as_argument<void*>(grad_value), as_mask_argument<void*>(grad_mask_view, query.scalar_type()),
-       wants_mask ? grad_mask.numel() : 0});
+       grad_mask_view.defined() ? grad_mask.numel() : 0});
   return {reduced_to(grad_query, query), reduced_to(grad_key, key), reduced_to(grad_value, value), grad_mask};
 }
 

@@ -151,8 +151,8 @@ def _reduced_to(grad: Tensor, argument: Tensor) -> Tensor:
         return grad
     if argument.dim() >= 3 and argument.shape[-3] > 1 and grad.shape[-3] != argument.shape[-3]:
         heads = argument.shape[-3]
-        return _reduced_to(grad.unflatten(-3, (heads, grad.shape[-3] // heads)).sum(-3), argument)
-    return grad.sum_to_size(argument.shape)
+        return _reduced_to(grad.contiguous().unflatten(-3, (heads, grad.shape[-3] // heads)).sum(-3), argument)
+    return grad.contiguous().sum_to_size(argument.shape)
 
 
 @register_fake("dlkernels::attention_backward")
