@@ -108,14 +108,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         py::arg("eps"), py::arg("activation"), Released());
   m.def("conv2d", &ops::conv2d_functional, py::arg("input"), py::arg("weight"), py::arg("bias"), py::arg("stride"),
         py::arg("padding"), py::arg("dilation"), py::arg("groups"), Released());
-  m.def(
-      "cross_entropy",
-      [](const at::Tensor& logits, const at::Tensor& target, const std::optional<at::Tensor>& weight, int64_t reduction,
-         int64_t ignore_index, double label_smoothing) {
-        return std::get<0>(ops::cross_entropy(logits, target, weight, reduction, ignore_index, label_smoothing));
-      },
-      py::arg("logits"), py::arg("target"), py::arg("weight"), py::arg("reduction"), py::arg("ignore_index"),
-      py::arg("label_smoothing"), Released());
+  m.def("cross_entropy", &ops::cross_entropy_functional, py::arg("logits"), py::arg("target"), py::arg("weight"),
+        py::arg("reduction"), py::arg("ignore_index"), py::arg("label_smoothing"), Released());
   m.def(
       "attention",
       [](const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
@@ -126,16 +120,9 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       py::arg("query"), py::arg("key"), py::arg("value"), py::arg("attn_mask"), py::arg("dropout_p"),
       py::arg("is_causal"), py::arg("scale"), py::arg("enable_gqa"), Released());
   m.def("linear", &ops::linear_functional, py::arg("input"), py::arg("weight"), py::arg("bias"), Released());
-  m.def(
-      "linear_cross_entropy",
-      [](const at::Tensor& input, const at::Tensor& linear_weight, const std::optional<at::Tensor>& linear_bias,
-         const at::Tensor& target, const std::optional<at::Tensor>& weight, int64_t reduction, int64_t ignore_index,
-         double label_smoothing) {
-        return std::get<0>(ops::linear_cross_entropy(input, linear_weight, linear_bias, target, weight, reduction,
-                                                     ignore_index, label_smoothing, false));
-      },
-      py::arg("input"), py::arg("linear_weight"), py::arg("linear_bias"), py::arg("target"), py::arg("weight"),
-      py::arg("reduction"), py::arg("ignore_index"), py::arg("label_smoothing"), Released());
+  m.def("linear_cross_entropy", &ops::linear_cross_entropy_functional, py::arg("input"), py::arg("linear_weight"),
+        py::arg("linear_bias"), py::arg("target"), py::arg("weight"), py::arg("reduction"), py::arg("ignore_index"),
+        py::arg("label_smoothing"), Released());
   m.def(
       "lstm_cell",
       [](const at::Tensor& input, const at::Tensor& hx, const at::Tensor& cx, const at::Tensor& w_ih,
