@@ -272,8 +272,10 @@ ForwardResult linear_cross_entropy_autograd(const Tensor& input, const Tensor& l
   TORCH_CHECK(!wants_gradient(weight),
               "linear_cross_entropy is not differentiable with respect to argument 'weight'. "
               "This input cannot have requires_grad True.");
+  // A copy of the bias is saved: torch's layer saves none, so that it may be changed in place before backward.
+  const OptionalTensor kept_bias = is_defined(linear_bias) ? OptionalTensor(linear_bias->clone()) : linear_bias;
   ForwardResult outputs;
-  std::get<0>(outputs) = LinearCrossEntropyNode::apply(input, linear_weight, linear_bias, target, weight, reduction,
+  std::get<0>(outputs) = LinearCrossEntropyNode::apply(input, linear_weight, kept_bias, target, weight, reduction,
                                                        ignore_index, label_smoothing, wide_loss, &outputs);
   return outputs;
 }

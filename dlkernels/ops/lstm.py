@@ -297,7 +297,7 @@ def _fake_layer_backward(
     w_hr: Tensor | None,
     batch_sizes: Tensor | None,
     reverse: bool,
-    output: Tensor,
+    output: Tensor | None,
     gates: Tensor,
     cells: Tensor,
     output_mask: list[bool],
@@ -346,7 +346,8 @@ class LSTMLayerFunction(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         *tensors, ctx.reverse = inputs
         ctx.mark_non_differentiable(*output[3:])
-        ctx.save_for_backward(*tensors, output[0], *output[3:])
+        projected = tensors[7] is not None  # otherwise the output follows from the gates and cells
+        ctx.save_for_backward(*tensors, output[0].clone() if projected else None, *output[3:])
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
