@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
+from .arguments import truth
 from .registration import in_transform, register_fake, traced_as
 
 
@@ -51,6 +52,8 @@ def batch_norm(
         >>> batch_norm(images, None, None, training=True, activation="relu").flatten()
         tensor([0.0000, 0.0000, 0.4472, 1.3416])
     """
+    if training is not True and training is not False:
+        training = truth("batch_norm", "training", training)
     if not training and eps < 0:
         raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
     if training and (running_mean is None) != (running_var is None):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
+from .arguments import check_tensors
 from .cross_entropy import _reduction, loss_type
 from .registration import in_transform, register_fake, traced_as
 
@@ -54,6 +55,7 @@ def linear_cross_entropy(
     Raises:
         IndexError: a class index is outside ``[0, C)`` and not ``ignore_index``.
         ValueError: the batch sizes differ, or ``reduction`` is unknown.
+        TypeError: an argument is of a kind that has no meaning here.
         RuntimeError: any other shape or type that does not fit.
 
     Examples:
@@ -61,6 +63,8 @@ def linear_cross_entropy(
         >>> linear_cross_entropy(hidden, weight, torch.tensor([1, 2, 3, 4]))  # log 1000
         tensor(6.9078)
     """
+    if not (isinstance(input, Tensor) and isinstance(linear_weight, Tensor) and isinstance(target, Tensor)):
+        check_tensors("linear_cross_entropy", input=input, linear_weight=linear_weight, target=target)
     probabilities = target.shape == (*input.shape[:-1], *linear_weight.shape[:-1])
     if probabilities and ignore_index is not None:
         raise RuntimeError("linear_cross_entropy: ignore_index cannot be specified when target contains probabilities")
@@ -78,6 +82,10 @@ def linear_cross_entropy(
         )
     code = _reduction("linear_cross_entropy", reduction)
     if linear_weight.dim() > 2:
+        if linear_bias is not None:
+            check_tensors("linear_cross_entropy", linear_bias=linear_bias)
+        if weight is not None:
+            check_tensors("linear_cross_entropy", weight=weight)
         return _loss_of_many_outputs(
             input, linear_weight, linear_bias, target, weight, reduction, ignored, label_smoothing
         )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
+from .arguments import check_sequence_of_tensors, check_tensors, truth
 from .registration import in_transform, register_fake, traced_as
 
 
@@ -46,6 +47,8 @@ def lstm_cell(
         >>> h.shape, c.shape
         (torch.Size([4, 16]), torch.Size([4, 16]))
     """
+    if not isinstance(hx, (tuple, list)):
+        check_sequence_of_tensors("lstm_cell", "hx", hx)
     if len(hx) != 2:
         raise RuntimeError(f"lstm_cell expects two hidden states, got {len(hx)}")
     if in_transform():
@@ -100,6 +103,7 @@ def lstm(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         ``hx``.
 
     Raises:
+        TypeError: an argument is of a kind that has no meaning here.
         RuntimeError: the sequence is empty, or shapes, types or devices do not fit.
 
     Examples:
@@ -121,9 +125,11 @@ def lstm(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         data, batch_sizes, *rest = arguments
         return _stacked(data, batch_sizes, *rest)
     input, *rest, batch_first = arguments
+    if not isinstance(input, Tensor):
+        check_tensors("lstm", input=input)
     if input.dim() != 3:
         raise RuntimeError(f"lstm: input must have 3 dimensions, got {input.dim()}: {list(input.shape)}")
-    if not batch_first:
+    if not truth("lstm", "batch_first", batch_first):
         return _stacked(input, None, *rest)
     output, h_n, c_n = _stacked(input.transpose(0, 1), None, *rest)
     return output.transpose(0, 1), h_n, c_n
@@ -141,7 +147,13 @@ def _stacked(
     bidirectional: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """All layers and directions, for input with time first."""
-    directions = 2 if bidirectional else 1
+    if isinstance(num_layers, bool) or not hasattr(num_layers, "__index__"):
+        raise TypeError(f"lstm: num_layers must be an int, got {type(num_layers).__name__}")
+    check_tensors("lstm", input=input)
+    check_sequence_of_tensors("lstm", "hx", hx)
+    check_sequence_of_tensors("lstm", "params", params)
+    has_biases, train = truth("lstm", "has_biases", has_biases), truth("lstm", "train", train)
+    directions = 2 if truth("lstm", "bidirectional", bidirectional) else 1
     runs = num_layers * directions
     _check_stack(input, batch_sizes, hx, params, has_biases, num_layers, directions)
     per_run = len(params) // runs
