@@ -75,7 +75,7 @@ TORCH_LIBRARY(dlkernels, m) {
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
   // clang-format off
   m.def("batch_norm(Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? running_mean, Tensor? running_var, bool training, float eps, str? activation) -> (Tensor output, Tensor mean, Tensor variance)", tags);
-  m.def("batch_norm_backward(Tensor grad_output, Tensor input, Tensor? output, Tensor? weight, Tensor mean, Tensor variance, bool training, float eps, str? activation, ScalarType? weight_type, ScalarType? bias_type, bool[4] output_mask) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)", tags);
+  m.def("batch_norm_backward(Tensor grad_output, Tensor input, Tensor? output, Tensor? weight, Tensor? bias, Tensor mean, Tensor variance, bool training, float eps, str? activation, ScalarType? weight_type, ScalarType? bias_type, bool[4] output_mask) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)", tags);
   m.def("update_running_statistics_(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor variance, SymInt count, float momentum) -> ()", tags);
   m.def("conv2d(Tensor input, Tensor weight, Tensor? bias, SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, SymInt groups) -> Tensor", tags);
   m.def("conv2d_backward(Tensor grad_output, Tensor input, Tensor weight, SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, SymInt groups, bool[3] output_mask) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)", tags);
@@ -90,7 +90,7 @@ TORCH_LIBRARY(dlkernels, m) {
   m.def("lstm_cell(Tensor input, Tensor hx, Tensor cx, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh) -> (Tensor h, Tensor c, Tensor gates)", tags);
   m.def("lstm_cell_backward(Tensor grad_h, Tensor grad_c, Tensor input, Tensor hx, Tensor cx, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor gates, bool[6] output_mask) -> (Tensor grad_input, Tensor grad_hx, Tensor grad_cx, Tensor grad_w_ih, Tensor grad_w_hh, Tensor grad_bias)", tags);
   m.def("lstm_layer(Tensor input, Tensor h0, Tensor c0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, Tensor? batch_sizes, bool reverse) -> (Tensor output, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)", tags);
-  m.def("lstm_layer_backward(Tensor grad_output, Tensor grad_h_n, Tensor grad_c_n, Tensor input, Tensor h0, Tensor c0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, Tensor? batch_sizes, bool reverse, Tensor output, Tensor gates, Tensor cells, bool[7] output_mask) -> (Tensor grad_input, Tensor grad_h0, Tensor grad_c0, Tensor grad_w_ih, Tensor grad_w_hh, Tensor grad_bias, Tensor grad_w_hr)", tags);
+  m.def("lstm_layer_backward(Tensor grad_output, Tensor grad_h_n, Tensor grad_c_n, Tensor input, Tensor h0, Tensor c0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, Tensor? batch_sizes, bool reverse, Tensor? output, Tensor gates, Tensor cells, bool[7] output_mask) -> (Tensor grad_input, Tensor grad_h0, Tensor grad_c0, Tensor grad_w_ih, Tensor grad_w_hh, Tensor grad_bias, Tensor grad_w_hr)", tags);
   // clang-format on
 }
 
@@ -112,14 +112,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         py::arg("eps"), py::arg("activation"), Released());
   m.def("conv2d", &ops::conv2d_functional, py::arg("input"), py::arg("weight"), py::arg("bias"), py::arg("stride"),
         py::arg("padding"), py::arg("dilation"), py::arg("groups"), Released());
-  m.def(
-      "cross_entropy",
-      [](const at::Tensor& logits, const at::Tensor& target, const std::optional<at::Tensor>& weight, int64_t reduction,
-         int64_t ignore_index, double label_smoothing) {
-        return std::get<0>(ops::cross_entropy(logits, target, weight, reduction, ignore_index, label_smoothing));
-      },
-      py::arg("logits"), py::arg("target"), py::arg("weight"), py::arg("reduction"), py::arg("ignore_index"),
-      py::arg("label_smoothing"), Released());
+  m.def("cross_entropy", &ops::cross_entropy_functional, py::arg("logits"), py::arg("target"), py::arg("weight"),
+        py::arg("reduction"), py::arg("ignore_index"), py::arg("label_smoothing"), Released());
   m.def(
       "attention",
       [](const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
@@ -130,16 +124,9 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       py::arg("query"), py::arg("key"), py::arg("value"), py::arg("attn_mask"), py::arg("dropout_p"),
       py::arg("is_causal"), py::arg("scale"), py::arg("enable_gqa"), Released());
   m.def("linear", &ops::linear_functional, py::arg("input"), py::arg("weight"), py::arg("bias"), Released());
-  m.def(
-      "linear_cross_entropy",
-      [](const at::Tensor& input, const at::Tensor& linear_weight, const std::optional<at::Tensor>& linear_bias,
-         const at::Tensor& target, const std::optional<at::Tensor>& weight, int64_t reduction, int64_t ignore_index,
-         double label_smoothing) {
-        return std::get<0>(ops::linear_cross_entropy(input, linear_weight, linear_bias, target, weight, reduction,
-                                                     ignore_index, label_smoothing, false));
-      },
-      py::arg("input"), py::arg("linear_weight"), py::arg("linear_bias"), py::arg("target"), py::arg("weight"),
-      py::arg("reduction"), py::arg("ignore_index"), py::arg("label_smoothing"), Released());
+  m.def("linear_cross_entropy", &ops::linear_cross_entropy_functional, py::arg("input"), py::arg("linear_weight"),
+        py::arg("linear_bias"), py::arg("target"), py::arg("weight"), py::arg("reduction"), py::arg("ignore_index"),
+        py::arg("label_smoothing"), Released());
   m.def(
       "lstm_cell",
       [](const at::Tensor& input, const at::Tensor& hx, const at::Tensor& cx, const at::Tensor& w_ih,

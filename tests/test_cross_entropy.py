@@ -155,7 +155,7 @@ ERRORS: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] 
     "int32 target": ((LOGITS, TARGET.int()), {}, RuntimeError, "target dtype to be Long or Byte, but got Int"),
     "float target": ((LOGITS, TARGET.float()), {}, RuntimeError, "target dtype to be Long or Byte, but got Float"),
     "indices as probabilities": ((LOGITS, LOGITS.long()), {}, RuntimeError, "floating point type.*got Long"),
-    "probabilities type": ((LOGITS, LOGITS.double()), {}, RuntimeError, "Float but found Double: target"),
+    "probabilities type": ((LOGITS, LOGITS.cfloat()), {}, RuntimeError, "Expected floating point type for target"),
     "probabilities ignored": ((LOGITS, LOGITS), {"ignore_index": 1}, RuntimeError, "ignore_index.*got 1"),
     "weight size": ((LOGITS, TARGET), {"weight": torch.ones(4)}, RuntimeError, r"weight.*all 5 classes.*\[4\]"),
     "weight type": (

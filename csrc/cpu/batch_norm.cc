@@ -4,6 +4,9 @@
 //   backward   g = dy where y > 0;   dx = w / s (g - mean(g) - (x - mean) / s^2 mean(g (x - mean))),   s^2 = variance +
 //   eps
 //
+// ReLU is differentiated by its output, as torch's is, and ReLU6 by its argument, which backward computes again: its
+// output may be changed in place meanwhile.
+//
 // The elements of a channel are cut into chunks, the same ones in both layouts. A chunk's mean and sum of
 // squared deviations are found in two passes over it (it is in cache for the second), never as E[x^2] - mean^2, and the
 // chunks are merged in double in their order (Chan, Golub and LeVeque 1979). The mean stays in double: elements are
@@ -319,6 +322,31 @@ void chunk_moments(const BatchNormShape& shape, const Chunk& chunk, const Scalar
   }
 }
 
+// ---- the affine map of a channel -----------------------------------------------------------------------------------
+
+// y = (x - center) scale + offset, center being the rounded mean.
+template <class T>
+struct Affine {
+  const T *weight, *bias;
+  const double *mean, *variance;
+  double eps;
+
+  T center(int64_t c) const { return static_cast<T>(mean[c]); }
+  double exact_scale(int64_t c) const {
+    return (weight == nullptr ? 1.0 : static_cast<double>(weight[c])) / __builtin_sqrt(variance[c] + eps);
+  }
+  T scale(int64_t c) const { return static_cast<T>(exact_scale(c)); }
+  T offset(int64_t c) const {
+    const double rounded_away = mean[c] - static_cast<double>(center(c));
+    return static_cast<T>((bias == nullptr ? 0.0 : static_cast<double>(bias[c])) - rounded_away * exact_scale(c));
+  }
+};
+
+template <class T>
+DLKERNELS_INLINE Vec<T> normalized(Vec<T> x, Vec<T> center, Vec<T> scale, Vec<T> offset) {
+  return fma(x - center, scale, offset);
+}
+
 // ---- forward -------------------------------------------------------------------------------------------------------
 
 template <class Scalar>
@@ -328,10 +356,9 @@ struct Forward {
   const BatchNormShape& shape = args.shape;
   const Scalar* x = static_cast<const Scalar*>(args.input);
   const Scalar* residual = static_cast<const Scalar*>(args.residual);
-  const T* weight = static_cast<const T*>(args.weight);
-  const T* bias = static_cast<const T*>(args.bias);
   double* mean = args.mean;
   double* variance = args.variance;
+  Affine<T> affine{static_cast<const T*>(args.weight), static_cast<const T*>(args.bias), mean, variance, args.eps};
   Scalar* y = static_cast<Scalar*>(args.output);
   Chunks<T> chunks{shape};
   bool past_cache = goes_past_cache(shape, y);
@@ -341,20 +368,9 @@ struct Forward {
     mean[c] = moments.mean;
     variance[c] = moments.squares / static_cast<double>(shape.batch * shape.inner);
   }
-  // y = (x - center) scale + offset, center being the rounded mean.
-  T center(int64_t c) const { return static_cast<T>(mean[c]); }
-  double exact_scale(int64_t c) const {
-    return (weight == nullptr ? 1.0 : static_cast<double>(weight[c])) / __builtin_sqrt(variance[c] + args.eps);
-  }
-  T scale(int64_t c) const { return static_cast<T>(exact_scale(c)); }
-  T offset(int64_t c) const {
-    const double rounded_away = mean[c] - static_cast<double>(center(c));
-    return static_cast<T>((bias == nullptr ? 0.0 : static_cast<double>(bias[c])) - rounded_away * exact_scale(c));
-  }
 
-  DLKERNELS_INLINE void write(int64_t at, int64_t count, Vec<T> channel_mean, Vec<T> channel_scale,
-                              Vec<T> channel_offset) const {
-    Vec<T> out = fma(load_lanes(x + at, count) - channel_mean, channel_scale, channel_offset);
+  DLKERNELS_INLINE void write(int64_t at, int64_t count, Vec<T> center, Vec<T> scale, Vec<T> offset) const {
+    Vec<T> out = normalized(load_lanes(x + at, count), center, scale, offset);
     if (residual != nullptr) out += load_lanes(residual + at, count);
     if (shape.activation != Activation::none) out = max(Vec<T>::zero(), out);
     if (shape.activation == Activation::relu6) out = min(Vec<T>(T(6)), out);
@@ -370,7 +386,7 @@ struct Forward {
         channel_moments(shape, chunks, x, c, parts.data());
         keep(c, counts.data(), parts.data(), 1);
       }
-      const Vec<T> m = center(c), s = scale(c), b = offset(c);
+      const Vec<T> m = affine.center(c), s = affine.scale(c), b = affine.offset(c);
       for_each_vector<T>(shape, chunks.whole(), c, [&](int64_t at, int64_t count) { write(at, count, m, s, b); });
       finish_stores_past_cache();
     });
@@ -390,9 +406,11 @@ struct Forward {
       parallel_for(channels, ceil_div(1024, max_of(chunks.count, 1)),
                    [&](int64_t c) { keep(c, counts.data(), moments.data() + c, channels); });
     }
-    Scratch<T> affine(3 * channels);
-    T *centers = affine.data(), *scales = centers + channels, *offsets = scales + channels;
-    for (int64_t c = 0; c < channels; ++c) centers[c] = center(c), scales[c] = scale(c), offsets[c] = offset(c);
+    Scratch<T> constants(3 * channels);
+    T *centers = constants.data(), *scales = centers + channels, *offsets = scales + channels;
+    for (int64_t c = 0; c < channels; ++c) {
+      centers[c] = affine.center(c), scales[c] = affine.scale(c), offsets[c] = affine.offset(c);
+    }
     parallel_for(chunks.count, grain, [&](int64_t task) {
       for_each_row_vector<T>(shape, chunks[chunks.in_memory_order(chunks.count - 1 - task)],
                              [&](int64_t at, int64_t c, int64_t count) {
@@ -422,6 +440,7 @@ struct Backward {
   const T* weight = static_cast<const T*>(args.weight);
   const double* mean = args.mean;
   const double* variance = args.variance;
+  Affine<T> affine{weight, static_cast<const T*>(args.bias), mean, variance, args.eps};
   Scalar* dx = static_cast<Scalar*>(args.grad_input);
   Scalar* dresidual = static_cast<Scalar*>(args.grad_residual);
   T* dweight = static_cast<T*>(args.grad_weight);
@@ -430,14 +449,26 @@ struct Backward {
   double count = static_cast<double>(shape.batch * shape.inner);
   bool past_cache = goes_past_cache(shape, dx), residual_past_cache = goes_past_cache(shape, dresidual);
 
-  // The gradient behind the activation; NaN outputs let it pass, as torch's do.
-  DLKERNELS_INLINE Vec<T> masked(int64_t at, int64_t n) const {
+  // The gradient behind the activation, whose argument is argument(x); NaN lets it pass, as torch's activations do.
+  template <class Argument>
+  DLKERNELS_INLINE Vec<T> masked(int64_t at, int64_t n, Argument&& argument) const {
     const Vec<T> g = load_lanes(dy + at, n);
     if (shape.activation == Activation::none) return g;
-    const Vec<T> out = load_lanes(y + at, n), positive = select(out <= Vec<T>::zero(), Vec<T>::zero(), g);
-    return shape.activation == Activation::relu ? positive : select(Vec<T>(T(6)) <= out, Vec<T>::zero(), positive);
+    if (shape.activation == Activation::relu) {
+      return select(load_lanes(y + at, n) <= Vec<T>::zero(), Vec<T>::zero(), g);
+    }
+    using Range = Relu6Range<Scalar>;
+    const Vec<T> before = argument(load_lanes(x + at, n));
+    const Vec<T> positive = select(before <= Vec<T>(T(Range::low)), Vec<T>::zero(), g);
+    return select(Vec<T>(T(Range::high)) <= before, Vec<T>::zero(), positive);
   }
-  T center(int64_t c) const { return static_cast<T>(mean[c]); }
+  // The same with the constants of n channels side by side.
+  DLKERNELS_INLINE Vec<T> masked(int64_t at, int64_t n, const T* centers, const T* scales, const T* offsets) const {
+    return masked(at, n, [&](Vec<T> value) {
+      return normalized(value, load_lanes(centers, n), load_lanes(scales, n), load_lanes(offsets, n));
+    });
+  }
+  T center(int64_t c) const { return affine.center(c); }
 
   // sum_gx is the sum of g (x - center).
   Slope finish(int64_t c, double sum_g, double sum_gx) const {
@@ -452,8 +483,7 @@ struct Backward {
     return {a, sum_g / count - rounded_away * b, b};
   }
 
-  DLKERNELS_INLINE void write(int64_t at, int64_t n, Vec<T> center, Vec<T> a, Vec<T> mean_g, Vec<T> b) const {
-    const Vec<T> g = masked(at, n);
+  DLKERNELS_INLINE void write(int64_t at, int64_t n, Vec<T> g, Vec<T> center, Vec<T> a, Vec<T> mean_g, Vec<T> b) const {
     if (dresidual != nullptr) store_output(dresidual + at, g, n, residual_past_cache);
     if (dx == nullptr) return;
     if (!shape.training) return store_output(dx + at, a * g, n, past_cache);
@@ -462,10 +492,11 @@ struct Backward {
 
   void contiguous() const {
     parallel_for(shape.channels, max_of(1, 4096 / max_of(shape.batch * shape.inner, 1)), [&](int64_t c) {
-      const Vec<T> m = center(c);
+      const Vec<T> m = center(c), scale = affine.scale(c), offset = affine.offset(c);
+      auto argument = [&](Vec<T> value) { return normalized(value, m, scale, offset); };
       double sum_g = 0, sum_gx = 0;
       auto add_both = [&](Vec<T>(&sums)[2], int64_t at, int64_t n, int64_t) {
-        const Vec<T> g = masked(at, n);
+        const Vec<T> g = masked(at, n, argument);
         sums[0] += g;
         sums[1] = fma(g, load_lanes(x + at, n) - m, sums[1]);
       };
@@ -475,22 +506,26 @@ struct Backward {
       });
       const Slope slope = finish(c, sum_g, sum_gx);
       const Vec<T> a = static_cast<T>(slope.a), mean_g = static_cast<T>(slope.mean_g), b = static_cast<T>(slope.b);
-      for_each_vector<T>(shape, chunks.whole(), c, [&](int64_t at, int64_t n) { write(at, n, m, a, mean_g, b); });
+      for_each_vector<T>(shape, chunks.whole(), c,
+                         [&](int64_t at, int64_t n) { write(at, n, masked(at, n, argument), m, a, mean_g, b); });
       finish_stores_past_cache();
     });
   }
 
   void channels_last() const {
     const int64_t channels = shape.channels;
-    Scratch<T> centers(channels);
-    for (int64_t c = 0; c < channels; ++c) centers[c] = center(c);
+    Scratch<T> constants(3 * channels);
+    T *centers = constants.data(), *scales = centers + channels, *offsets = scales + channels;
+    for (int64_t c = 0; c < channels; ++c) {
+      centers[c] = center(c), scales[c] = affine.scale(c), offsets[c] = affine.offset(c);
+    }
     Scratch<double> sums(2 * max_of(chunks.count, 1) * channels);
     parallel_for(chunks.count, 1, [&](int64_t task) {
       const int64_t i = chunks.in_memory_order(task);
       auto add_both = [&](Vec<T>(&sums)[2], int64_t at, int64_t c, int64_t n) {
-        const Vec<T> g = masked(at, n);
+        const Vec<T> g = masked(at, n, centers + c, scales + c, offsets + c);
         sums[0] += g;
-        sums[1] = fma(g, load_lanes(x + at, n) - load_lanes(centers.data() + c, n), sums[1]);
+        sums[1] = fma(g, load_lanes(x + at, n) - load_lanes(centers + c, n), sums[1]);
       };
       sum_rows<T, 2>(shape, chunks[i], sums.data() + 2 * i * channels, add_both);
     });
@@ -506,11 +541,11 @@ struct Backward {
       a[c] = static_cast<T>(slope.a), mean_g[c] = static_cast<T>(slope.mean_g), b[c] = static_cast<T>(slope.b);
     });
     parallel_for(chunks.count, 1, [&](int64_t task) {
-      for_each_row_vector<T>(shape, chunks[chunks.in_memory_order(chunks.count - 1 - task)],
-                             [&](int64_t at, int64_t c, int64_t n) {
-                               write(at, n, load_lanes(centers.data() + c, n), load_lanes(a + c, n),
-                                     load_lanes(mean_g + c, n), load_lanes(b + c, n));
-                             });
+      for_each_row_vector<T>(
+          shape, chunks[chunks.in_memory_order(chunks.count - 1 - task)], [&](int64_t at, int64_t c, int64_t n) {
+            write(at, n, masked(at, n, centers + c, scales + c, offsets + c), load_lanes(centers + c, n),
+                  load_lanes(a + c, n), load_lanes(mean_g + c, n), load_lanes(b + c, n));
+          });
       finish_stores_past_cache();
     });
   }

@@ -9,6 +9,21 @@ namespace dlkernels {
 // Applied after the residual is added: y = max(0, .), or that no greater than 6.
 enum class Activation : int32_t { none, relu, relu6 };
 
+// ReLU6 lets gradients pass where its argument, once rounded to Scalar, lies between 0 and 6. The largest argument that
+// rounds to 0, and the smallest that rounds to 6: ties go to these two, which are even.
+template <class Scalar>
+struct Relu6Range {
+  static constexpr double low = 0, high = 6;
+};
+template <>
+struct Relu6Range<bfloat16> {
+  static constexpr double low = 0x1p-134, high = 6 - 0x1p-6;
+};
+template <>
+struct Relu6Range<float16> {
+  static constexpr double low = 0x1p-25, high = 6 - 0x1p-9;
+};
+
 struct BatchNormShape {
   DType dtype;                     // of input, residual, output and their gradients
   int64_t batch, channels, inner;  // [batch][channels][inner], or [batch][inner][channels] when channels_last
@@ -33,8 +48,9 @@ struct BatchNormBackwardArgs {
   BatchNormShape shape;
   const void* grad_output;  // T like input
   const void* input;        // T
-  const void* output;       // T, what forward wrote; read only with an activation
+  const void* output;       // T, what forward wrote; read only with ReLU
   const void* weight;       // A [channels], or null
+  const void* bias;         // A [channels], or null; read only with ReLU6, whose argument (no residual) is found again
   const double* mean;       // [channels]
   const double* variance;   // [channels]
   double eps;

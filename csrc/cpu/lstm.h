@@ -39,7 +39,7 @@ struct LstmBackwardArgs {
   const void* grad_output;  // T [rows][output_size], or null for zero
   const void* grad_h_n;     // T [batch][output_size], or null for zero
   const void* grad_c_n;     // T [batch][hidden_size], or null for zero
-  const void* output;       // T, as forward left it; not read with a single step and no projection
+  const void* output;       // T, as forward left it; read only with a projection, else it follows from gates and cells
   const void* gates;        // A, as forward left it
   const void* cells;        // A, as forward left it; null with a single step: they follow from the gates
   void* grad_input;         // T, each shaped as what it is the gradient of, or null when it is not wanted

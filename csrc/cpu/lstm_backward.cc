@@ -218,17 +218,33 @@ class BackwardPass {
 
   void join_rows(const Member& member) {
     member.for_share(layer_.steps, [&](int64_t turn) {
-      const auto before = state_before<Scalar>(sequence_, turn, static_cast<const Scalar*>(args_.output),
-                                               static_cast<const Scalar*>(layer_.h0), outputs_);
       for (int64_t i = 0; i < sequence_.size(turn); ++i) {
         const int64_t row = sequence_.offset(turn) + i;
         Scalar* joined = joined_rows_.data() + row * joined_;
         const Scalar* input = static_cast<const Scalar*>(layer_.input) + row * layer_.input_row_stride;
         __builtin_memcpy(joined, input, static_cast<size_t>(joined_inputs_) * sizeof(Scalar));
-        __builtin_memcpy(joined + joined_inputs_, before(i),
-                         static_cast<size_t>(joined_ - joined_inputs_) * sizeof(Scalar));
+        if (joined_ > joined_inputs_) write_hidden_before(turn, i, joined + joined_inputs_);
       }
     });
+  }
+  // h_(t-1) of sequence i. Without a projection it is computed again, as forward did: the output is the caller's, who
+  // may have changed it.
+  void write_hidden_before(int64_t turn, int64_t i, Scalar* hidden) const {
+    if (layer_.projection_size > 0 || i >= sequence_.continued(turn)) {
+      const auto before = state_before<Scalar>(sequence_, turn, static_cast<const Scalar*>(args_.output),
+                                               static_cast<const Scalar*>(layer_.h0), outputs_);
+      __builtin_memcpy(hidden, before(i), static_cast<size_t>(outputs_) * sizeof(Scalar));
+      return;
+    }
+    const int64_t row = sequence_.offset(turn - 1) + i;
+    for (int64_t u = 0; u < H_; u += Vec<T>::size) {
+      const int64_t lanes = min_of(Vec<T>::size, H_ - u);
+      store_lanes(hidden + u, unprojected(row, u, lanes), lanes);
+    }
+  }
+  // o tanh(c) of a row.
+  DLKERNELS_INLINE Vec<T> unprojected(int64_t row, int64_t u, int64_t lanes) const {
+    return load(gates_ + (row * kGates + 3) * H_ + u, lanes) * tanh(load(cells_ + row * H_ + u, lanes));
   }
   Matrix<Scalar> w_ih() const { return {static_cast<const Scalar*>(layer_.w_ih), layer_.input_size, 1}; }
 
@@ -322,16 +338,15 @@ class BackwardPass {
 
   // dW_hr = sum over rows of dh_t r_t^T; r_t = o tanh(c) is computed again.
   void finish_projection() {
-    const Scratch<Factor> unprojected(layer_.rows * H_);
+    const Scratch<Factor> hidden(layer_.rows * H_);
     parallel_for(layer_.rows, 16, [&](int64_t row) {
       for (int64_t u = 0; u < H_; u += Vec<T>::size) {
         const int64_t lanes = min_of(Vec<T>::size, H_ - u);
-        const Vec<T> out = load(gates_ + (row * kGates + 3) * H_ + u, lanes);
-        store(unprojected.data() + row * H_ + u, out * tanh(load(cells_ + row * H_ + u, lanes)), lanes);
+        store(hidden.data() + row * H_ + u, unprojected(row, u, lanes), lanes);
       }
     });
     product(outputs_, H_, layer_.rows, Matrix<Factor>{grad_hidden_.data(), 1, outputs_},
-            Matrix<Factor>{unprojected.data(), H_, 1}, args_.grad_w_hr);
+            Matrix<Factor>{hidden.data(), H_, 1}, args_.grad_w_hr);
   }
 
   const LstmBackwardArgs& args_;

@@ -15,7 +15,10 @@
 // to begin where the cache is warm. Backward: the same with sums of g and of g (x - mean). Elements are centred on the
 // mean as rounded, and what was rounded away is folded into the constants.
 //
-// Memory-bound: three passes over x or y forward, five over x, dy and dx backward, and two over y with an activation.
+// ReLU is differentiated by its output, as torch's is, and ReLU6 by its argument, which backward computes again: its
+// output may be changed in place meanwhile.
+//
+// Memory-bound: three passes over x or y forward, five over x, dy and dx backward, and two over y with ReLU.
 #include "cpu/batch_norm.h"
 #include "cuda/numbers.cuh"
 #include "cuda/reduce.cuh"
@@ -196,6 +199,7 @@ template <class T>
 struct Affine {
   T center, scale, shift;
 
+  __device__ __forceinline__ T operator()(T x) const { return (x - center) * scale + shift; }
   __device__ static Affine of(double mean, double variance, double eps, const T* weight, const T* bias,
                               int64_t channel) {
     const double factor = (weight == nullptr ? 1.0 : static_cast<double>(weight[channel])) / sqrt(variance + eps);
@@ -244,7 +248,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (residual != nullptr) load_pack(residual + offset, added);
 #pragma unroll
     for (int e = 0; e < kPack; ++e) {
-      T out = (values[e] - affine[e].center) * affine[e].scale + affine[e].shift;
+      T out = affine[e](values[e]);
       if (residual != nullptr) out += added[e];
       if (activation != Activation::none && out < T(0)) out = T(0);  // NaN stays
       if (activation == Activation::relu6 && out > T(6)) out = T(6);
@@ -269,31 +273,52 @@ struct AddSums {
   }
 };
 
-// Gradients behind the activation, whose output is null without one; NaN outputs let them pass, as torch's do.
-template <class Scalar, int kPack>
-__device__ __forceinline__ void load_gradients(const Scalar* grad_output, const Scalar* output, Activation activation,
-                                               int64_t offset, accumulate_t<Scalar> (&gradients)[kPack]) {
+// The activation in backward: known by its output, or by the map that makes its argument, or neither where there is
+// none.
+template <class Scalar>
+struct Gate {
   using T = accumulate_t<Scalar>;
-  load_pack(grad_output + offset, gradients);
-  if (output == nullptr) return;
-  T outputs[kPack];
-  load_pack(output + offset, outputs);
-#pragma unroll
-  for (int e = 0; e < kPack; ++e) {
-    const bool stops = outputs[e] <= T(0) || (activation == Activation::relu6 && outputs[e] >= T(6));
-    if (stops) gradients[e] = T(0);
+  const Scalar* output;      // of ReLU, or null
+  const Affine<T>* affines;  // with ReLU6, or null
+
+  template <int kPack>
+  __device__ __forceinline__ void take_affines(const Share<kPack>& share, Affine<T> (&affine)[kPack]) const {
+    if (affines != nullptr) share.for_places(affine, [&](int64_t channel) { return affines[channel]; });
   }
-}
+
+  // Gradients behind the activation, from the pack of the input; NaN lets them pass, as torch's activations do.
+  template <int kPack>
+  __device__ __forceinline__ void stop(int64_t offset, const T (&values)[kPack], const Affine<T> (&affine)[kPack],
+                                       T (&gradients)[kPack]) const {
+    if (output != nullptr) {
+      T outputs[kPack];
+      load_pack(output + offset, outputs);
+#pragma unroll
+      for (int e = 0; e < kPack; ++e) {
+        if (outputs[e] <= T(0)) gradients[e] = T(0);
+      }
+    } else if (affines != nullptr) {
+      using Range = Relu6Range<Scalar>;
+#pragma unroll
+      for (int e = 0; e < kPack; ++e) {
+        const T argument = affine[e](values[e]);
+        if (argument <= T(Range::low) || argument >= T(Range::high)) gradients[e] = T(0);
+      }
+    }
+  }
+};
 
 template <class Scalar, int kPack>
 __global__ void __launch_bounds__(kThreads, 1)
-    sum_gradients(Layout layout, const Scalar* grad_output, const Scalar* input, const Scalar* output,
-                  Activation activation, const double* mean, GradientSums* partials) {
+    sum_gradients(Layout layout, const Scalar* grad_output, const Scalar* input, Gate<Scalar> gate, const double* mean,
+                  GradientSums* partials) {
   using T = accumulate_t<Scalar>;
   const Share<kPack> share(layout, blockIdx.x);
   GradientSums sums[kPack] = {};
   if (share.exists()) {
     T center[kPack], gradient[kPack] = {}, product[kPack] = {};
+    Affine<T> affine[kPack] = {};
+    gate.take_affines(share, affine);
     share.for_places(center, [&](int64_t channel) { return static_cast<T>(mean[channel]); });
     int run = 0;
     auto widen_sums = [&] {
@@ -306,7 +331,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     share.for_each([&](int64_t offset) {
       T values[kPack], gradients[kPack];
       load_pack(input + offset, values);
-      load_gradients(grad_output, output, activation, offset, gradients);
+      load_pack(grad_output + offset, gradients);
+      gate.stop(offset, values, affine, gradients);
 #pragma unroll
       for (int e = 0; e < kPack; ++e) {
         gradient[e] += gradients[e];
@@ -348,20 +374,22 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 template <class Scalar, int kPack>
 __global__ void __launch_bounds__(kThreads, 1)
-    differentiate(Layout layout, bool training, const Scalar* grad_output, const Scalar* input, const Scalar* output,
-                  Activation activation, const Derivative<accumulate_t<Scalar>>* derivatives, Scalar* grad_input,
-                  Scalar* grad_residual) {
+    differentiate(Layout layout, bool training, const Scalar* grad_output, const Scalar* input, Gate<Scalar> gate,
+                  const Derivative<accumulate_t<Scalar>>* derivatives, Scalar* grad_input, Scalar* grad_residual) {
   using T = accumulate_t<Scalar>;
   const Share<kPack> share(layout, gridDim.x - 1 - blockIdx.x);
   if (!share.exists()) return;
   Derivative<T> derivative[kPack];
   share.for_places(derivative, [&](int64_t channel) { return derivatives[channel]; });
+  Affine<T> affine[kPack] = {};
+  gate.take_affines(share, affine);
   share.for_each([&](int64_t offset) {
     T gradients[kPack], values[kPack] = {};
-    load_gradients(grad_output, output, activation, offset, gradients);
+    load_pack(grad_output + offset, gradients);
+    if (training || gate.affines != nullptr) load_pack(input + offset, values);
+    gate.stop(offset, values, affine, gradients);
     if (grad_residual != nullptr) store_pack(grad_residual + offset, gradients);
     if (grad_input == nullptr) return;
-    if (training) load_pack(input + offset, values);
 #pragma unroll
     for (int e = 0; e < kPack; ++e) {
       const Derivative<T>& d = derivative[e];
@@ -413,20 +441,27 @@ void backward_typed(const BatchNormBackwardArgs& args) {
   using T = accumulate_t<Scalar>;
   const Scalar* grad_output = static_cast<const Scalar*>(args.grad_output);
   const Scalar* input = static_cast<const Scalar*>(args.input);
-  const Scalar* output = args.shape.activation != Activation::none ? static_cast<const Scalar*>(args.output) : nullptr;
+  const T* weight = static_cast<const T*>(args.weight);
   const int64_t channels = args.shape.channels;
   Derivative<T>* derivatives = workspace<Derivative<T>>(channels);
+  Gate<Scalar> gate = {};
+  if (args.shape.activation == Activation::relu) gate.output = static_cast<const Scalar*>(args.output);
+  if (args.shape.activation == Activation::relu6) {
+    Affine<T>* affines = workspace<Affine<T>>(channels);
+    launch({ceil_div(channels, kThreads), kThreads}, take_moments<T>, channels, weight,
+           static_cast<const T*>(args.bias), args.eps, args.mean, args.variance, affines);
+    gate.affines = affines;
+  }
   with_layout<Scalar>(args.shape, [&](auto pack, const Layout& layout) {
     GradientSums* partials = workspace<GradientSums>(layout.parts * channels);
     launch({layout.blocks(), kThreads, kExchangeBytes<GradientSums>}, sum_gradients<Scalar, pack()>, layout,
-           grad_output, input, output, args.shape.activation, args.mean, partials);
+           grad_output, input, gate, args.mean, partials);
     launch({channels, kThreads, kExchangeBytes<GradientSums>}, finish_gradients<T>, layout, partials,
-           args.shape.training, static_cast<const T*>(args.weight), args.mean, args.variance, args.eps, derivatives,
+           args.shape.training, weight, args.mean, args.variance, args.eps, derivatives,
            static_cast<T*>(args.grad_weight), static_cast<T*>(args.grad_bias));
     if (args.grad_input == nullptr && args.grad_residual == nullptr) return;
     launch({layout.blocks(), kThreads}, differentiate<Scalar, pack()>, layout, args.shape.training, grad_output, input,
-           output, args.shape.activation, derivatives, static_cast<Scalar*>(args.grad_input),
-           static_cast<Scalar*>(args.grad_residual));
+           gate, derivatives, static_cast<Scalar*>(args.grad_input), static_cast<Scalar*>(args.grad_residual));
   });
 }
 

@@ -122,17 +122,29 @@ __global__ void __launch_bounds__(kStepThreads, 1) take_steps_back(BackwardStep<
   }
 }
 
-// h before every row: of the step before, or h0.
+// o tanh(c) of a row's unit.
+template <class Scalar, class T = accumulate_t<Scalar>>
+__device__ __forceinline__ Scalar unprojected_of(const T* gates, const T* cells, int64_t H, int64_t row, int64_t unit) {
+  return narrow<Scalar>(gates[(row * kGates + 3) * H + unit] * tanh(cells[row * H + unit]));
+}
+
+// h before every row: of the step before, or h0. Without a projection (`output` is null then) it is computed again: the
+// output is the caller's, who may have changed it.
 template <class Scalar>
 __global__ void __launch_bounds__(kStepThreads, 1)
-    gather_hidden(Steps steps, int64_t rows, int64_t outputs, const Scalar* output, const Scalar* h0, int64_t stride,
-                  Scalar* before) {
+    gather_hidden(Steps steps, int64_t rows, int64_t outputs, const Scalar* output, const accumulate_t<Scalar>* gates,
+                  const accumulate_t<Scalar>* cells, const Scalar* h0, int64_t stride, Scalar* before) {
   const int64_t i = int64_t{blockIdx.x} * kStepThreads + threadIdx.x, row = i / outputs, place = i % outputs;
   if (row >= rows) return;
   const int64_t step = steps.step_of_row(row), sequence = row - steps.first_row(step), earlier = steps.before(step);
-  before[row * stride + place] = sequence < steps.running(earlier)
-                                     ? output[(steps.first_row(earlier) + sequence) * outputs + place]
-                                     : h0[sequence * outputs + place];
+  Scalar& hidden = before[row * stride + place];
+  if (sequence >= steps.running(earlier)) {
+    hidden = h0[sequence * outputs + place];
+    return;
+  }
+  const int64_t row_before = steps.first_row(earlier) + sequence;
+  hidden = output != nullptr ? output[row_before * outputs + place]
+                             : unprojected_of<Scalar>(gates, cells, outputs, row_before, place);
 }
 
 // o tanh(c) of every row.
@@ -141,8 +153,7 @@ __global__ void __launch_bounds__(kStepThreads, 1)
     compute_unprojected(int64_t rows, int64_t H, const accumulate_t<Scalar>* gates, const accumulate_t<Scalar>* cells,
                         int64_t stride, Scalar* unprojected) {
   const int64_t i = int64_t{blockIdx.x} * kStepThreads + threadIdx.x, row = i / H, unit = i % H;
-  if (row < rows)
-    unprojected[row * stride + unit] = narrow<Scalar>(gates[(row * kGates + 3) * H + unit] * tanh(cells[i]));
+  if (row < rows) unprojected[row * stride + unit] = unprojected_of<Scalar>(gates, cells, H, row, unit);
 }
 
 // left^T right over all rows of the layer.
@@ -224,7 +235,8 @@ void backward_typed(const LstmBackwardArgs& args) {
     const int64_t stride = whole_chunks<Scalar>(step.outputs);
     Scalar* before = workspace<Scalar>(rows * stride);
     launch({ceil_div(rows * step.outputs, kStepThreads), kStepThreads}, gather_hidden<Scalar>, step.steps, rows,
-           step.outputs, static_cast<const Scalar*>(args.output), static_cast<const Scalar*>(layer.h0), stride, before);
+           step.outputs, step.projects ? static_cast<const Scalar*>(args.output) : nullptr, step.gates, step.cells,
+           static_cast<const Scalar*>(layer.h0), stride, before);
     multiply_rows(rows, grad_gates, width, Lines<Scalar>(before, rows, step.outputs, stride), step.outputs,
                   args.grad_w_hh);
   }

@@ -1,6 +1,6 @@
 // Scaled dot-product attention for torch: boolean and additive masks of any broadcastable shape, causal masks, dropout,
-// grouped queries, broadcast batch dimensions. Saves its inputs, the output (also in float32 where it is a half type),
-// two numbers a row (statistics) and the seed of dropout.
+// grouped queries, broadcast batch dimensions. Saves its inputs (a boolean mask as a copy), the output (also in float32
+// where it is a half type), two numbers a row (statistics) and the seed of dropout.
 #include "ops/attention.h"
 
 #include <ATen/ATen.h>
@@ -410,6 +410,17 @@ BackwardResult attention_backward_autograd(const Tensor& grad_output, const Tens
   return {grads[0], grads[1], grads[2], grads[3]};
 }
 
+// A boolean mask may be changed after the call, as torch allows, which converts it: what is saved is a copy of what it
+// holds, without the repetitions of an expanded one.
+Tensor mask_to_save(const OptionalTensor& mask) {
+  if (!is_defined(mask) || mask->scalar_type() != at::kBool) return value_or_undefined(mask);
+  Tensor once = *mask;
+  for (int64_t d = 0; d < mask->dim(); ++d) {
+    if (mask->sym_stride(d) == 0 && mask->sym_size(d) > 1) once = once.narrow(d, 0, 1);
+  }
+  return once.clone().expand_symint(mask->sym_sizes());
+}
+
 // Only the attention is an output of the node; what is saved reaches the caller through `saved_outputs`, without
 // history.
 struct AttentionNode : torch::autograd::Function<AttentionNode> {
@@ -422,7 +433,7 @@ struct AttentionNode : torch::autograd::Function<AttentionNode> {
     *saved_outputs = attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa);
     const auto& [output, exact_output, statistics, dropout_seed] = *saved_outputs;
     ctx->save_for_backward(
-        {query, key, value, value_or_undefined(attn_mask), output, exact_output, statistics, dropout_seed});
+        {query, key, value, mask_to_save(attn_mask), output, exact_output, statistics, dropout_seed});
     ctx->saved_data["dropout_p"] = dropout_p;
     ctx->saved_data["is_causal"] = is_causal;
     ctx->saved_data["scale"] = scale;

@@ -1,6 +1,8 @@
 // Batch normalisation for torch: [N, C] to [N, C, D, H, W], contiguous or channels last, parameters in the input's type
 // or in float32 for half inputs, fused residual and ReLU. Saves the input, the mean and the variance of each channel,
-// and with ReLU the output. Running statistics are moved by an operator of their own, so that this one changes nothing.
+// with ReLU the output, and with ReLU6 the bias, or after a residual a mask: what torch's layers let a program change
+// in place may be changed here. Running statistics are moved by an operator of their own, so that this one changes
+// nothing.
 #include "ops/batch_norm.h"
 
 #include <ATen/ATen.h>
@@ -139,15 +141,18 @@ ForwardResult batch_norm_kernel(const Tensor& input, const OptionalTensor& weigh
 }
 
 BackwardResult batch_norm_backward_kernel(const Tensor& grad_output, const Tensor& input, const OptionalTensor& output,
-                                          const OptionalTensor& weight, const Tensor& mean, const Tensor& variance,
-                                          bool training, double eps, OptionalName activation, OptionalType weight_type,
-                                          OptionalType bias_type, std::array<bool, 4> output_mask) {
+                                          const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& mean,
+                                          const Tensor& variance, bool training, double eps, OptionalName activation,
+                                          OptionalType weight_type, OptionalType bias_type,
+                                          std::array<bool, 4> output_mask) {
   TORCH_CHECK(grad_output.sizes() == input.sizes(), "batch_norm_backward: grad_output must have the shape of input, ",
               input.sizes(), ", got ", grad_output.sizes());
   const at::MemoryFormat format = dense_format(input);
   const Tensor dense_input = input.contiguous(format), dense_grad = grad_output.contiguous(format);
-  const Tensor dense_output = activation ? output->contiguous(format) : Tensor();
-  const Tensor wide_weight = widened(weight, input);
+  const bool needs_output = activation_of(activation) == Activation::relu;
+  TORCH_CHECK(!needs_output || is_defined(output), "batch_norm_backward: output must be given with activation 'relu'");
+  const Tensor dense_output = needs_output ? output->contiguous(format) : Tensor();
+  const Tensor wide_weight = widened(weight, input), wide_bias = widened(bias, input);
   const auto options = input.options().memory_format(format);
   const auto parameters = mean.options().dtype(accumulate_type(input.scalar_type()));
   const int64_t channels = channels_of(input);
@@ -161,7 +166,7 @@ BackwardResult batch_norm_backward_kernel(const Tensor& grad_output, const Tenso
   } else {
     KernelsOn(input)->batch_norm.backward(
         {shape_of(dense_input, format, activation, training), dense_grad.const_data_ptr(), dense_input.const_data_ptr(),
-         data_or_null(dense_output), data_or_null(wide_weight), mean.const_data_ptr<double>(),
+         data_or_null(dense_output), data_or_null(wide_weight), data_or_null(wide_bias), mean.const_data_ptr<double>(),
          variance.const_data_ptr<double>(), eps, mutable_data_or_null(grad_input), mutable_data_or_null(grad_residual),
          mutable_data_or_null(grad_weight), mutable_data_or_null(grad_bias)});
   }
@@ -190,12 +195,17 @@ ForwardResult batch_norm(const Tensor& input, const OptionalTensor& weight, cons
 }
 
 BackwardResult batch_norm_backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& output,
-                                   const OptionalTensor& weight, const Tensor& mean, const Tensor& variance,
-                                   bool training, double eps, OptionalName activation, OptionalType weight_type,
-                                   OptionalType bias_type, std::array<bool, 4> output_mask) {
+                                   const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& mean,
+                                   const Tensor& variance, bool training, double eps, OptionalName activation,
+                                   OptionalType weight_type, OptionalType bias_type, std::array<bool, 4> output_mask) {
   static const auto op = find_operator<decltype(batch_norm_backward_kernel)>("dlkernels::batch_norm_backward");
-  return op.call(grad_output, input, output, weight, mean, variance, training, eps, activation, weight_type, bias_type,
-                 output_mask);
+  return op.call(grad_output, input, output, weight, bias, mean, variance, training, eps, activation, weight_type,
+                 bias_type, output_mask);
+}
+
+// Where ReLU6 with this argument, or this output, lets no gradient pass.
+Tensor stopped_by_relu6(const Tensor& values) {
+  return values.le(0).logical_or_(values.ge(6));
 }
 
 // inputs: input, weight, bias, residual. Statistics are recomputed when training, since they depend on the input.
@@ -223,35 +233,43 @@ Tensor composed_output(const variable_list& inputs, const Tensor& mean, const Te
 
 struct BatchNormBackwardNode : torch::autograd::Function<BatchNormBackwardNode> {
   static variable_list forward(AutogradContext* ctx, const Tensor& grad_output, const Tensor& input,
-                               const OptionalTensor& output, const OptionalTensor& weight, const Tensor& mean,
-                               const Tensor& variance, bool training, double eps, OptionalName activation,
-                               OptionalType weight_type, OptionalType bias_type, std::array<bool, 4> output_mask) {
+                               const OptionalTensor& output, const OptionalTensor& weight, const OptionalTensor& bias,
+                               const Tensor& mean, const Tensor& variance, bool training, double eps,
+                               OptionalName activation, OptionalType weight_type, OptionalType bias_type,
+                               std::array<bool, 4> output_mask) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    ctx->save_for_backward(
-        {grad_output, input, value_or_undefined(output), value_or_undefined(weight), mean, variance});
+    ctx->save_for_backward({grad_output, input, value_or_undefined(output), value_or_undefined(weight),
+                            value_or_undefined(bias), mean, variance});
     ctx->saved_data["training"] = training;
     ctx->saved_data["eps"] = eps;
     ctx->saved_data["activation"] = static_cast<int64_t>(activation_of(activation));
     ctx->set_materialize_grads(false);
     auto [grad_input, grad_weight, grad_bias, grad_residual] =
-        batch_norm_backward(grad_output, input, output, weight, mean, variance, training, eps, activation, weight_type,
-                            bias_type, output_mask);
+        batch_norm_backward(grad_output, input, output, weight, bias, mean, variance, training, eps, activation,
+                            weight_type, bias_type, output_mask);
     return with_placeholders({grad_input, grad_weight, grad_bias, grad_residual}, input);
+  }
+
+  // Where the activation lets gradients pass; undefined without one.
+  static Tensor passing(Activation activation, const variable_list& saved, bool training, double eps) {
+    at::AutoGradMode disable(false);
+    if (activation == Activation::relu) return saved[2].le(0).logical_not();
+    if (activation == Activation::none) return {};
+    const variable_list inputs = {saved[1], saved[3], saved[4], Tensor()};
+    return stopped_by_relu6(composed_output(inputs, saved[5], saved[6], training, eps, std::nullopt)).logical_not();
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const variable_list saved = ctx->get_saved_variables();
-    const Tensor &grad_output = saved[0], &input = saved[1], &output = saved[2], &weight = saved[3];
-    const Tensor &mean = saved[4], &variance = saved[5];
+    const Tensor &grad_output = saved[0], &input = saved[1], &weight = saved[3];
+    const Tensor &mean = saved[5], &variance = saved[6];
     const bool training = ctx->saved_data["training"].toBool();
     const double eps = ctx->saved_data["eps"].toDouble();
     // Activations are piecewise linear: behind their mask the formula is that of plain batch norm.
-    const OptionalName activation = name_of(ctx->saved_data["activation"].toInt());
-    Tensor masked_grad = grad_output, mask;
-    if (activation) {
+    const Tensor mask = passing(static_cast<Activation>(ctx->saved_data["activation"].toInt()), saved, training, eps);
+    Tensor masked_grad = grad_output;
+    if (mask.defined()) {
       at::AutoGradMode enable(true);
-      mask = output.detach().le(0).logical_not();
-      if (activation_of(activation) == Activation::relu6) mask = mask.logical_and(output.detach().ge(6).logical_not());
       masked_grad = grad_output * mask;
     }
     // The bias and the residual enter linearly: their gradients' gradients reach grad_output alone.
@@ -269,8 +287,8 @@ struct BatchNormBackwardNode : torch::autograd::Function<BatchNormBackwardNode> 
       accumulate(grads[2].to(input.scalar_type()).reshape(broadcast).expand_as(input));
     }
     accumulate(grads[3]);
-    if (activation && grad_grad_output.defined()) grad_grad_output = grad_grad_output * mask;
-    variable_list result(12);
+    if (mask.defined() && grad_grad_output.defined()) grad_grad_output = grad_grad_output * mask;
+    variable_list result(13);
     result[0] = grad_grad_output;
     result[1] = second[0];
     result[3] = second[1];
@@ -280,17 +298,18 @@ struct BatchNormBackwardNode : torch::autograd::Function<BatchNormBackwardNode> 
 
 BackwardResult batch_norm_backward_autograd(const Tensor& grad_output, const Tensor& input,
                                             const OptionalTensor& output, const OptionalTensor& weight,
-                                            const Tensor& mean, const Tensor& variance, bool training, double eps,
-                                            OptionalName activation, OptionalType weight_type, OptionalType bias_type,
+                                            const OptionalTensor& bias, const Tensor& mean, const Tensor& variance,
+                                            bool training, double eps, OptionalName activation,
+                                            OptionalType weight_type, OptionalType bias_type,
                                             std::array<bool, 4> output_mask) {
   if (!must_record(grad_output, input, weight)) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    return batch_norm_backward(grad_output, input, output, weight, mean, variance, training, eps, activation,
+    return batch_norm_backward(grad_output, input, output, weight, bias, mean, variance, training, eps, activation,
                                weight_type, bias_type, output_mask);
   }
   const variable_list grads =
-      without_placeholders(BatchNormBackwardNode::apply(grad_output, input, output, weight, mean, variance, training,
-                                                        eps, activation, weight_type, bias_type, output_mask),
+      without_placeholders(BatchNormBackwardNode::apply(grad_output, input, output, weight, bias, mean, variance,
+                                                        training, eps, activation, weight_type, bias_type, output_mask),
                            output_mask);
   return {grads[0], grads[1], grads[2], grads[3]};
 }
@@ -305,10 +324,18 @@ struct BatchNormNode : torch::autograd::Function<BatchNormNode> {
     at::AutoDispatchBelowADInplaceOrView guard;
     *saved_outputs = batch_norm(input, weight, bias, residual, running_mean, running_var, training, eps, activation);
     const auto& [output, mean, variance] = *saved_outputs;
-    ctx->save_for_backward({input, value_or_undefined(weight), mean, variance, activation ? output : Tensor()});
+    const Activation applied = activation_of(activation);
+    Tensor kept_bias, stopped;
+    if (applied == Activation::relu6 && is_defined(residual)) {
+      stopped = stopped_by_relu6(output);
+    } else if (applied == Activation::relu6 && is_defined(bias)) {
+      kept_bias = bias->clone();  // which torch does not save
+    }
+    ctx->save_for_backward({input, value_or_undefined(weight), mean, variance,
+                            applied == Activation::relu ? output : Tensor(), kept_bias, stopped});
     ctx->saved_data["training"] = training;
     ctx->saved_data["eps"] = eps;
-    ctx->saved_data["activation"] = static_cast<int64_t>(activation_of(activation));
+    ctx->saved_data["activation"] = static_cast<int64_t>(applied);
     ctx->saved_data["has_residual"] = is_defined(residual);
     if (is_defined(weight)) ctx->saved_data["weight_type"] = static_cast<int64_t>(weight->scalar_type());
     if (is_defined(bias)) ctx->saved_data["bias_type"] = static_cast<int64_t>(bias->scalar_type());
@@ -324,10 +351,12 @@ struct BatchNormNode : torch::autograd::Function<BatchNormNode> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const variable_list saved = ctx->get_saved_variables();
     const OptionalType weight_type = saved_type(ctx, "weight_type"), bias_type = saved_type(ctx, "bias_type");
+    const Tensor& stopped = saved[6];
     auto [grad_input, grad_weight, grad_bias, grad_residual] = batch_norm_backward(
-        grads[0], saved[0], optional_of(saved[4]), optional_of(saved[1]), saved[2], saved[3],
-        ctx->saved_data["training"].toBool(), ctx->saved_data["eps"].toDouble(),
-        name_of(ctx->saved_data["activation"].toInt()), weight_type, bias_type,
+        stopped.defined() ? grads[0].masked_fill(stopped, 0) : grads[0], saved[0], optional_of(saved[4]),
+        optional_of(saved[1]), optional_of(saved[5]), saved[2], saved[3], ctx->saved_data["training"].toBool(),
+        ctx->saved_data["eps"].toDouble(),
+        stopped.defined() ? std::nullopt : name_of(ctx->saved_data["activation"].toInt()), weight_type, bias_type,
         needed_gradients<4>(
             ctx, {true, weight_type.has_value(), bias_type.has_value(), ctx->saved_data["has_residual"].toBool()}));
     variable_list result(10);

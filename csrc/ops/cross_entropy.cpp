@@ -15,6 +15,13 @@ bool has_class_probabilities(const Tensor& target) {
   return at::isFloatingType(target.scalar_type());
 }
 
+at::ScalarType loss_type(at::ScalarType logits, const Tensor& target, const OptionalTensor& weight) {
+  if (!has_class_probabilities(target)) return logits;
+  at::ScalarType type = c10::promoteTypes(logits, target.scalar_type());
+  if (is_defined(weight)) type = c10::promoteTypes(type, weight->scalar_type());
+  return at::isFloatingType(type) ? type : logits;  // the operator refuses the others
+}
+
 namespace {
 
 int64_t class_dimension(at::IntArrayRef logits) {
@@ -87,27 +94,57 @@ void check_target_range(const char* name, const Tensor& target, int64_t classes,
   }
 }
 
+namespace {
+
+// A class for every row, [N, 1, d1, ...] for [N, C, d1, ...] logits. Rows that are ignored have logits of 0, a share of
+// 0 and no part in the divisor: whatever they hold, and a divisor of 0 where all are ignored, is in no gradient.
+Tensor composed_losses_of_indices(const Tensor& logits, const Tensor& indices, const Tensor& weight,
+                                  const Tensor& divisor, int64_t ignore_index, double label_smoothing) {
+  const int64_t dimension = class_dimension(logits.sizes());
+  const Tensor ignored = indices.eq(ignore_index), classes = indices.masked_fill(ignored, 0);
+  const Tensor log_p = logits.masked_fill(ignored, 0).log_softmax(dimension);
+  Tensor losses = log_p.gather(dimension, classes);
+  if (weight.defined()) losses = losses * weight.expand_as(logits).gather(dimension, classes);
+  if (label_smoothing != 0.0) {
+    const Tensor uniform = (weight.defined() ? log_p * weight : log_p).sum(dimension, /*keepdim=*/true);
+    const double share = label_smoothing / static_cast<double>(logits.size(dimension));
+    losses = losses * (1.0 - label_smoothing) + uniform * share;
+  }
+  return -losses * divisor.reciprocal().to(logits.scalar_type()).masked_fill(ignored, 0);
+}
+
+Tensor composed_losses_of_probabilities(const Tensor& logits, Tensor probabilities, const Tensor& weight,
+                                        const Tensor& divisor, double label_smoothing) {
+  const int64_t dimension = class_dimension(logits.sizes());
+  if (label_smoothing != 0.0) {
+    probabilities =
+        probabilities * (1.0 - label_smoothing) + label_smoothing / static_cast<double>(logits.size(dimension));
+  }
+  if (weight.defined()) probabilities = probabilities * weight;
+  return -(probabilities * logits.log_softmax(dimension)).sum(dimension, /*keepdim=*/true) /
+         divisor.to(logits.scalar_type());
+}
+
+}  // namespace
+
 Tensor composed_loss(const Tensor& logits, const Tensor& target, const Tensor& weight, const Tensor& divisor,
                      int64_t ignore_index, double label_smoothing, bool per_row) {
-  const int64_t dimension = class_dimension(logits.sizes()), classes = logits.size(dimension);
-  const Tensor shifted = logits - logits.detach().amax(dimension, true);
-  const Tensor log_p = shifted - shifted.exp().sum(dimension, true).log();
-  Tensor share = target;
-  if (!has_class_probabilities(target)) {
-    const Tensor indices = target.to(at::kLong).reshape(loss_shape(logits.sizes())).unsqueeze(dimension);
-    const Tensor counts = indices.ne(ignore_index);
-    share = at::zeros_like(logits).scatter(dimension, indices.masked_fill(counts.logical_not(), 0), 1.0);
-    share = (share * (1.0 - label_smoothing) + label_smoothing / static_cast<double>(classes)) * counts;
-  } else if (label_smoothing != 0.0) {
-    share = share * (1.0 - label_smoothing) + label_smoothing / static_cast<double>(classes);
-  }
+  const int64_t dimension = class_dimension(logits.sizes());
+  const Tensor wide = logits.to(accumulate_type(logits.scalar_type()));
+  Tensor class_weights;
   if (weight.defined()) {
     at::DimVector broadcast(logits.dim(), 1);
-    broadcast[dimension] = classes;
-    share = share * weight.reshape(broadcast);
+    broadcast[dimension] = logits.size(dimension);
+    class_weights = weight.to(wide.scalar_type()).reshape(broadcast);
   }
-  const Tensor losses = -(share * log_p).sum(dimension);
-  return (per_row ? losses : losses.sum()) / divisor.to(logits.scalar_type());
+  Tensor losses;
+  if (has_class_probabilities(target)) {
+    losses = composed_losses_of_probabilities(wide, target, class_weights, divisor, label_smoothing);
+  } else {
+    const Tensor indices = target.to(at::kLong).reshape(loss_shape(logits.sizes())).unsqueeze(dimension);
+    losses = composed_losses_of_indices(wide, indices, class_weights, divisor, ignore_index, label_smoothing);
+  }
+  return (per_row ? losses.squeeze(dimension) : losses.sum()).to(logits.scalar_type());
 }
 
 namespace {
@@ -313,6 +350,15 @@ ForwardResult cross_entropy(const Tensor& logits, const Tensor& target, const Op
                             int64_t ignore_index, double label_smoothing) {
   static const auto op = find_operator<decltype(cross_entropy_kernel)>("dlkernels::cross_entropy");
   return op.call(logits, target, weight, reduction, ignore_index, label_smoothing);
+}
+
+Tensor cross_entropy_functional(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+                                int64_t reduction, int64_t ignore_index, double label_smoothing) {
+  const at::ScalarType type = loss_type(logits.scalar_type(), target, weight);
+  const bool promotes = has_class_probabilities(target);
+  return std::get<0>(cross_entropy(logits.to(type), promotes ? target.to(type) : target,
+                                   promotes ? in_type(type, weight) : weight, reduction, ignore_index,
+                                   label_smoothing));
 }
 
 TORCH_LIBRARY_IMPL(dlkernels, CPU, m) {

@@ -9,6 +9,10 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy(const Tensor& logits, const Ten
                                                  const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
                                                  double label_smoothing);
 
+// The loss alone, for class probabilities and weights of any types that torch promotes.
+Tensor cross_entropy_functional(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+                                int64_t reduction, int64_t ignore_index, double label_smoothing);
+
 // ---- shared with the other cross-entropies -------------------------------------------------------------------------
 
 inline constexpr int64_t kNone = 0, kMean = 1, kSum = 2;
@@ -19,6 +23,14 @@ struct LossArguments {
 };
 
 bool has_class_probabilities(const Tensor& target);
+
+// The type of a loss: that of the logits, promoted as torch does by class probabilities and the weights beside them.
+at::ScalarType loss_type(at::ScalarType logits, const Tensor& target, const OptionalTensor& weight);
+
+// An optional tensor in a type.
+inline OptionalTensor in_type(at::ScalarType type, const OptionalTensor& tensor) {
+  return is_defined(tensor) ? OptionalTensor(tensor->to(type)) : tensor;
+}
 
 // Everything about target, weight and the loss's arguments that does not need the target's values: as torch, a target
 // with the logits' shape holds class probabilities (of `target_type`), any other class indices.

@@ -272,8 +272,10 @@ ForwardResult linear_cross_entropy_autograd(const Tensor& input, const Tensor& l
   TORCH_CHECK(!wants_gradient(weight),
               "linear_cross_entropy is not differentiable with respect to argument 'weight'. "
               "This input cannot have requires_grad True.");
+  // A copy of the bias is saved: torch's layer saves none, so that it may be changed in place before backward.
+  const OptionalTensor kept_bias = is_defined(linear_bias) ? OptionalTensor(linear_bias->clone()) : linear_bias;
   ForwardResult outputs;
-  std::get<0>(outputs) = LinearCrossEntropyNode::apply(input, linear_weight, linear_bias, target, weight, reduction,
+  std::get<0>(outputs) = LinearCrossEntropyNode::apply(input, linear_weight, kept_bias, target, weight, reduction,
                                                        ignore_index, label_smoothing, wide_loss, &outputs);
   return outputs;
 }
@@ -300,6 +302,26 @@ ForwardResult linear_cross_entropy(const Tensor& input, const Tensor& linear_wei
   static const auto op = find_operator<decltype(linear_cross_entropy_kernel)>("dlkernels::linear_cross_entropy");
   return op.call(input, linear_weight, linear_bias, target, weight, reduction, ignore_index, label_smoothing,
                  wide_loss);
+}
+
+Tensor linear_cross_entropy_functional(const Tensor& input, const Tensor& linear_weight,
+                                       const OptionalTensor& linear_bias, const Tensor& target,
+                                       const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
+                                       double label_smoothing) {
+  const at::ScalarType layer = input.scalar_type(), type = loss_type(layer, target, weight);
+  if (!has_class_probabilities(target)) {
+    return std::get<0>(linear_cross_entropy(input, linear_weight, linear_bias, target, weight, reduction, ignore_index,
+                                            label_smoothing, false));
+  }
+  // The type that half types are summed in is a loss of theirs; for another the whole layer is computed in it.
+  const bool wide_loss = type != layer && type == accumulate_type(layer);
+  auto promoted = [&](const Tensor& tensor) {
+    return wide_loss || tensor.scalar_type() != layer ? tensor : tensor.to(type);
+  };
+  return std::get<0>(linear_cross_entropy(
+      promoted(input), promoted(linear_weight),
+      is_defined(linear_bias) ? OptionalTensor(promoted(*linear_bias)) : linear_bias, target.to(type),
+      in_type(type, weight), reduction, ignore_index, label_smoothing, wide_loss));
 }
 
 TORCH_LIBRARY_IMPL(dlkernels, CPU, m) {

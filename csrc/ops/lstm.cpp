@@ -1,6 +1,6 @@
 // Long short-term memory for torch: one step (lstm_cell) and one layer in one direction over all steps (lstm_layer).
 // Layers, directions, dropout and batch_first are composed of these in dlkernels/ops/lstm.py. Both save their inputs
-// and the gates after their nonlinearity; lstm_layer saves the cells and its output too.
+// and the gates after their nonlinearity; lstm_layer saves the cells too, and a copy of its output after a projection.
 #include "ops/lstm.h"
 
 #include <ATen/ATen.h>
@@ -224,17 +224,24 @@ LayerGrads lstm_layer_backward_kernel(const Tensor& grad_output, const Tensor& g
                                       const Tensor& input, const Tensor& h0, const Tensor& c0, const Tensor& w_ih,
                                       const Tensor& w_hh, const OptionalTensor& b_ih, const OptionalTensor& b_hh,
                                       const OptionalTensor& w_hr, const OptionalTensor& batch_sizes, bool reverse,
-                                      const Tensor& output, const Tensor& gates, const Tensor& cells,
+                                      const OptionalTensor& output, const Tensor& gates, const Tensor& cells,
                                       std::array<bool, 7> output_mask) {
   const Operands operands(input, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reverse);
   const LstmLayer& layer = operands.layer;
-  check_shape(kLayer, "grad_output", grad_output, output.sizes());
+  at::DimVector output_shape(input.sizes());
+  output_shape.back() = w_hh.size(1);
+  check_shape(kLayer, "grad_output", grad_output, output_shape);
+  if (is_defined(w_hr)) {
+    TORCH_CHECK(is_defined(output), kLayer, ": output must be given with w_hr");
+    check_shape(kLayer, "output", *output, output_shape);
+  }
   check_shape(kLayer, "grad_h_n", grad_h_n, h0.sizes());
   check_shape(kLayer, "grad_c_n", grad_c_n, c0.sizes());
   check_shape(kLayer, "gates", gates, {layer.rows, 4 * layer.hidden_size});
   check_shape(kLayer, "cells", cells, {layer.rows, layer.hidden_size});
   const Tensor dense_grad_output = grad_output.contiguous(), dense_grad_h_n = grad_h_n.contiguous();
-  const Tensor dense_grad_c_n = grad_c_n.contiguous(), dense_output = output.contiguous();
+  const Tensor dense_grad_c_n = grad_c_n.contiguous();
+  const Tensor dense_output = is_defined(w_hr) ? output->contiguous() : Tensor();
   const Tensor dense_gates = gates.contiguous(), dense_cells = cells.contiguous();
   Tensor grad_input = empty_when(output_mask[0], operands.input), grad_h0 = empty_when(output_mask[1], operands.h0);
   Tensor grad_c0 = empty_when(output_mask[2], operands.c0), grad_w_ih = empty_when(output_mask[3], operands.w_ih);
@@ -243,7 +250,7 @@ LayerGrads lstm_layer_backward_kernel(const Tensor& grad_output, const Tensor& g
   Tensor grad_w_hr = empty_when(output_mask[6] && operands.w_hr.defined(), operands.w_hr);
   KernelsOn(input)->lstm.backward(
       {layer, dense_grad_output.const_data_ptr(), dense_grad_h_n.const_data_ptr(), dense_grad_c_n.const_data_ptr(),
-       dense_output.const_data_ptr(), dense_gates.const_data_ptr(), dense_cells.const_data_ptr(),
+       data_or_null(dense_output), dense_gates.const_data_ptr(), dense_cells.const_data_ptr(),
        mutable_data_or_null(grad_input), mutable_data_or_null(grad_h0), mutable_data_or_null(grad_c0),
        mutable_data_or_null(grad_w_ih), mutable_data_or_null(grad_w_hh), mutable_data_or_null(grad_bias),
        mutable_data_or_null(grad_w_hr)});
@@ -263,7 +270,7 @@ LayerGrads lstm_layer_backward(const Tensor& grad_output, const Tensor& grad_h_n
                                const Tensor& input, const Tensor& h0, const Tensor& c0, const Tensor& w_ih,
                                const Tensor& w_hh, const OptionalTensor& b_ih, const OptionalTensor& b_hh,
                                const OptionalTensor& w_hr, const OptionalTensor& batch_sizes, bool reverse,
-                               const Tensor& output, const Tensor& gates, const Tensor& cells,
+                               const OptionalTensor& output, const Tensor& gates, const Tensor& cells,
                                std::array<bool, 7> output_mask) {
   static const auto op = find_operator<decltype(lstm_layer_backward_kernel)>("dlkernels::lstm_layer_backward");
   return op.call(grad_output, grad_h_n, grad_c_n, input, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reverse,
@@ -450,7 +457,7 @@ struct LayerBackwardNode : torch::autograd::Function<LayerBackwardNode> {
                                const Tensor& grad_c_n, const Tensor& input, const Tensor& h0, const Tensor& c0,
                                const Tensor& w_ih, const Tensor& w_hh, const OptionalTensor& b_ih,
                                const OptionalTensor& b_hh, const OptionalTensor& w_hr,
-                               const OptionalTensor& batch_sizes, bool reverse, const Tensor& output,
+                               const OptionalTensor& batch_sizes, bool reverse, const OptionalTensor& output,
                                const Tensor& gates, const Tensor& cells, std::array<bool, 7> output_mask) {
     at::AutoDispatchBelowADInplaceOrView guard;
     ctx->save_for_backward({grad_output, grad_h_n, grad_c_n, input, h0, c0, w_ih, w_hh, value_or_undefined(b_ih),
@@ -490,7 +497,7 @@ LayerGrads lstm_layer_backward_autograd(const Tensor& grad_output, const Tensor&
                                         const Tensor& input, const Tensor& h0, const Tensor& c0, const Tensor& w_ih,
                                         const Tensor& w_hh, const OptionalTensor& b_ih, const OptionalTensor& b_hh,
                                         const OptionalTensor& w_hr, const OptionalTensor& batch_sizes, bool reverse,
-                                        const Tensor& output, const Tensor& gates, const Tensor& cells,
+                                        const OptionalTensor& output, const Tensor& gates, const Tensor& cells,
                                         std::array<bool, 7> output_mask) {
   if (!must_record(grad_output, grad_h_n, grad_c_n, input, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)) {
     at::AutoDispatchBelowADInplaceOrView guard;
@@ -515,8 +522,11 @@ struct LayerNode : torch::autograd::Function<LayerNode> {
     at::AutoDispatchBelowADInplaceOrView guard;
     *saved_outputs = lstm_layer(input, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reverse);
     const auto& [output, h_n, c_n, gates, cells] = *saved_outputs;
+    // The output is the caller's to change in place, as torch's is: it follows from the gates and cells, or is copied
+    // where a projection came after these.
     ctx->save_for_backward({input, h0, c0, w_ih, w_hh, value_or_undefined(b_ih), value_or_undefined(b_hh),
-                            value_or_undefined(w_hr), value_or_undefined(batch_sizes), output, gates, cells});
+                            value_or_undefined(w_hr), value_or_undefined(batch_sizes),
+                            is_defined(w_hr) ? output.clone() : Tensor(), gates, cells});
     ctx->saved_data["reverse"] = reverse;
     return {output, h_n, c_n};
   }
@@ -529,7 +539,7 @@ struct LayerNode : torch::autograd::Function<LayerNode> {
     auto [grad_input, grad_h0, grad_c0, grad_w_ih, grad_w_hh, grad_bias, grad_w_hr] =
         lstm_layer_backward(grads[0], grads[1], grads[2], saved[0], saved[1], saved[2], saved[3], saved[4],
                             optional_of(saved[5]), optional_of(saved[6]), optional_of(saved[7]), optional_of(saved[8]),
-                            ctx->saved_data["reverse"].toBool(), saved[9], saved[10], saved[11],
+                            ctx->saved_data["reverse"].toBool(), optional_of(saved[9]), saved[10], saved[11],
                             {wants[0], wants[1], wants[2], wants[3], wants[4], wants[5] || wants[6], wants[7]});
     return {grad_input,
             grad_h0,

@@ -79,6 +79,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             both = functional.scaled_dot_product_attention(q, k, torch.cat([v, identity], -1), mask, dropout_p)
             output, weights = both.split([self.head_dim, k.shape[-2]], -1)
             weights = weights.mean(1) if average_attn_weights else weights
+            if not any(x is not None and x.requires_grad for x in (q, k, mask)):
+                weights = weights.detach()  # of the value, which alone wants a gradient, they are no function
         else:
             output = functional.scaled_dot_product_attention(q, k, v, mask, dropout_p, use_causal)
         output = output.transpose(1, 2).flatten(2)  # [N, L, E]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
+from .arguments import truth
 from .registration import register_fake, traced_as
 from .special_calls import elsewhere
 
@@ -52,6 +53,8 @@ def batch_norm(
         >>> batch_norm(images, None, None, training=True, activation="relu").flatten()
         tensor([0.0000, 0.0000, 0.4472, 1.3416])
     """
+    if training is not True and training is not False:
+        training = truth("batch_norm", "training", training)
     if not training and eps < 0:
         raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
     if training and (running_mean is None) != (running_var is None):
@@ -149,6 +152,7 @@ def _fake_backward(
     input: Tensor,
     output: Tensor | None,
     weight: Tensor | None,
+    bias: Tensor | None,
     mean: Tensor,
     variance: Tensor,
     training: bool,
@@ -202,16 +206,22 @@ class BatchNormFunction(torch.autograd.Function):
         result, mean, variance = output
         ctx.mark_non_differentiable(mean, variance)
         ctx.types = [None if parameter is None else parameter.dtype for parameter in (weight, bias)]
-        ctx.save_for_backward(input, result if ctx.activation is not None else None, weight, mean, variance)
+        # What torch's layers save: ReLU its output, ReLU6 its argument, which backward finds again or has a mask of.
+        is_relu6 = ctx.activation == "relu6"
+        stopped = (result <= 0) | (result >= 6) if is_relu6 and residual is not None else None
+        kept_bias = bias.clone() if is_relu6 and bias is not None else None
+        kept_output = result if ctx.activation == "relu" else None
+        ctx.save_for_backward(input, kept_output, weight, kept_bias, mean, variance, stopped)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        *tensors, stopped = ctx.saved_tensors
         grads = torch.ops.dlkernels.batch_norm_backward.default(
-            grad_output,
-            *ctx.saved_tensors,
+            grad_output if stopped is None else grad_output.masked_fill(stopped, 0),
+            *tensors,
             ctx.training,
             ctx.eps,
-            ctx.activation,
+            ctx.activation if stopped is None else None,
             *ctx.types,
             list(ctx.needs_input_grad[:4]),
         )

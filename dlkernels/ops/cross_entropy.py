@@ -24,6 +24,16 @@ def _reduction(operation: str, reduction: str, size_average: bool | None = None,
         raise ValueError(f"{operation}: {reduction} is not a valid value for reduction, {expected}") from None
 
 
+def loss_type(logits: torch.dtype, target: Tensor, weight: Tensor | None) -> torch.dtype:
+    """The type of a loss: that of the logits, promoted as torch does by class probabilities and weights beside them."""
+    if not target.is_floating_point():
+        return logits
+    promoted = torch.promote_types(logits, target.dtype)
+    if weight is not None:
+        promoted = torch.promote_types(promoted, weight.dtype)
+    return promoted if promoted.is_floating_point else logits  # the operator refuses the others
+
+
 def cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -39,15 +49,17 @@ def cross_entropy(
     Args:
         input: logits of shape ``[C]``, ``[N, C]`` or ``[N, C, d1, ...]``; float32, float64, bfloat16 or float16.
         target: class indices (int64 or uint8) of shape ``[]``, ``[N]`` or ``[N, d1, ...]``, or class probabilities with
-            the shape and type of ``input``.
-        weight: weight of each class, shape ``[C]``, with the type of ``input``. Not differentiable.
+            the shape of ``input``, of any of its types.
+        weight: weight of each class, shape ``[C]``, with the type of ``input``, or of any type beside class
+            probabilities. Not differentiable.
         ignore_index: rows with this target contribute neither to the loss nor to the gradient.
         reduction: ``"none"``, ``"mean"`` (over the weights of the rows that count) or ``"sum"``.
         label_smoothing: in ``[0, 1]``, the share of the uniform distribution in every target (Szegedy et al. 2016).
         size_average, reduce: deprecated spellings of ``reduction``.
 
     Returns:
-        The loss, a scalar, or of the shape of the class indices with ``reduction="none"``.
+        The loss, a scalar, or of the shape of the class indices with ``reduction="none"``. Its type is that of
+        ``input``, promoted by class probabilities and the weights beside them.
 
     Raises:
         IndexError: a class index is outside ``[0, C)`` and not ``ignore_index``.
@@ -74,6 +86,10 @@ def cross_entropy(
 def _traced(
     logits: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int, label_smoothing: float
 ) -> Tensor:
+    if target.is_floating_point():
+        dtype = loss_type(logits.dtype, target, weight)
+        logits, target = logits.to(dtype), target.to(dtype)
+        weight = None if weight is None else weight.to(dtype)
     outputs = torch.ops.dlkernels.cross_entropy.default(
         logits, target, weight, reduction, ignore_index, label_smoothing
     )

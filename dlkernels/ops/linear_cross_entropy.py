@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from .cross_entropy import _reduction
+from .arguments import check_tensors
+from .cross_entropy import _reduction, loss_type
 from .registration import register_fake, traced_as
 from .special_calls import elsewhere
 
@@ -37,9 +38,10 @@ def linear_cross_entropy(
         input: shape ``[in]`` or ``[N, in]``; float32, float64, bfloat16 or float16.
         linear_weight: shape ``[C, in]``, or ``[C, d1, ..., dK, in]`` for a K-dimensional loss of ``[N, in]`` input.
         target: class indices (int64 or uint8) of shape ``[]``, ``[N]`` or ``[N, d1, ..., dK]``, or class probabilities
-            of shape ``[C]``, ``[N, C]`` or ``[N, C, d1, ..., dK]`` with the type of ``input``.
+            of shape ``[C]``, ``[N, C]`` or ``[N, C, d1, ..., dK]``, of any type that ``input`` may have.
         linear_bias: shape ``linear_weight.shape[:-1]``.
-        weight: weight of each class, shape ``[C]``. Not differentiable.
+        weight: weight of each class, shape ``[C]``, with the type of ``input``, or of any type beside class
+            probabilities. Not differentiable.
         reduction: ``"none"``, ``"mean"`` (over the weights of the rows that count) or ``"sum"``.
         ignore_index: rows with this target contribute neither to the loss nor to the gradient; ``None`` is -100. Only
             with class indices.
@@ -48,11 +50,13 @@ def linear_cross_entropy(
             cut, in the one way the kernels are made for.
 
     Returns:
-        The loss, a scalar, or of the shape of the class indices with ``reduction="none"``.
+        The loss, a scalar, or of the shape of the class indices with ``reduction="none"``. Its type is that of
+        ``input``, promoted by class probabilities and the weights beside them.
 
     Raises:
         IndexError: a class index is outside ``[0, C)`` and not ``ignore_index``.
         ValueError: the batch sizes differ, or ``reduction`` is unknown.
+        TypeError: an argument is of a kind that has no meaning here.
         RuntimeError: any other shape or type that does not fit.
 
     Examples:
@@ -74,9 +78,15 @@ def linear_cross_entropy(
         )
         if loss is not NotImplemented:
             return loss
+    if not (isinstance(input, Tensor) and isinstance(linear_weight, Tensor) and isinstance(target, Tensor)):
+        check_tensors("linear_cross_entropy", input=input, linear_weight=linear_weight, target=target)
     ignored = _ignored_index(input, linear_weight, target, ignore_index)
     code = _reduction("linear_cross_entropy", reduction)
     if linear_weight.dim() > 2:
+        if linear_bias is not None:
+            check_tensors("linear_cross_entropy", linear_bias=linear_bias)
+        if weight is not None:
+            check_tensors("linear_cross_entropy", weight=weight)
         return _loss_of_many_outputs(
             input, linear_weight, linear_bias, target, weight, reduction, ignored, label_smoothing
         )
@@ -163,6 +173,18 @@ def _loss_of_many_outputs(
     label_smoothing: float,
 ) -> Tensor:
     """A K-dimensional loss is one loss for each of the ``d1 * ... * dK`` positions of the weight."""
+    dtype = loss_type(input.dtype, target, weight)
+    if target.is_floating_point() and not input.dtype == target.dtype == dtype:
+        return _loss_of_many_outputs(
+            input.to(dtype),
+            linear_weight.to(dtype) if linear_weight.dtype == input.dtype else linear_weight,
+            linear_bias.to(dtype) if linear_bias is not None and linear_bias.dtype == input.dtype else linear_bias,
+            target.to(dtype),
+            None if weight is None else weight.to(dtype),
+            reduction,
+            ignore_index,
+            label_smoothing,
+        )
     if input.dtype in (torch.bfloat16, torch.float16):  # widened: every position adds to the gradient of the input
         loss = _loss_of_many_outputs(
             input.float(),
@@ -225,8 +247,20 @@ def _traced(
     ignore_index: int,
     label_smoothing: float,
 ) -> Tensor:
+    wide_loss = False
+    if target.is_floating_point():
+        layer, dtype = input.dtype, loss_type(input.dtype, target, weight)
+        target, weight = target.to(dtype), None if weight is None else weight.to(dtype)
+        # The type that half types are summed in is a loss of theirs; for another the whole layer is computed in it.
+        wide_loss = dtype != layer and dtype == torch.float32
+        if not wide_loss:
+            input = input.to(dtype)
+            linear_weight = linear_weight.to(dtype) if linear_weight.dtype == layer else linear_weight
+            linear_bias = (
+                linear_bias.to(dtype) if linear_bias is not None and linear_bias.dtype == layer else linear_bias
+            )
     outputs = torch.ops.dlkernels.linear_cross_entropy.default(
-        input, linear_weight, linear_bias, target, weight, reduction, ignore_index, label_smoothing, False
+        input, linear_weight, linear_bias, target, weight, reduction, ignore_index, label_smoothing, wide_loss
     )
     return outputs[0]
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
+from .arguments import check_sequence_of_tensors, check_tensors, truth
 from .registration import register_fake, traced_as
 from .special_calls import elsewhere, torch_has_rules
 
@@ -47,6 +48,8 @@ def lstm_cell(
         >>> h.shape, c.shape
         (torch.Size([4, 16]), torch.Size([4, 16]))
     """
+    if not isinstance(hx, (tuple, list)):
+        check_sequence_of_tensors("lstm_cell", "hx", hx)
     if len(hx) != 2:
         raise RuntimeError(f"lstm_cell expects two hidden states, got {len(hx)}")
     if _C.is_special(input, *hx, w_ih, w_hh, b_ih, b_hh):
@@ -104,6 +107,7 @@ def lstm(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         ``hx``.
 
     Raises:
+        TypeError: an argument is of a kind that has no meaning here.
         RuntimeError: the sequence is empty, or shapes, types or devices do not fit.
 
     Examples:
@@ -121,6 +125,9 @@ def lstm(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         )
     packed = isinstance(arguments[1], Tensor)
     hx, params = arguments[1 + packed : 3 + packed]
+    for name, states in (("hx", hx), ("params", params)):
+        if not isinstance(states, (tuple, list, Tensor)):
+            check_sequence_of_tensors("lstm", name, states)
     if _C.is_special(*arguments[: 1 + packed], *hx, *params):
         result = elsewhere("lstm", lstm, _by_torch, (*arguments[: 1 + packed], *hx, *params), *arguments)
         if result is not NotImplemented:
@@ -152,9 +159,11 @@ def _whole(layer: Callable[..., Any], *arguments: Any) -> tuple[Tensor, Tensor, 
         data, batch_sizes, *rest = arguments
         return _stacked(layer, data, batch_sizes, *rest)
     input, *rest, batch_first = arguments
+    if not isinstance(input, Tensor):
+        check_tensors("lstm", input=input)
     if input.dim() != 3:
         raise RuntimeError(f"lstm: input must have 3 dimensions, got {input.dim()}: {list(input.shape)}")
-    if not batch_first:
+    if not truth("lstm", "batch_first", batch_first):
         return _stacked(layer, input, None, *rest)
     output, h_n, c_n = _stacked(layer, input.transpose(0, 1), None, *rest)
     return output.transpose(0, 1), h_n, c_n
@@ -173,7 +182,13 @@ def _stacked(
     bidirectional: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """All layers and directions, each by ``layer``, for input with time first."""
-    directions = 2 if bidirectional else 1
+    if isinstance(num_layers, bool) or not hasattr(num_layers, "__index__"):
+        raise TypeError(f"lstm: num_layers must be an int, got {type(num_layers).__name__}")
+    check_tensors("lstm", input=input)
+    check_sequence_of_tensors("lstm", "hx", hx)
+    check_sequence_of_tensors("lstm", "params", params)
+    has_biases, train = truth("lstm", "has_biases", has_biases), truth("lstm", "train", train)
+    directions = 2 if truth("lstm", "bidirectional", bidirectional) else 1
     runs = num_layers * directions
     _check_stack(input, batch_sizes, hx, params, has_biases, num_layers, directions)
     per_run = len(params) // runs
@@ -374,7 +389,7 @@ def _fake_layer_backward(
     w_hr: Tensor | None,
     batch_sizes: Tensor | None,
     reverse: bool,
-    output: Tensor,
+    output: Tensor | None,
     gates: Tensor,
     cells: Tensor,
     output_mask: list[bool],
@@ -423,7 +438,8 @@ class LSTMLayerFunction(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         *tensors, ctx.reverse = inputs
         ctx.mark_non_differentiable(*output[3:])
-        ctx.save_for_backward(*tensors, output[0], *output[3:])
+        projected = tensors[7] is not None  # otherwise the output follows from the gates and cells
+        ctx.save_for_backward(*tensors, output[0].clone() if projected else None, *output[3:])
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:

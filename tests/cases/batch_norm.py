@@ -97,7 +97,7 @@ def _backward_arguments() -> tuple[Any, ...]:
         output, mean, variance = torch.ops.dlkernels.batch_norm(input, weight, bias, residual, *rest)
     grad_output = normal(*input.shape, seed=9, dtype=torch.float32).requires_grad_()
     types = (torch.float32, torch.float32)
-    return (grad_output, input, output, weight, mean, variance, True, 1e-5, "relu", *types, [True] * 4)
+    return (grad_output, input, output, weight, None, mean, variance, True, 1e-5, "relu", *types, [True] * 4)
 
 
 def _update_arguments() -> tuple[Any, ...]:

@@ -1,0 +1,82 @@
+"""Arguments of a kind that has no meaning: a TypeError that names the operation and the argument."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from dlkernels import functional as F
+
+NO_TENSORS = [1, 1.5, "x", [1, 2], {}, object(), b"a"]
+NO_VALUES = torch.empty(0)
+
+
+def normal(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape)
+
+
+WEIGHTS = [normal(16, 3), normal(16, 4), normal(16), normal(16)]
+STATE = (normal(1, 2, 4), normal(1, 2, 4))
+DENSE = {
+    "input": normal(5, 2, 3),
+    "hx": STATE,
+    "params": WEIGHTS,
+    "has_biases": True,
+    "num_layers": 1,
+    "dropout": 0.0,
+    "train": False,
+    "bidirectional": False,
+    "batch_first": False,
+}
+PACKED = {"data": normal(5, 3), "batch_sizes": torch.tensor([2, 2, 1]), **DENSE}
+del PACKED["input"], PACKED["batch_first"]
+
+
+def refuses(message: str, function: Any, *args: Any, **kwargs: Any) -> None:
+    with pytest.raises(TypeError, match=message):
+        function(*args, **kwargs)
+
+
+@pytest.mark.parametrize("value", NO_TENSORS, ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize("positions", [(), (2,)])
+@pytest.mark.parametrize("name", ["input", "linear_weight", "target"])
+def test_a_layer_of_a_loss(name: str, positions: tuple[int, ...], value: Any) -> None:
+    target = torch.zeros(4, *positions, dtype=torch.long)
+    arguments = {"input": normal(4, 6), "linear_weight": normal(5, *positions, 6), "target": target}
+    refuses(f"linear_cross_entropy: {name} must be a Tensor", F.linear_cross_entropy, **{**arguments, name: value})
+
+
+@pytest.mark.parametrize("name", ["linear_bias", "weight"])
+def test_parameters_of_a_loss_of_several_positions(name: str) -> None:
+    call = (normal(4, 6), normal(5, 2, 6), torch.zeros(4, 2, dtype=torch.long))
+    refuses(f"linear_cross_entropy: {name} must be a Tensor", F.linear_cross_entropy, *call, **{name: 1})
+
+
+@pytest.mark.parametrize("value", NO_TENSORS, ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize("name", ["input", "hx", "params"])
+def test_tensors_of_an_lstm(name: str, value: Any) -> None:
+    refuses(rf"lstm: {name}(\[0\])? must be a", F.lstm, *{**DENSE, name: value}.values())
+
+
+@pytest.mark.parametrize("value", [1.5, "x", None, True, [1]], ids=lambda value: type(value).__name__)
+def test_a_number_of_layers(value: Any) -> None:
+    refuses("lstm: num_layers must be an int", F.lstm, *{**DENSE, "num_layers": value}.values())
+    refuses("lstm: num_layers must be an int", F.lstm, *{**PACKED, "num_layers": value}.values())
+
+
+@pytest.mark.parametrize("name", ["has_biases", "train", "bidirectional", "batch_first"])
+def test_flags_of_an_lstm(name: str) -> None:
+    refuses(f"lstm: {name} must be a bool", F.lstm, *{**DENSE, name: NO_VALUES}.values())
+
+
+@pytest.mark.parametrize("value", [1, "x", None, object()], ids=lambda value: type(value).__name__)
+def test_states_of_a_cell(value: Any) -> None:
+    refuses("lstm_cell: hx must be a sequence of Tensors", F.lstm_cell, normal(2, 3), value, *WEIGHTS)
+
+
+def test_the_flag_of_a_norm() -> None:
+    call = (normal(4, 3), torch.zeros(3), torch.ones(3))
+    refuses("batch_norm: training must be a bool", F.batch_norm, *call, training=NO_VALUES)
+    assert F.batch_norm(*call, training=0).shape == (4, 3)
