@@ -236,6 +236,16 @@ DLKERNELS_INLINE void store_output(Scalar* p, Vec<accumulate_t<Scalar>> value, i
 
 // ---- statistics ----------------------------------------------------------------------------------------------------
 
+// a b + c, rounded alike wherever it is written: left to the compiler, a loop that it vectorises for one layout is
+// fused and its twin for the other is not.
+inline double multiply_add(double a, double b, double c) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  return __builtin_fma(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
 // Mean of some elements, and the sum of their squared deviations from it.
 struct Moments {
   double mean = 0, squares = 0;
@@ -243,7 +253,7 @@ struct Moments {
   // From sums about reference points: first about `shift`, then about `center`, the rounded mean.
   static Moments of(double count, double shift, double sum, double center, double squares) {
     const double mean = shift + sum / count, off = mean - center;
-    return {mean, squares - count * off * off};
+    return {mean, multiply_add(-count * off, off, squares)};
   }
 };
 
@@ -253,12 +263,12 @@ __attribute__((noinline)) Moments merge_chunks(const double* counts, int64_t chu
   double count = 0, sum = 0, squares = 0;
   for (int64_t i = 0; i < chunks; ++i) {
     count += counts[i];
-    sum += counts[i] * parts[i * stride].mean;
+    sum = multiply_add(counts[i], parts[i * stride].mean, sum);
   }
   const double mean = sum / count;
   for (int64_t i = 0; i < chunks; ++i) {
     const double off = parts[i * stride].mean - mean;
-    squares += parts[i * stride].squares + counts[i] * off * off;
+    squares += multiply_add(counts[i] * off, off, parts[i * stride].squares);
   }
   return {mean, squares};
 }
@@ -358,7 +368,7 @@ __attribute__((noinline)) Moments wide_moments(const BatchNormShape& shape, cons
   const double mean = sum / count;
   for_each_element(shape, c, [&](int64_t at) {
     const double d = static_cast<double>(load_one(x + at)) - mean;
-    squares += d * d;
+    squares = multiply_add(d, d, squares);
   });
   return {mean, squares};
 }
@@ -396,7 +406,7 @@ struct Forward {
   T scale(int64_t c) const { return static_cast<T>(exact_scale(c)); }
   T offset(int64_t c) const {
     const double shift = bias == nullptr ? 0.0 : static_cast<double>(bias[c]);
-    return static_cast<T>(shift - rounded_away<T>(mean[c]) * exact_scale(c));
+    return static_cast<T>(multiply_add(-rounded_away<T>(mean[c]), exact_scale(c), shift));
   }
 
   DLKERNELS_INLINE void write(int64_t at, int64_t count, Vec<T> channel_mean, Vec<T> channel_scale,
@@ -515,13 +525,13 @@ struct Backward {
   Slope finish(int64_t c, double sum_g, double sum_gx) const {
     const double invstd = 1.0 / __builtin_sqrt(variance[c] + args.eps);
     const double rest = rounded_away<T>(mean[c]);
-    sum_gx -= rest * sum_g;
+    sum_gx = multiply_add(-rest, sum_g, sum_gx);
     if (dweight != nullptr) dweight[c] = static_cast<T>(sum_gx * invstd);
     if (dbias != nullptr) dbias[c] = static_cast<T>(sum_g);
     const double a = invstd * (weight == nullptr ? 1.0 : static_cast<double>(weight[c]));
     if (!shape.training) return {a, 0, 0};
     const double b = sum_gx / count * invstd * invstd;
-    return {a, sum_g / count - rest * b, b};
+    return {a, multiply_add(-rest, b, sum_g / count), b};
   }
 
   DLKERNELS_INLINE void write(int64_t at, int64_t n, Vec<T> center, Vec<T> a, Vec<T> mean_g, Vec<T> b) const {

@@ -35,10 +35,11 @@ variable_list differentiate_twice(Forward&& forward, const variable_list& inputs
                                   const variable_list& grad_of_grad_inputs) {
   const bool create_graph = c10::GradMode::is_enabled();
   at::AutoGradMode enable(true);
-  // Views, so that one tensor passed as two arguments stays two variables.
+  // Views, so that one tensor passed as two arguments stays two variables. Contiguous ones: torch adds in another order
+  // where strides differ.
   auto separate = [](const variable_list& tensors) {
     variable_list views;
-    for (const Tensor& t : tensors) views.push_back(t.defined() ? t.view_as(t) : t);
+    for (const Tensor& t : tensors) views.push_back(t.defined() ? t.view_as(t).contiguous() : t);
     return views;
   };
   const variable_list xs = separate(inputs), gs = separate(grad_outputs);
@@ -56,7 +57,7 @@ variable_list differentiate_twice(Forward&& forward, const variable_list& inputs
   for (size_t i = 0; i < xs.size(); ++i) {
     if (grad_of_grad_inputs[i].defined() && xs[i].requires_grad()) {
       first_variables.push_back(xs[i]);
-      seeds.push_back(grad_of_grad_inputs[i]);
+      seeds.push_back(grad_of_grad_inputs[i].contiguous());
     }
   }
   if (used_outputs.empty() || first_variables.empty()) return result;
