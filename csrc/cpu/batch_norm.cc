@@ -18,6 +18,9 @@
 // Contiguous: a task owns one channel, batch x inner elements, which usually stay in the second-level cache between the
 // statistics and the normalisation: one read and one write of memory. Channels last: one pass over chunks for the
 // statistics, one for the output, the second in reverse order to begin where the cache is warm.
+//
+// Squares of float32 overflow from 2^64 on. A channel whose statistics, or sums, do not come out as ordinary numbers is
+// done again by itself in double.
 #include "batch_norm.h"
 
 #include "pack.h"
@@ -167,7 +170,7 @@ inline void add_lanes(const T* sums, double* halves, int64_t channels, double* t
 template <class T, int Count, class Add>
 DLKERNELS_INLINE void sum_rows(const BatchNormShape& shape, const Chunk& chunk, double* totals, Add&& add) {
   constexpr int64_t lanes = Vec<T>::size, one_sum = lanes * kRowChannels;
-  const Scratch<T> buffer(Count * one_sum);  // [sum][lane][channel]
+  const Scratch<T> buffer(Count, one_sum);  // [sum][lane][channel]
   const Scratch<double> halves(lanes / 2 * kRowChannels);
   for (int64_t first = 0; first < shape.channels; first += kRowChannels) {
     const int64_t channels = min_of(kRowChannels, shape.channels - first);
@@ -236,6 +239,16 @@ DLKERNELS_INLINE void store_output(Scalar* p, Vec<accumulate_t<Scalar>> value, i
 
 // ---- statistics ----------------------------------------------------------------------------------------------------
 
+// a b + c, rounded alike wherever it is written: left to the compiler, a loop that it vectorises for one layout is
+// fused and its twin for the other is not.
+inline double multiply_add(double a, double b, double c) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  return __builtin_fma(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
 // Mean of some elements, and the sum of their squared deviations from it.
 struct Moments {
   double mean = 0, squares = 0;
@@ -243,7 +256,7 @@ struct Moments {
   // From sums about reference points: first about `shift`, then about `center`, the rounded mean.
   static Moments of(double count, double shift, double sum, double center, double squares) {
     const double mean = shift + sum / count, off = mean - center;
-    return {mean, squares - count * off * off};
+    return {mean, multiply_add(-count * off, off, squares)};
   }
 };
 
@@ -253,12 +266,12 @@ __attribute__((noinline)) Moments merge_chunks(const double* counts, int64_t chu
   double count = 0, sum = 0, squares = 0;
   for (int64_t i = 0; i < chunks; ++i) {
     count += counts[i];
-    sum += counts[i] * parts[i * stride].mean;
+    sum = multiply_add(counts[i], parts[i * stride].mean, sum);
   }
   const double mean = sum / count;
   for (int64_t i = 0; i < chunks; ++i) {
     const double off = parts[i * stride].mean - mean;
-    squares += parts[i * stride].squares + counts[i] * off * off;
+    squares += multiply_add(counts[i] * off, off, parts[i * stride].squares);
   }
   return {mean, squares};
 }
@@ -300,7 +313,7 @@ void channel_moments(const BatchNormShape& shape, const Chunks<T>& chunks, const
 template <class Scalar, class T = accumulate_t<Scalar>>
 void chunk_moments(const BatchNormShape& shape, const Chunk& chunk, const Scalar* x, Moments* moments) {
   const int64_t channels = shape.channels;
-  const Scratch<T> references(2 * channels);
+  const Scratch<T> references(2, channels);
   const Scratch<double> totals(channels);
   T *shift = references.data(), *center = shift + channels;
   double* sums = totals.data();
@@ -322,6 +335,47 @@ void chunk_moments(const BatchNormShape& shape, const Chunk& chunk, const Scalar
   }
 }
 
+// ---- channels of very large numbers --------------------------------------------------------------------------------
+
+// Whether a channel with these statistics needs more range than T has: differences from the mean, their squares and
+// what these are divided by may not fit. Also where the statistics are no numbers, for that may come of it.
+template <class T>
+bool is_extreme(double mean, double variance) {
+  constexpr double kLargest = 0x1p100;
+  return sizeof(T) < sizeof(double) && !(__builtin_fabs(mean) <= kLargest && variance <= kLargest);
+}
+
+// What the center of a channel, its rounded mean, lacks; nothing where the mean is infinite, as it may be in
+// evaluation.
+template <class T>
+double rounded_away(double mean) {
+  const double rest = mean - static_cast<double>(static_cast<T>(mean));
+  return rest == rest ? rest : 0.0;
+}
+
+// Calls body(offset) for every element of channel c, in the same order in both layouts.
+template <class Body>
+DLKERNELS_INLINE void for_each_element(const BatchNormShape& shape, int64_t c, Body&& body) {
+  const int64_t step = shape.channels_last ? shape.channels : 1;
+  for (int64_t n = 0; n < shape.batch; ++n) {
+    const int64_t image = n * shape.channels * shape.inner + (shape.channels_last ? c : c * shape.inner);
+    for (int64_t p = 0; p < shape.inner; ++p) body(image + p * step);
+  }
+}
+
+template <class Scalar>
+__attribute__((noinline)) Moments wide_moments(const BatchNormShape& shape, const Scalar* x, int64_t c) {
+  const double count = static_cast<double>(shape.batch * shape.inner);
+  double sum = 0, squares = 0;
+  for_each_element(shape, c, [&](int64_t at) { sum += static_cast<double>(load_one(x + at)); });
+  const double mean = sum / count;
+  for_each_element(shape, c, [&](int64_t at) {
+    const double d = static_cast<double>(load_one(x + at)) - mean;
+    squares = multiply_add(d, d, squares);
+  });
+  return {mean, squares};
+}
+
 // ---- the affine map of a channel -----------------------------------------------------------------------------------
 
 // y = (x - center) scale + offset, center being the rounded mean.
@@ -335,10 +389,10 @@ struct Affine {
   double exact_scale(int64_t c) const {
     return (weight == nullptr ? 1.0 : static_cast<double>(weight[c])) / __builtin_sqrt(variance[c] + eps);
   }
+  double shift(int64_t c) const { return bias == nullptr ? 0.0 : static_cast<double>(bias[c]); }
   T scale(int64_t c) const { return static_cast<T>(exact_scale(c)); }
   T offset(int64_t c) const {
-    const double rounded_away = mean[c] - static_cast<double>(center(c));
-    return static_cast<T>((bias == nullptr ? 0.0 : static_cast<double>(bias[c])) - rounded_away * exact_scale(c));
+    return static_cast<T>(multiply_add(-rounded_away<T>(mean[c]), exact_scale(c), shift(c)));
   }
 };
 
@@ -364,10 +418,13 @@ struct Forward {
   bool past_cache = goes_past_cache(shape, y);
 
   void keep(int64_t c, const double* counts, const Moments* parts, int64_t stride) const {
-    const Moments moments = merge_chunks(counts, chunks.count, parts, stride);
+    const double count = static_cast<double>(shape.batch * shape.inner);
+    Moments moments = merge_chunks(counts, chunks.count, parts, stride);
+    if (is_extreme<T>(moments.mean, moments.squares / count)) moments = wide_moments(shape, x, c);
     mean[c] = moments.mean;
-    variance[c] = moments.squares / static_cast<double>(shape.batch * shape.inner);
+    variance[c] = moments.squares / count;
   }
+  bool is_wide(int64_t c) const { return is_extreme<T>(mean[c], variance[c]); }
 
   DLKERNELS_INLINE void write(int64_t at, int64_t count, Vec<T> center, Vec<T> scale, Vec<T> offset) const {
     Vec<T> out = normalized(load_lanes(x + at, count), center, scale, offset);
@@ -375,6 +432,18 @@ struct Forward {
     if (shape.activation != Activation::none) out = max(Vec<T>::zero(), out);
     if (shape.activation == Activation::relu6) out = min(Vec<T>(T(6)), out);
     store_output(y + at, out, count, past_cache);
+  }
+
+  // A channel in double.
+  __attribute__((noinline)) void write_wide(int64_t c) const {
+    const double factor = affine.exact_scale(c), shift = affine.shift(c);
+    for_each_element(shape, c, [&](int64_t at) {
+      double out = (static_cast<double>(load_one(x + at)) - mean[c]) * factor + shift;
+      if (residual != nullptr) out += static_cast<double>(load_one(residual + at));
+      if (shape.activation != Activation::none && out < 0) out = 0;  // NaN stays
+      if (shape.activation == Activation::relu6 && out > 6) out = 6;
+      store_one(y + at, static_cast<T>(out));
+    });
   }
 
   void contiguous() const {
@@ -386,6 +455,7 @@ struct Forward {
         channel_moments(shape, chunks, x, c, parts.data());
         keep(c, counts.data(), parts.data(), 1);
       }
+      if (is_wide(c)) return write_wide(c);
       const Vec<T> m = affine.center(c), s = affine.scale(c), b = affine.offset(c);
       for_each_vector<T>(shape, chunks.whole(), c, [&](int64_t at, int64_t count) { write(at, count, m, s, b); });
       finish_stores_past_cache();
@@ -398,7 +468,7 @@ struct Forward {
     const int64_t channels = shape.channels;
     const int64_t grain = max_of(1, 8192 / max_of(channels * kChunk<T>, 1));
     if (shape.training) {
-      const Scratch<Moments> moments(chunks.count * channels);
+      const Scratch<Moments> moments(chunks.count, channels);
       parallel_for(chunks.count, grain, [&](int64_t task) {
         const int64_t i = chunks.in_memory_order(task);
         chunk_moments(shape, chunks[i], x, moments.data() + i * channels);
@@ -406,10 +476,12 @@ struct Forward {
       parallel_for(channels, ceil_div(1024, max_of(chunks.count, 1)),
                    [&](int64_t c) { keep(c, counts.data(), moments.data() + c, channels); });
     }
-    Scratch<T> constants(3 * channels);
+    Scratch<T> constants(3, channels);
     T *centers = constants.data(), *scales = centers + channels, *offsets = scales + channels;
+    bool any_wide = false;
     for (int64_t c = 0; c < channels; ++c) {
       centers[c] = affine.center(c), scales[c] = affine.scale(c), offsets[c] = affine.offset(c);
+      any_wide |= is_wide(c);
     }
     parallel_for(chunks.count, grain, [&](int64_t task) {
       for_each_row_vector<T>(shape, chunks[chunks.in_memory_order(chunks.count - 1 - task)],
@@ -418,6 +490,10 @@ struct Forward {
                                      load_lanes(offsets + c, count));
                              });
       finish_stores_past_cache();
+    });
+    if (!any_wide) return;
+    parallel_for(channels, 1, [&](int64_t c) {
+      if (is_wide(c)) write_wide(c);
     });
   }
 };
@@ -469,18 +545,22 @@ struct Backward {
     });
   }
   T center(int64_t c) const { return affine.center(c); }
+  // Whether T does not have the range of a channel, of which these are the sums.
+  bool is_wide(int64_t c, double sum_g, double sum_gx) const {
+    return is_extreme<T>(mean[c], variance[c]) || is_extreme<T>(sum_g, __builtin_fabs(sum_gx));
+  }
 
   // sum_gx is the sum of g (x - center).
   Slope finish(int64_t c, double sum_g, double sum_gx) const {
     const double invstd = 1.0 / __builtin_sqrt(variance[c] + args.eps);
-    const double rounded_away = mean[c] - static_cast<double>(center(c));
-    sum_gx -= rounded_away * sum_g;
+    const double rest = rounded_away<T>(mean[c]);
+    sum_gx = multiply_add(-rest, sum_g, sum_gx);
     if (dweight != nullptr) dweight[c] = static_cast<T>(sum_gx * invstd);
     if (dbias != nullptr) dbias[c] = static_cast<T>(sum_g);
     const double a = invstd * (weight == nullptr ? 1.0 : static_cast<double>(weight[c]));
     if (!shape.training) return {a, 0, 0};
     const double b = sum_gx / count * invstd * invstd;
-    return {a, sum_g / count - rounded_away * b, b};
+    return {a, multiply_add(-rest, b, sum_g / count), b};
   }
 
   DLKERNELS_INLINE void write(int64_t at, int64_t n, Vec<T> g, Vec<T> center, Vec<T> a, Vec<T> mean_g, Vec<T> b) const {
@@ -488,6 +568,35 @@ struct Backward {
     if (dx == nullptr) return;
     if (!shape.training) return store_output(dx + at, a * g, n, past_cache);
     store_output(dx + at, a * fma(load_lanes(x + at, n) - center, -b, g - mean_g), n, past_cache);
+  }
+
+  // The gradient of one element of channel c behind the activation.
+  double masked_one(int64_t at, int64_t c) const {
+    const double g = static_cast<double>(load_one(dy + at));
+    if (shape.activation == Activation::none) return g;
+    if (shape.activation == Activation::relu) return static_cast<double>(load_one(y + at)) <= 0 ? 0.0 : g;
+    using Range = Relu6Range<Scalar>;
+    const double off = static_cast<double>(load_one(x + at)) - mean[c];
+    const double before = off * affine.exact_scale(c) + affine.shift(c);
+    return before <= Range::low || before >= Range::high ? 0.0 : g;
+  }
+  // A channel in double.
+  __attribute__((noinline)) void differentiate_wide(int64_t c) const {
+    const double middle = static_cast<double>(center(c));
+    double sum_g = 0, sum_gx = 0;
+    for_each_element(shape, c, [&](int64_t at) {
+      const double g = masked_one(at, c);
+      sum_g += g;
+      sum_gx += g * (static_cast<double>(load_one(x + at)) - middle);
+    });
+    const Slope slope = finish(c, sum_g, sum_gx);
+    for_each_element(shape, c, [&](int64_t at) {
+      const double g = masked_one(at, c);
+      if (dresidual != nullptr) store_one(dresidual + at, static_cast<T>(g));
+      if (dx == nullptr) return;
+      const double off = shape.training ? static_cast<double>(load_one(x + at)) - middle : 0.0;
+      store_one(dx + at, static_cast<T>(slope.a * (g - slope.mean_g - off * slope.b)));
+    });
   }
 
   void contiguous() const {
@@ -504,6 +613,7 @@ struct Backward {
         const auto totals = sum_positions<together, 2>(shape, chunks, first, c, add_both);
         for (int64_t k = 0; k < together; ++k) sum_g += totals.of[k][0], sum_gx += totals.of[k][1];
       });
+      if (is_wide(c, sum_g, sum_gx)) return differentiate_wide(c);
       const Slope slope = finish(c, sum_g, sum_gx);
       const Vec<T> a = static_cast<T>(slope.a), mean_g = static_cast<T>(slope.mean_g), b = static_cast<T>(slope.b);
       for_each_vector<T>(shape, chunks.whole(), c,
@@ -514,12 +624,12 @@ struct Backward {
 
   void channels_last() const {
     const int64_t channels = shape.channels;
-    Scratch<T> constants(3 * channels);
+    Scratch<T> constants(3, channels);
     T *centers = constants.data(), *scales = centers + channels, *offsets = scales + channels;
     for (int64_t c = 0; c < channels; ++c) {
       centers[c] = center(c), scales[c] = affine.scale(c), offsets[c] = affine.offset(c);
     }
-    Scratch<double> sums(2 * max_of(chunks.count, 1) * channels);
+    Scratch<double> sums(2, max_of(chunks.count, 1), channels);
     parallel_for(chunks.count, 1, [&](int64_t task) {
       const int64_t i = chunks.in_memory_order(task);
       auto add_both = [&](Vec<T>(&sums)[2], int64_t at, int64_t c, int64_t n) {
@@ -529,7 +639,8 @@ struct Backward {
       };
       sum_rows<T, 2>(shape, chunks[i], sums.data() + 2 * i * channels, add_both);
     });
-    Scratch<T> slopes(3 * channels);
+    Scratch<T> slopes(3, channels);
+    Scratch<bool> wide(channels);
     T *a = slopes.data(), *mean_g = a + channels, *b = mean_g + channels;
     parallel_for(channels, ceil_div(4096, max_of(chunks.count, 1)), [&](int64_t c) {
       double sum_g = 0, sum_gx = 0;
@@ -537,6 +648,7 @@ struct Backward {
         sum_g += sums[2 * i * channels + c];
         sum_gx += sums[(2 * i + 1) * channels + c];
       }
+      wide[c] = is_wide(c, sum_g, sum_gx);
       const Slope slope = finish(c, sum_g, sum_gx);
       a[c] = static_cast<T>(slope.a), mean_g[c] = static_cast<T>(slope.mean_g), b[c] = static_cast<T>(slope.b);
     });
@@ -547,6 +659,12 @@ struct Backward {
                   load_lanes(a + c, n), load_lanes(mean_g + c, n), load_lanes(b + c, n));
           });
       finish_stores_past_cache();
+    });
+    bool any_wide = false;
+    for (int64_t c = 0; c < channels; ++c) any_wide |= wide[c];
+    if (!any_wide) return;
+    parallel_for(channels, 1, [&](int64_t c) {
+      if (wide[c]) differentiate_wide(c);
     });
   }
 };

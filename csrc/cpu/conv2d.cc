@@ -64,7 +64,7 @@ Weights<Scalar> weights_of(const Conv2dGeometry& g, const void* weight, int64_t 
 template <class Scalar>
 void forward_of(const Conv2dForwardArgs& args) {
   const Conv2dGeometry& g = args.geometry;
-  Scratch<Tap> taps(g.kernel_H * g.kernel_W);
+  Scratch<Tap> taps(g.kernel_H, g.kernel_W);
   Phase phase;
   convolve<Scalar>({input_images(g, static_cast<const Scalar*>(args.input)),
                     weights_of<Scalar>(g, args.weight, g.weight_strides[1], g.weight_strides[0]),
@@ -115,8 +115,8 @@ Grid input_gradient_grid(const Conv2dGeometry& g, const int64_t* weight_strides,
 template <class Scalar>
 void input_gradient(const Conv2dBackwardArgs& args) {
   const Conv2dGeometry& g = args.geometry;
-  Scratch<Tap> taps(g.kernel_H * g.kernel_W);
-  Scratch<Phase> phases(min_of(g.stride_H, g.H) * min_of(g.stride_W, g.W));
+  Scratch<Tap> taps(g.kernel_H, g.kernel_W);
+  Scratch<Phase> phases(min_of(g.stride_H, g.H), min_of(g.stride_W, g.W));
   convolve<Scalar>({output_images(g, static_cast<const Scalar*>(args.grad_output)),
                     weights_of<Scalar>(g, args.weight, g.weight_strides[0], g.weight_strides[1]),
                     nullptr,

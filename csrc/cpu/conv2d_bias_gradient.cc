@@ -52,7 +52,7 @@ void bias_gradient(const Conv2dBackwardArgs& args) {
   const Conv2dGeometry& g = args.geometry;
   const Images<const Scalar> gradient = output_images(g, static_cast<const Scalar*>(args.grad_output));
   const int64_t pixels = g.output_H * g.output_W, runs = ceil_div(pixels, kBiasPixels);
-  Scratch<T> partial(g.N * runs * g.K);  // [image][run][channel]
+  Scratch<T> partial(g.N, runs, g.K);  // [image][run][channel]
   const int64_t tasks = g.N * runs;
   parallel_for(tasks, 1.0 * g.N * pixels * g.K < kSerialWork / 4 ? tasks : 1, [&](int64_t task) {
     const int64_t n = task / runs, first = task % runs * kBiasPixels, count = min_of(kBiasPixels, pixels - first);

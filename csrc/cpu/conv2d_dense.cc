@@ -48,7 +48,7 @@ class DenseConvolution {
 
   void run() {
     const bool packs_ahead = blocks_.count() > kFewBlocks || grid_.phase_count > 1;
-    Scratch<Factor> packed(packs_ahead ? conv_.groups * panels_ * depth_ * kPanel : 0);
+    Scratch<Factor> packed(packs_ahead ? conv_.groups : 0, panels_, depth_, kPanel);
     packed_ = packed.data();
     const auto input = ImagesInLayout<Scalar>::of(conv_.input, true, out_blocks() > 1);
     input_ = input.images;
@@ -73,7 +73,7 @@ class DenseConvolution {
     if constexpr (kStep == 1) {
       pack_taps(grid_, w.innermost_taps, source, channels, columns, destination, kPanel, channels * kPanel);
     } else if (w.innermost_taps == grid_.tap_count && grid_.tap_count > 1) {
-      Scratch<Factor> raw(grid_.tap_count * channels * kPanel);
+      Scratch<Factor> raw(grid_.tap_count, channels, kPanel);
       pack_taps(grid_, w.innermost_taps, source, channels, columns, raw.data(), kPanel, channels * kPanel);
       for (int64_t t = 0; t < grid_.tap_count; ++t) {
         pack_pairs({raw.data() + t * channels * kPanel, kPanel, 1}, channels, columns,
@@ -113,9 +113,9 @@ class DenseConvolution {
     const Window window = grid_.input_window(block);
     const int64_t first_out = g * out_channels_ + out_channel;
     const Factor* pixels = pixels_in_place(block, g, window);
-    Scratch<Factor> staged(pixels != nullptr ? 0 : block.images * window.rows * window.columns * channel_block_);
-    Scratch<T> results(is_one_matrix(conv_, block) ? 0 : block.pixels() * out_channels);
-    Scratch<Factor> own_panel(packed_ == nullptr ? channel_block_ * grid_.tap_count * kPanel : 0);
+    Scratch<Factor> staged(pixels != nullptr ? 0 : block.images, window.rows, window.columns, channel_block_);
+    Scratch<T> results(is_one_matrix(conv_, block) ? 0 : block.pixels(), out_channels);
+    Scratch<Factor> own_panel(packed_ == nullptr ? channel_block_ : 0, grid_.tap_count, kPanel);
     Scratch<int64_t> places(block.pixels());
     bool is_staged = pixels != nullptr;
     if (!is_staged) pixels = staged.data();

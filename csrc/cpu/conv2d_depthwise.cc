@@ -68,7 +68,7 @@ class ChannelLanes {
 
   void run() {
     const int64_t C = conv_.input.C, taps = grid_.tap_count;
-    Scratch<T> packed((taps + 1) * C);  // [tap][channel], then the bias
+    Scratch<T> packed(taps + 1, C);  // [tap][channel], then the bias
     for (int64_t t = 0; t < taps; ++t) {
       const Scalar* source = conv_.weights.data + grid_.taps[t].weight_offset;
       for (int64_t c = 0; c < C; ++c) packed[t * C + c] = load_one(source + c * conv_.weights.group_stride);
@@ -275,9 +275,9 @@ class PixelLanes {
     const Planes& planes = task.planes;
     const int64_t taps = grid_.tap_count, slack = (kRows - 1) * planes.columns + kVectors * Vec<T>::size;
     Scratch<T> staged(planes.channel_stride + slack), weight(taps), row(conv_.output.W);
-    Scratch<T> results(kRows * task.results_stride * task.phases_of_row);
+    Scratch<T> results(kRows, task.results_stride, task.phases_of_row);
     Scratch<int64_t> offsets(taps);
-    Scratch<RowCopy> copies(planes.planes_y * planes.planes_x * planes.rows);
+    Scratch<RowCopy> copies(planes.planes_y, planes.planes_x, planes.rows);
     Scratch<TapRectangle> rectangles(grid_.phase_count);
     for (int64_t t = 0; t < taps; ++t) offsets[t] = planes.tap_offset(grid_.taps[t], grid_);
     for (int64_t p = 0; p < grid_.phase_count; ++p) {
@@ -425,7 +425,7 @@ void convolve_transposed(const Convolution<Scalar>& convolution) {
   parallel_for(tasks, work < kSerialWork / 4 ? tasks : 1, [&](int64_t task) {
     const int64_t n = task / channel_blocks, c = task % channel_blocks * kDepthwiseChannels;
     const int64_t channels = min_of(kDepthwiseChannels, C - c);
-    Scratch<Scalar> in(channels * in_pixels), out(channels * out_pixels);
+    Scratch<Scalar> in(channels, in_pixels), out(channels, out_pixels);
     transpose(input.at(n, c, 0, 0), in_pixels, channels, in_pixels, in.data(), channels);
     Convolution<Scalar> part = convolution;
     part.input = {in.data(), 0, 1, channels, input.H, input.W, true};
@@ -477,7 +477,7 @@ class DepthwiseWeightGradient {
 
   void run(Scalar* grad_weight) {
     const int64_t taps = grid_.tap_count, C = g_.C;
-    Scratch<T> partial(parts_ * taps * C);  // [part][tap][channel]
+    Scratch<T> partial(parts_, taps, C);  // [part][tap][channel]
     const double work = 1.0 * g_.N * g_.output_H * g_.output_W * C * taps;
     const int64_t tasks = parts_ * channel_blocks_;
     parallel_for(tasks, work < kSerialWork / 4 ? tasks : 1, [&](int64_t task) {
@@ -498,7 +498,7 @@ class DepthwiseWeightGradient {
   void run_part(int64_t part, int64_t channel, T* partial) const {
     const int64_t channels = min_of(channels_, g_.C - channel), taps = grid_.tap_count;
     const int64_t first = part * chunks_.count() / parts_, end = (part + 1) * chunks_.count() / parts_;
-    Scratch<T> staged(chunks_.images * grid_.window_pixels(chunks_) * channels), gradient(chunks_.pixels() * channels);
+    Scratch<T> staged(chunks_.images, grid_.window_pixels(chunks_), channels), gradient(chunks_.pixels(), channels);
     Scratch<int64_t> places(chunks_.pixels()), offsets(taps);
     for (int64_t t = 0; t < taps; ++t) fill(partial + t * g_.C + channel, T(0), channels);
     for (int64_t chunk = first; chunk < end; ++chunk) {
@@ -578,7 +578,7 @@ void convolve_depthwise(const Convolution<Scalar>& convolution) {
 
 template <class Scalar>
 void depthwise_weight_gradient(const Conv2dBackwardArgs& args) {
-  Scratch<Tap> taps(args.geometry.kernel_H * args.geometry.kernel_W);
+  Scratch<Tap> taps(args.geometry.kernel_H, args.geometry.kernel_W);
   Phase phase;
   const Grid grid = forward_grid(args.geometry, args.geometry.weight_strides, taps.data(), &phase);
   DepthwiseWeightGradient<Scalar>(args.geometry, grid, static_cast<const Scalar*>(args.input),

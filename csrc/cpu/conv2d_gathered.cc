@@ -60,7 +60,7 @@ class GatheredConvolution {
       if (!all_finite(conv_.weights.data, depth_ * K_)) return false;  // must not meet the padding
       return multiply_rows(Matrix<Scalar>{conv_.weights.data, 1, depth_});
     }
-    const Scratch<Staged> weights(depth_ * K_);
+    const Scratch<Staged> weights(depth_, K_);
     if (takes_all_rows() && has_inner_taps()) {
       turn_weights(weights.data());
       return all_finite(weights.data(), depth_ * K_) && multiply_rows(Matrix<Staged>{weights.data(), 1, depth_});
@@ -151,7 +151,7 @@ class GatheredConvolution {
   template <int Planes>
   bool multiply_blocks(const Staged* weights) {
     const int64_t units = ceil_div(depth_, kTileDepth), panels = ceil_div(K_, kSplitColumns);
-    const Scratch<RightUnit<Planes>> right(panels * units);
+    const Scratch<RightUnit<Planes>> right(panels, units);
     bool split = true;
     for (int64_t panel = 0; panel < panels; ++panel) {
       const int64_t k = panel * kSplitColumns;
@@ -162,9 +162,9 @@ class GatheredConvolution {
     const Blocks blocks(conv_.input.N, grid_.rows, grid_.columns, kBlockPixels);
     parallel_for(blocks.count(), 1, [&](int64_t index) {
       const Block block = blocks.at(index);
-      const Scratch<Staged> staged(staged_size(blocks)), rows(blocks.pixels() * row_stride_);
-      const Scratch<LeftUnit<Planes>> left(round_up(blocks.pixels(), kTileHeight) * units);
-      const Scratch<float> results(is_one_matrix(conv_, block) ? 0 : blocks.pixels() * K_);
+      const Scratch<Staged> staged(staged_size(blocks)), rows(blocks.pixels(), row_stride_);
+      const Scratch<LeftUnit<Planes>> left(round_up(blocks.pixels(), kTileHeight), units);
+      const Scratch<float> results(is_one_matrix(conv_, block) ? 0 : blocks.pixels(), K_);
       gather(block, staged.data(), rows.data());
       if (!split_left(Matrix<Staged>{rows.data(), row_stride_, 1}, block.pixels(), depth_, left.data(), units)) {
         __atomic_store_n(&is_split_, false, __ATOMIC_RELAXED);
@@ -178,7 +178,7 @@ class GatheredConvolution {
   bool multiply_rows(Matrix<Weight> weights) const {
     const Blocks blocks(conv_.input.N, grid_.rows, grid_.columns, kBlockPixels);
     if (blocks.columns < grid_.columns) return false;  // its pixels would not follow one another
-    const Scratch<Staged> rows(pixels() * row_stride_);
+    const Scratch<Staged> rows(pixels(), row_stride_);
     parallel_for(blocks.count(), 1, [&](int64_t index) {
       const Block block = blocks.at(index);
       const Scratch<Staged> staged(staged_size(blocks));

@@ -159,7 +159,7 @@ template <class Scalar, class A, class B>
 void multiply_all_pixels(const Convolution<Scalar>& c, Matrix<A> input, Matrix<B> weight, int64_t depth) {
   const int64_t pixels = c.output.N * c.output.H * c.output.W, K = c.output.C;
   const bool turns = !c.output.channels_last || !are_dense(c.output);
-  const Scratch<Scalar> turned(turns ? pixels * K : 0);
+  const Scratch<Scalar> turned(turns ? pixels : 0, K);
   Scalar* output = turns ? turned.data() : c.output.data;
   gemm<float>(pixels, K, depth, input, weight, [&](int64_t i, int64_t j, int64_t count, const float* values) {
     Scalar* out = output + i * K + j;

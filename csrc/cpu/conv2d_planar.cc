@@ -122,7 +122,7 @@ class PlanarConvolution {
 
   bool run() {
     const bool in_place = std::is_same_v<T, Scalar> && conv_.weights.in_stride == 1;
-    Scratch<T> packed(in_place ? 0 : conv_.output.C * depth_);
+    Scratch<T> packed(in_place ? 0 : conv_.output.C, depth_);
     if constexpr (std::is_same_v<T, Scalar>) {
       if (in_place) left_ = conv_.weights;
     }
@@ -196,9 +196,9 @@ class PlanarConvolution {
         direct ? conv_.output.H * conv_.output.W : round_up(task.planes.flat_pixels(block), Vec<T>::size);
     const int64_t phases_together = phases_of_row();
     const int64_t outputs = task.groups * task.out_channels;
-    Scratch<T> results(direct ? 0 : phases_together * outputs * task.sums_stride), bias(outputs);
+    Scratch<T> results(direct ? 0 : phases_together, outputs, task.sums_stride), bias(outputs);
     Scratch<T> staged(task.groups * channel_block_ * task.planes.channel_stride + kTileColumns<T>);
-    Scratch<int64_t> offsets(grid_.tap_count * channel_block_);
+    Scratch<int64_t> offsets(grid_.tap_count, channel_block_);
     if (conv_.bias != nullptr) {
       for (int64_t g = 0; g < task.groups; ++g) {
         widen_row(conv_.bias + (group + g) * out_channels_ + out_channel, task.out_channels,
@@ -323,7 +323,7 @@ class PlanarConvolution {
     const int64_t first_out = task.group * out_channels_ + task.out_channel;
     const Phase& phase = grid_.phases[first];
     const int64_t rows = grid_.phase_block(task.block, phase).rows;
-    Scratch<T> row(count > 1 ? count * task.block.columns : 0);
+    Scratch<T> row(count > 1 ? count : 0, task.block.columns);
     for (int64_t n = 0; n < task.block.images; ++n) {
       for (int64_t i = 0; i < rows; ++i) {
         const int64_t y = phase.output_y + (task.block.row + i) * grid_.output_step_y;

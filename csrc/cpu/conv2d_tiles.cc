@@ -42,7 +42,7 @@ class TileConvolution {
 
   // False when a number could not be split; the output is then unfinished.
   bool run() {
-    const Scratch<Right> weights(conv_.groups * panels_ * units(in_channels_) * grid_.tap_count);
+    const Scratch<Right> weights(conv_.groups, panels_, units(in_channels_), grid_.tap_count);
     weights_ = weights.data();
     split_weights();
     if (can_split_) parallel_for(tasks(), 1, [&](int64_t task) { run_task(task); });
@@ -72,7 +72,7 @@ class TileConvolution {
       const Matrix<Scalar> source = {
           w.data + g * w.group_stride + block * w.in_stride + panel * kSplitColumns * w.out_stride, w.in_stride,
           w.out_stride};
-      Scratch<Staged> taps(grid_.tap_count * channels * columns);
+      Scratch<Staged> taps(grid_.tap_count, channels, columns);
       pack_taps(grid_, w.innermost_taps, source, channels, columns, taps.data(), columns, channels * columns);
       // Splitting finds what is not finite, which must not meet the padding; what is not split is looked at.
       if constexpr (std::is_same_v<Staged, bfloat16>) {
@@ -94,9 +94,9 @@ class TileConvolution {
     const int64_t first_out = g * out_channels_ + out_channel;
     const Window window = grid_.input_window(block);
     const int64_t window_pixels = block.images * window.rows * window.columns, block_units = units(channel_block_);
-    const Scratch<Staged> staged(window_pixels * channel_block_);
-    const Scratch<float> results(is_one_matrix(conv_, block) ? 0 : block.pixels() * out_channels);
-    const Scratch<Left> split(round_up(window_pixels, kTileHeight) * block_units);
+    const Scratch<Staged> staged(window_pixels, channel_block_);
+    const Scratch<float> results(is_one_matrix(conv_, block) ? 0 : block.pixels(), out_channels);
+    const Scratch<Left> split(round_up(window_pixels, kTileHeight), block_units);
     const Scratch<int64_t> places(block.pixels());
     Tiles tiles;
     bool is_staged = false;
@@ -144,7 +144,7 @@ class TileConvolution {
     const int64_t most_units = phase.tap_count * channel_units <= kMostUnits ? kMostUnits : kRunUnits<Planes>;
     const int64_t parts = ceil_div(channel_units, most_units), end = phase.first_tap + phase.tap_count;
     const int64_t taps_per_run = max_of(1, most_units / channel_units);
-    Scratch<Left> gathered(kSplitRows * taps_per_run * ceil_div(channel_units, parts));
+    Scratch<Left> gathered(kSplitRows, taps_per_run, ceil_div(channel_units, parts));
     UnitSegment segments[kMostUnits];
     for (int64_t run = phase.first_tap * parts; run < end * parts; run += taps_per_run) {
       const int64_t t = run / parts, first = channel_units * (run % parts) / parts;

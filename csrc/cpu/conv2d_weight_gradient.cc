@@ -69,7 +69,7 @@ class DenseWeightGradient {
       });
       return;
     }
-    Scratch<T> partial(tasks * region_size_);
+    Scratch<T> partial(tasks, region_size_);
     parallel_for(tasks, work < kSerialWork ? tasks : 1, [&](int64_t task) {
       run_part(task / regions_in_all, task % regions_in_all, partial.data() + task * region_size_);
     });
@@ -137,7 +137,7 @@ class DenseWeightGradient {
   void add_along_outputs(const Block& block, const Region& region, T* sums, bool accumulate) const {
     const Planes planes(grid_, block, shares_planes_);
     const int64_t columns = region.out_count;
-    Scratch<Factor> left(region.in_count * planes.channel_stride);
+    Scratch<Factor> left(region.in_count, planes.channel_stride);
     stage_planes(input_, block, region.group * in_channels_ + region.in, region.in_count, planes, left.data());
     const Lines lines = lines_of(block, planes);
     const int64_t line_pixels = round_up(lines.pixels, kStep);
@@ -171,7 +171,7 @@ class DenseWeightGradient {
     if constexpr (!kPairs) {
       stage_block(grad_output_, block, channel, columns, window, right);
     } else {
-      Scratch<Factor> pixels(block.pixels() * columns);
+      Scratch<Factor> pixels(block.pixels(), columns);
       stage_block(grad_output_, block, channel, columns, window, pixels.data());
       for (int64_t line = 0; line < lines.count; ++line) {
         const Factor* source = pixels.data() + line * lines.pixels * columns;
@@ -223,8 +223,8 @@ class DenseWeightGradient {
   void add_along_inputs(const Block& block, const Region& region, T* sums, bool accumulate) const {
     const Window window = grid_.input_window(block);
     const int64_t channels = region.in_count, pixels = block.pixels();
-    Scratch<T> staged(block.images * window.rows * window.columns * channels);
-    Scratch<T> gradient(pixels * region.out_count);  // [out][pixel]
+    Scratch<T> staged(block.images, window.rows, window.columns, channels);
+    Scratch<T> gradient(pixels, region.out_count);  // [out][pixel]
     stage_block(input_, block, region.group * in_channels_ + region.in, channels, window, staged.data());
     stage_gradient(block, region, gradient.data());
     const bool inside_only =
@@ -292,7 +292,7 @@ class DenseWeightGradient {
 
   void write_region(const Region& region, const T* sums, Scalar* grad_weight) const {
     const int64_t channels = region.in_count, columns = region.out_count, taps = grid_.tap_count;
-    Scratch<T> rows(Vec<T>::size * taps * channels);  // [out][tap][in]
+    Scratch<T> rows(Vec<T>::size, taps, channels);  // [out][tap][in]
     for (int64_t k = 0; k < columns; k += Vec<T>::size) {
       const int64_t count = min_of(Vec<T>::size, columns - k);
       if (outputs_are_lanes_) {
@@ -348,7 +348,7 @@ bool can_take_pairs(const Conv2dGeometry& g, const Grid& grid, const Scalar* gra
 template <class Scalar>
 void dense_weight_gradient(const Conv2dBackwardArgs& args) {
   const Conv2dGeometry& g = args.geometry;
-  Scratch<Tap> taps(g.kernel_H * g.kernel_W);
+  Scratch<Tap> taps(g.kernel_H, g.kernel_W);
   Phase phase;
   const Grid grid = forward_grid(g, g.weight_strides, taps.data(), &phase);
   const auto* input = static_cast<const Scalar*>(args.input);

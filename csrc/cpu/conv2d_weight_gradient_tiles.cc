@@ -67,7 +67,7 @@ class AllTaps {
   // False where a number cannot be split.
   bool run() {
     const int64_t chunks = g_.N * chunks_of_image_, parts = min_of(kParts, chunks), size = grid_.tap_count * tap_size_;
-    const Scratch<float> sums(parts * size);
+    const Scratch<float> sums(parts, size);
     parallel_for(parts, 1, [&](int64_t part) {
       add_chunks(part * chunks / parts, (part + 1) * chunks / parts, sums.data() + part * size);
     });
@@ -85,9 +85,9 @@ class AllTaps {
 
  private:
   void add_chunks(int64_t first, int64_t last, float* sums) {
-    const Scratch<LeftUnit<Planes>> left(round_up(g_.K, kTileHeight) * units_);
+    const Scratch<LeftUnit<Planes>> left(round_up(g_.K, kTileHeight), units_);
     const Scratch<RightUnit<Planes>> right(units_);
-    const Scratch<staged_t<Scalar>> staged(chunk_rows_ * g_.output_W * g_.C);
+    const Scratch<staged_t<Scalar>> staged(chunk_rows_, g_.output_W, g_.C);
     Tiles tiles;
     bool split = true;
     for (int64_t chunk = first; chunk < last; ++chunk) {
@@ -140,7 +140,7 @@ bool weight_gradient_on_tiles(const Conv2dBackwardArgs& args) {
     return false;
   }
   if constexpr (kHasTiles && !std::is_same_v<Scalar, double>) {
-    Scratch<Tap> taps(g.kernel_H * g.kernel_W);
+    Scratch<Tap> taps(g.kernel_H, g.kernel_W);
     Phase phase;
     const Grid grid = forward_grid(g, g.grad_weight_strides, taps.data(), &phase);
     const auto* grad_output = static_cast<const Scalar*>(args.grad_output);
@@ -156,10 +156,10 @@ bool weight_gradient_on_tiles(const Conv2dBackwardArgs& args) {
     });
     if (takes_all_taps) return true;
     using Staged = staged_t<Scalar>;
-    const Scratch<Staged> staged(in_place ? 0 : pixels * g.C);
+    const Scratch<Staged> staged(in_place ? 0 : pixels, g.C);
     const Matrix<Scalar> left = {gradient.images.data, 1, g.K};
     const bool stores_later = grid.tap_count > 1 && has_taps_innermost(g);
-    const Scratch<float> sums(stores_later ? grid.tap_count * g.K * g.C : 0);
+    const Scratch<float> sums(stores_later ? grid.tap_count : 0, g.K, g.C);
     for (const Tap* tap = grid.taps; tap != grid.taps + grid.tap_count; ++tap) {
       auto store_rows = [&](int64_t k, int64_t c, int64_t count, const float* values) {
         if (!stores_later) return store_tap<Scalar>(args, *tap, k, c, count, values);

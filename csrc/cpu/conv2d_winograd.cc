@@ -83,7 +83,7 @@ void transform_windows(const TileGrid<Outputs>& tiles, const Images<const Scalar
                        int64_t offset_x, Transform&& transform) {
   const bool in_place = images.channels_last;
   const int64_t longest = in_place ? 1 : kRunTiles;
-  Scratch<float> staged(rows * (columns + (longest - 1) * Outputs::columns) * channels);
+  Scratch<float> staged(rows, columns + (longest - 1) * Outputs::columns, channels);
   tiles.for_runs(first, end, longest, [&](int64_t tile, int64_t count, int64_t image, int64_t y, int64_t x) {
     const int64_t width = columns + (count - 1) * Outputs::columns;
     const Window window = {y + offset_y, x + offset_x, rows, width, 1, 1};
@@ -197,7 +197,7 @@ class WinogradConvolution {
   // Many tiles: the block's images are transformed here, and every panel of the weights passes by.
   void run_tiles(int64_t group, int64_t block) {
     const int64_t first = block * task_tiles_, count = last_tile(block) - first;
-    Scratch<float> images(count * kPoints * in_pitch_), products(count * kPoints * panel_);
+    Scratch<float> images(count, kPoints, in_pitch_), products(count, kPoints, panel_);
     transform_images(group, first, first + count, images.data());
     for (int64_t panel = 0; panel < panels_; ++panel) {
       multiply_points(images.data(), count, shared_panel(group * panels_ + panel), in_channels_, panel_columns(panel),
@@ -209,7 +209,7 @@ class WinogradConvolution {
   // Few tiles: one panel of the weights is transformed here, some channels at a time, and all tiles pass by.
   void run_panel(int64_t group, int64_t block, int64_t panel) {
     const int64_t first = block * task_tiles_, count = last_tile(block) - first;
-    Scratch<float> weights(kPoints * channel_block_ * panel_), products(count * kPoints * panel_);
+    Scratch<float> weights(kPoints, channel_block_, panel_), products(count, kPoints, panel_);
     for (int64_t c = 0; c < in_channels_; c += channel_block_) {
       const int64_t channels = min_of(channel_block_, in_channels_ - c);
       transform_weights(group, panel, c, channels, weights.data());
@@ -234,7 +234,7 @@ class WinogradConvolution {
     constexpr int64_t together = V::size;
     const Weights<Scalar>& w = conv_.weights;
     const Scalar* first = w.data + group * w.group_stride + channel * w.in_stride + panel * panel_ * w.out_stride;
-    Scratch<float> staged(together * 9 * columns);  // [tap][channel][column]
+    Scratch<float> staged(together, 9, columns);  // [tap][channel][column]
     for (int64_t c = 0; c < channels; c += together) {
       const int64_t block = min_of(together, channels - c);
       pack_taps(grid_, w.innermost_taps, Matrix<Scalar>{first + c * w.in_stride, w.in_stride, w.out_stride}, block,
@@ -273,7 +273,7 @@ class WinogradConvolution {
   void write_outputs(int64_t group, int64_t panel, int64_t first, int64_t count, const float* products) {
     const int64_t columns = panel_columns(panel), channel = group * out_channels_ + panel * panel_;
     const Images<Scalar>& images = conv_.output;
-    Scratch<float> results(images.channels_last ? 0 : kRunTiles * Outputs::rows * Outputs::columns * columns);
+    Scratch<float> results(images.channels_last ? 0 : kRunTiles, Outputs::rows, Outputs::columns, columns);
     auto write_run = [&](int64_t tile, int64_t run, int64_t image, int64_t y, int64_t x) {
       const int64_t rows = min_of(Outputs::rows, tiles_.H - y), width = min_of(run * Outputs::columns, tiles_.W - x);
       const float* values = products + (tile - first) * kPoints * panel_;
@@ -364,7 +364,7 @@ class WinogradWeightGradient {
 
   // False where a sum is not finite.
   bool run(Scalar* grad_weight) {
-    Scratch<float> partial(parts_ * regions_ * region_size_);
+    Scratch<float> partial(parts_, regions_, region_size_);
     parallel_for(parts_ * regions_, 1, [&](int64_t task) {
       run_part(task / regions_, region_at(task % regions_), partial.data() + task * region_size_);
     });
@@ -393,8 +393,8 @@ class WinogradWeightGradient {
   void run_part(int64_t part, const Region& region, float* taps) const {
     const int64_t first = part * chunks_ / parts_ * kGradientTiles;
     const int64_t end = min_of((part + 1) * chunks_ / parts_ * kGradientTiles, tiles_.count());
-    Scratch<float> images(kPoints * kGradientTiles * in_block_), gradients(kPoints * kGradientTiles * out_block_);
-    Scratch<float> sums(kPoints * out_block_ * in_block_);
+    Scratch<float> images(kPoints, kGradientTiles, in_block_), gradients(kPoints, kGradientTiles, out_block_);
+    Scratch<float> sums(kPoints, out_block_, in_block_);
     for (int64_t tile = first; tile < end; tile += kGradientTiles) {
       const int64_t last = min_of(tile + kGradientTiles, end);
       transform_windows(tiles_, input_, tile, last, region.group * in_channels_ + region.in, region.in_count,

@@ -325,7 +325,7 @@ void forward_typed(const CrossEntropyForwardArgs& args) {
   const bool per_row = args.reduction == LossReduction::none;
   Scalar* loss_out = static_cast<Scalar*>(args.loss);
   const int64_t tasks = ceil_div(p.rows, p.rows_per_task);
-  Scratch<double> totals(2 * tasks);
+  Scratch<double> totals(2, tasks);
   parallel_for(tasks, 1, [&](int64_t task) {
     const int64_t begin = task * p.rows_per_task, end = min_of(begin + p.rows_per_task, p.rows);
     double loss_total = 0, weight_total = 0;

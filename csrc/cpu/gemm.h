@@ -126,7 +126,7 @@ template <class T, class ScalarA, class ScalarB>
 inline void multiply_block(Matrix<ScalarA> a, Matrix<ScalarB> b, const ProductBlock& block, accumulate_t<T>* c,
                            int64_t c_row_stride) {
   constexpr int64_t width = kTileColumns<T>;
-  const Scratch<T> left(block.rows * kDepthBlock), right(round_up(block.columns, width) * kDepthBlock);
+  const Scratch<T> left(block.rows, kDepthBlock), right(round_up(block.columns, width), kDepthBlock);
   for (int64_t k = block.k_begin; k < block.k_end; k += kDepthBlock) {
     const int64_t depth = min_of(kDepthBlock, block.k_end - k);
     int64_t a_row_stride;
@@ -173,7 +173,7 @@ inline void run_product(int64_t M, int64_t N, int64_t K, BlockShape shape, Multi
   const int64_t block_rows = min_of(M, shape.rows);
   const int64_t block_columns = min_of(round_up(N, kTileColumns<T>), shape.columns);
   const int64_t block_size = block_rows * block_columns;
-  Scratch<T> partial(parts > 1 ? parts * blocks * block_size : 0);
+  Scratch<T> partial(parts > 1 ? parts : 0, blocks, block_size);
   auto block_at = [&](int64_t index, int64_t part) -> ProductBlock {
     const int64_t i = index / column_blocks * shape.rows, j = index % column_blocks * shape.columns;
     return {i,
@@ -234,7 +234,7 @@ inline void multiply_block_on_tiles(Matrix<ScalarA> a, Matrix<ScalarB> b, const 
   const int64_t units = ceil_div(block.k_end - block.k_begin, kTileDepth), runs = ceil_div(units, kPanelUnits<Planes>);
   const int64_t rows_in_place =
       block.k_end % kTileDepth == 0 && has_lines<Planes>(a) ? block.rows / kSplitRows * kSplitRows : 0;
-  const Scratch<Left> left(round_up(block.rows - rows_in_place, kSplitRows) * kPanelUnits<Planes>);
+  const Scratch<Left> left(round_up(block.rows - rows_in_place, kSplitRows), kPanelUnits<Planes>);
   const Scratch<RightUnit<Planes>> right(kPanelUnits<Planes>);
   Tiles tiles;
   for (int64_t run = 0; run < runs; ++run) {

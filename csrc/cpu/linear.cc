@@ -130,14 +130,14 @@ void sum_columns(const LinearSumArgs& args) {
   constexpr int64_t width = 8 * Vec<T>::size;
   const Matrix<Scalar> values = {static_cast<const Scalar*>(args.values), args.row_stride, args.column_stride};
   const int64_t blocks = ceil_div(args.columns, width), parts = max_of(1, ceil_div(args.rows, kSumPart));
-  Scratch<T> partial(parts * args.columns);
+  Scratch<T> partial(parts, args.columns);
   const double work = 1.0 * args.rows * args.columns;
   parallel_for(blocks * parts, work < kSerialWork ? blocks * parts : 1, [&](int64_t task) {
     const int64_t i = task / blocks * kSumPart, j = task % blocks * width;
     const int64_t rows = min_of(kSumPart, args.rows - i), count = min_of(width, args.columns - j);
     T* sums = partial.data() + task / blocks * args.columns + j;
     if (values.column_stride == 1) return sum_rows(values.at(i, j), rows, count, sums);
-    Scratch<T> row_major(rows * count);
+    Scratch<T> row_major(rows, count);
     pack_rows(values.at(i, j), rows, count, row_major.data(), count);
     sum_rows(Matrix<T>{row_major.data(), count, 1}, rows, count, sums);
   });

@@ -264,8 +264,8 @@ void forward_part(const Problem<Scalar>& p, const T* packed_input, int64_t first
                   const Partials<T>& partials, T* target_logits) {
   constexpr int64_t stride = kTileOfRows + kPad;
   const int64_t rows = min_of(kTileOfRows, p.shape.rows - first_row);
-  Scratch<T> tile(kTileOfClasses * stride), buffer(kTileOfClasses * kDepthBlock);
-  Scratch<T> q(p.has_probabilities() ? kTileOfClasses * stride : 0);
+  Scratch<T> tile(kTileOfClasses, stride), buffer(kTileOfClasses, kDepthBlock);
+  Scratch<T> q(p.has_probabilities() ? kTileOfClasses : 0, stride);
   fill(tile.data(), T(0), kTileOfClasses * stride);  // lanes beyond the last row are computed and never used
   if (p.has_probabilities()) fill(q.data(), T(0), kTileOfClasses * stride);
   clear(partials, first_row, rows);
@@ -326,7 +326,7 @@ void forward_typed(const LinearCrossEntropyForwardArgs& args) {
   const int64_t part_classes = round_up(ceil_div(max_of(classes, 1), max_of(wanted, 1)), kTileOfClasses);
   const int64_t parts = max_of(ceil_div(classes, part_classes), 1);
   const int64_t part_size = Partials<T>::kArrays * p.padded_rows;
-  Scratch<T> partials(parts * part_size), target_logits(rows);
+  Scratch<T> partials(parts, part_size), target_logits(rows);
   auto part_of = [&](int64_t part) { return Partials<T>(partials.data() + part * part_size, p.padded_rows); };
   const int64_t tasks = row_blocks * parts;
   parallel_for(tasks, p.grain(tasks), [&](int64_t task) {
@@ -426,9 +426,9 @@ struct Backward {
 
   const RowConstants<Scalar> constants = {p, args};
   const int64_t g_stride = p.padded_rows + kPad;
-  const Scratch<T> g{chunk * g_stride};  // [classes][rows]
+  const Scratch<T> g{chunk, g_stride};  // [classes][rows]
   const Scratch<T> packed_input{p.packed_input_size()};
-  const Scratch<T> wide_grad_input{wants_input && sizeof(T) != sizeof(Scalar) ? rows * features : 0};
+  const Scratch<T> wide_grad_input{wants_input && sizeof(T) != sizeof(Scalar) ? rows : 0, features};
 
   T* grad_input() const {
     return sizeof(T) == sizeof(Scalar) ? static_cast<T*>(args.grad_input) : wide_grad_input.data();
@@ -444,8 +444,8 @@ struct Backward {
   void compute_tile(const Block& block, int64_t begin) const {
     constexpr int64_t q_stride = kTileOfRows + kPad;
     const bool has_probabilities = p.has_probabilities();
-    Scratch<T> buffer(sizeof(T) == sizeof(Scalar) ? 0 : kTileOfClasses * kDepthBlock);
-    Scratch<T> q(has_probabilities ? 2 * kTileOfClasses * q_stride : 0);
+    Scratch<T> buffer(sizeof(T) == sizeof(Scalar) ? 0 : kTileOfClasses, kDepthBlock);
+    Scratch<T> q(has_probabilities ? 2 : 0, kTileOfClasses, q_stride);
     T* tile = g.data() + (block.first_class - begin) * g_stride + block.first_row;
     compute_logits(p, packed_input.data(), block, buffer.data(), tile, g_stride);
     if (has_probabilities) {

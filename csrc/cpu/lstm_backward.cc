@@ -39,17 +39,17 @@ class BackwardPass {
         c0_(layer_.c0, layer_.batch * H_),
         joined_inputs_(args.grad_w_ih != nullptr ? layer_.input_size : 0),
         joined_(args.grad_w_hh != nullptr ? joined_inputs_ + outputs_ : joined_inputs_),
-        joined_rows_(few_rows_ && layer_.steps == 1 ? 0 : layer_.rows * joined_),
-        grad_gates_(layer_.rows * kGates * H_),
-        grad_h_(layer_.batch * outputs_),
-        grad_c_(layer_.batch * H_),
-        grad_unprojected_(layer_.projection_size > 0 ? layer_.batch * H_ : 0),
-        grad_hidden_(layer_.projection_size > 0 ? layer_.rows * outputs_ : 0),
+        joined_rows_(few_rows_ && layer_.steps == 1 ? 0 : layer_.rows, joined_),
+        grad_gates_(layer_.rows, kGates, H_),
+        grad_h_(layer_.batch, outputs_),
+        grad_c_(layer_.batch, H_),
+        grad_unprojected_(layer_.projection_size > 0 ? layer_.batch : 0, H_),
+        grad_hidden_(layer_.projection_size > 0 ? layer_.rows : 0, outputs_),
         gates_(static_cast<const T*>(args.gates)),
         cells_(static_cast<const T*>(args.cells)),
         gate_depth_(round_up(H_, kTileDepth)),
         later_gates_(layer_.batch, kGates * gate_depth_),
-        units_(kOnTiles ? ceil_div(outputs_, kSplitColumns) * later_gates_.units() : 0) {}
+        units_(kOnTiles ? ceil_div(outputs_, kSplitColumns) : 0, later_gates_.units()) {}
 
   // Returns false where a number cannot be split for tiles: the gradients are to be computed again.
   bool run() {
@@ -222,7 +222,7 @@ class BackwardPass {
         const int64_t row = sequence_.offset(turn) + i;
         Scalar* joined = joined_rows_.data() + row * joined_;
         const Scalar* input = static_cast<const Scalar*>(layer_.input) + row * layer_.input_row_stride;
-        __builtin_memcpy(joined, input, static_cast<size_t>(joined_inputs_) * sizeof(Scalar));
+        if (joined_inputs_ > 0) __builtin_memcpy(joined, input, static_cast<size_t>(joined_inputs_) * sizeof(Scalar));
         if (joined_ > joined_inputs_) write_hidden_before(turn, i, joined + joined_inputs_);
       }
     });
@@ -338,7 +338,7 @@ class BackwardPass {
 
   // dW_hr = sum over rows of dh_t r_t^T; r_t = o tanh(c) is computed again.
   void finish_projection() {
-    const Scratch<Factor> hidden(layer_.rows * H_);
+    const Scratch<Factor> hidden(layer_.rows, H_);
     parallel_for(layer_.rows, 16, [&](int64_t row) {
       for (int64_t u = 0; u < H_; u += Vec<T>::size) {
         const int64_t lanes = min_of(Vec<T>::size, H_ - u);

@@ -62,7 +62,7 @@ class RightOperand {
 
  public:
   RightOperand(Matrix<Scalar> b, int64_t depth, int64_t columns, bool in_place)
-      : packed_(in_place ? 0 : round_up(columns, width) * round_up(depth, Step<Factor>::depth)) {
+      : packed_(in_place ? 0 : round_up(columns, width), round_up(depth, Step<Factor>::depth)) {
     if constexpr (sizeof(accumulate_t<Scalar>) == sizeof(Scalar)) {
       if (in_place) {
         panels_ = plain_panels<Factor>(b.data, b.row_stride);
@@ -176,7 +176,7 @@ class TurnRows {
   TurnRows(int64_t rows, int64_t depth)
       : units_(ceil_div(depth, kTileDepth)),
         turn_size_(round_up(rows, kTileHeight) * units_),
-        data_(Planes > 0 ? 2 * turn_size_ : 0) {
+        data_(Planes > 0 ? 2 : 0, turn_size_) {
     if (Planes > 0) __builtin_memset(data_.data(), 0, static_cast<size_t>(2 * turn_size_) * sizeof(LeftUnit<Planes>));
   }
   LeftUnit<Planes>* row(int64_t turn, int64_t i) const { return data_.data() + (turn & 1) * turn_size_ + i * units_; }

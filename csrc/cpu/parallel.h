@@ -6,6 +6,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "sizes.h"
+
 namespace dlkernels {
 
 // Calls body(context, begin, end) for disjoint ranges that cover [0, tasks), from up to the pool's number of threads.
@@ -94,12 +96,16 @@ inline void run_members(int64_t wanted, Body&& body) {
   run_team(wanted, &Call::run, &call);
 }
 
-// An array of T that goes back to the pool at the end of its scope.
+// An array of T that goes back to the pool at the end of its scope: as many as the product of the sizes says, which is
+// taken here so that it cannot overflow unseen. Null where there are none.
 template <class T>
 class Scratch {
  public:
-  explicit Scratch(int64_t count)
-      : data_(count > 0 ? static_cast<T*>(acquire_scratch(static_cast<size_t>(count) * sizeof(T))) : nullptr) {}
+  template <class... Sizes>
+  explicit Scratch(Sizes... sizes) {
+    const int64_t bytes = multiply_sizes("dlkernels: the memory that this call needs", sizes..., sizeof(T));
+    data_ = bytes > 0 ? static_cast<T*>(acquire_scratch(static_cast<size_t>(bytes))) : nullptr;
+  }
   ~Scratch() {
     if (data_ != nullptr) release_scratch(data_);
   }

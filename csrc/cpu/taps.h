@@ -163,7 +163,7 @@ void pack_taps(const Grid& grid, int64_t innermost_taps, Matrix<Scalar> source, 
   Scratch<int64_t> offsets(taps);  // of the destination, by the tap's place in memory
   for (int64_t t = 0; t < taps; ++t) offsets[grid.taps[t].weight_offset] = t * tap_stride;
   if (source.row_stride == taps) {
-    Scratch<int64_t> row_offsets(rows * taps);
+    Scratch<int64_t> row_offsets(rows, taps);
     for (int64_t i = 0; i < rows; ++i) {
       for (int64_t t = 0; t < taps; ++t) row_offsets[i * taps + t] = i * row_stride + offsets[t];
     }

@@ -172,7 +172,7 @@ class ImagesInLayout {
 
  private:
   ImagesInLayout(const Images<const Scalar>& source, bool channels_last, bool copies)
-      : images(source), copy_(copies ? source.N * source.C * source.H * source.W : 0) {
+      : images(source), copy_(copies ? source.N : 0, source.C, source.H, source.W) {
     if (!copies) return;
     const Images<Scalar> copy = {copy_.data(), source.C * source.H * source.W, source.N, source.C, source.H, source.W,
                                  channels_last};

@@ -18,6 +18,10 @@
 // ReLU is differentiated by its output, as torch's is, and ReLU6 by its argument, which backward computes again: its
 // output may be changed in place meanwhile.
 //
+// Squares of float32 overflow from 2^64 on. A channel whose statistics, or sums, do not come out as ordinary numbers is
+// done again in double: its sums by the first warp of the block that puts them together, its elements where they are.
+// An infinite center marks it.
+//
 // Memory-bound: three passes over x or y forward, five over x, dy and dx backward, and two over y with ReLU.
 #include "cpu/batch_norm.h"
 #include "cuda/numbers.cuh"
@@ -146,6 +150,47 @@ __device__ Value combine_partials(const Layout& layout, int64_t channel, const V
   return reduce_block(value, 1, combine);
 }
 
+// ---- channels of very large numbers --------------------------------------------------------------------------------
+
+// Whether a channel with these statistics needs more range than T has, see cpu/batch_norm.cc.
+template <class T>
+__device__ bool is_extreme(double mean, double variance) {
+  constexpr double kLargest = 0x1p100;
+  return sizeof(T) < sizeof(double) && !(fabs(mean) <= kLargest && variance <= kLargest);
+}
+
+// Whether the constants of a channel, with this center, say that it is in double.
+template <class T>
+__device__ __forceinline__ bool is_wide(T center) {
+  return sizeof(T) < sizeof(double) && isinf(center);
+}
+
+// What the center of a channel, its rounded mean, lacks; nothing where the mean is infinite, as it may be in
+// evaluation.
+template <class T>
+__device__ double rounded_away(double mean) {
+  const double rest = mean - static_cast<double>(static_cast<T>(mean));
+  return rest == rest ? rest : 0.0;
+}
+
+// body(offset) for the elements of a channel that are this lane's.
+template <class Body>
+__device__ void for_each_of_lane(const Layout& layout, int64_t channel, Body&& body) {
+  const int64_t elements = static_cast<int64_t>(layout.elements);
+  for (int64_t i = static_cast<int>(threadIdx.x) % kWarpSize; i < elements; i += kWarpSize) {
+    body(layout.channels_last ? i * layout.channels + channel
+                              : (i / layout.inner * layout.channels + channel) * layout.inner + i % layout.inner);
+  }
+}
+
+template <class Value, class Combine>
+__device__ Value combine_lanes(Value value, Combine combine) {
+  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
+    value = combine(value, value.of_lane_across(distance));
+  }
+  return value;
+}
+
 // ---- forward -------------------------------------------------------------------------------------------------------
 
 struct Moments {
@@ -194,6 +239,19 @@ __global__ void __launch_bounds__(kThreads, 1) find_moments(Layout layout, const
   });
 }
 
+// Those of a channel, by one warp.
+template <class Scalar>
+__device__ Moments find_wide_moments(const Layout& layout, const Scalar* input, int64_t channel) {
+  Moments moments = {};
+  for_each_of_lane(layout, channel, [&](int64_t offset) {
+    const double difference = static_cast<double>(widen(input[offset])) - moments.mean;
+    moments.count += 1;
+    moments.mean += difference / moments.count;
+    moments.squares += difference * (static_cast<double>(widen(input[offset])) - moments.mean);
+  });
+  return combine_lanes(moments, Merge());
+}
+
 // y = (x - center) scale + shift
 template <class T>
 struct Affine {
@@ -203,20 +261,24 @@ struct Affine {
   __device__ static Affine of(double mean, double variance, double eps, const T* weight, const T* bias,
                               int64_t channel) {
     const double factor = (weight == nullptr ? 1.0 : static_cast<double>(weight[channel])) / sqrt(variance + eps);
+    if (is_extreme<T>(mean, variance)) return {static_cast<T>(HUGE_VAL), T(0), T(0)};
     const T center = static_cast<T>(mean);
-    return {center, static_cast<T>(factor),
-            static_cast<T>((bias == nullptr ? 0.0 : static_cast<double>(bias[channel])) -
-                           (mean - static_cast<double>(center)) * factor)};
+    return {
+        center, static_cast<T>(factor),
+        static_cast<T>((bias == nullptr ? 0.0 : static_cast<double>(bias[channel])) - rounded_away<T>(mean) * factor)};
   }
 };
 
 // A block a channel.
-template <class T>
+template <class Scalar, class T = accumulate_t<Scalar>>
 __global__ void __launch_bounds__(kThreads, 1)
-    finish_moments(Layout layout, const Moments* partials, const T* weight, const T* bias, double eps, double* mean,
-                   double* variance, Affine<T>* affines) {
+    finish_moments(Layout layout, const Scalar* input, const Moments* partials, const T* weight, const T* bias,
+                   double eps, double* mean, double* variance, Affine<T>* affines) {
   const int64_t channel = blockIdx.x;
-  const Moments moments = combine_partials(layout, channel, partials, Merge());
+  Moments moments = combine_partials(layout, channel, partials, Merge());
+  if (threadIdx.x >= kWarpSize) return;
+  const bool extreme = is_extreme<T>(moments.mean, moments.squares / moments.count);
+  if (__shfl_sync(kAllLanes, static_cast<int>(extreme), 0)) moments = find_wide_moments(layout, input, channel);
   if (threadIdx.x != 0) return;
   const double spread = moments.squares / moments.count;
   mean[channel] = moments.mean;
@@ -233,15 +295,55 @@ __global__ void __launch_bounds__(kThreads, 1)
   affines[channel] = Affine<T>::of(mean[channel], variance[channel], eps, weight, bias, channel);
 }
 
+// What an element of a channel in double is made of.
+template <class T>
+struct WideAffine {
+  const T *weight, *bias;
+  const double *mean, *variance;
+  double eps;
+
+  __device__ double operator()(int64_t channel, double value) const {
+    const double factor =
+        (weight == nullptr ? 1.0 : static_cast<double>(weight[channel])) / sqrt(variance[channel] + eps);
+    return (value - mean[channel]) * factor + (bias == nullptr ? 0.0 : static_cast<double>(bias[channel]));
+  }
+};
+
+template <class T>
+__device__ __forceinline__ T activated(Activation activation, T out) {
+  if (activation != Activation::none && out < T(0)) out = T(0);  // NaN stays
+  if (activation == Activation::relu6 && out > T(6)) out = T(6);
+  return out;
+}
+
+// The elements of a thread some of whose channels are in double.
+template <class Scalar, int kPack, class T = accumulate_t<Scalar>>
+__device__ void normalize_wide(const Share<kPack>& share, Activation activation, const Scalar* input,
+                               const Scalar* residual, const Affine<T> (&affine)[kPack], const WideAffine<T>& wide,
+                               Scalar* output) {
+  share.for_each([&](int64_t offset) {
+    for (int e = 0; e < kPack; ++e) {
+      const T value = widen(input[offset + e]), added = residual == nullptr ? T(0) : widen(residual[offset + e]);
+      double out = (value - affine[e].center) * affine[e].scale + affine[e].shift + added;
+      if (is_wide(affine[e].center)) out = wide(share.channel(e), static_cast<double>(value)) + added;
+      output[offset + e] = narrow<Scalar>(static_cast<T>(activated(activation, out)));
+    }
+  });
+}
+
 template <class Scalar, int kPack>
 __global__ void __launch_bounds__(kThreads, 1)
     normalize(Layout layout, Activation activation, const Scalar* input, const Scalar* residual,
-              const Affine<accumulate_t<Scalar>>* affines, Scalar* output) {
+              const Affine<accumulate_t<Scalar>>* affines, WideAffine<accumulate_t<Scalar>> wide, Scalar* output) {
   using T = accumulate_t<Scalar>;
   const Share<kPack> share(layout, gridDim.x - 1 - blockIdx.x);
   if (!share.exists()) return;
   Affine<T> affine[kPack];
   share.for_places(affine, [&](int64_t channel) { return affines[channel]; });
+  bool any_wide = false;
+#pragma unroll
+  for (int e = 0; e < kPack; ++e) any_wide |= is_wide(affine[e].center);
+  if (any_wide) return normalize_wide(share, activation, input, residual, affine, wide, output);
   share.for_each([&](int64_t offset) {
     T values[kPack], added[kPack] = {};
     load_pack(input + offset, values);
@@ -250,9 +352,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int e = 0; e < kPack; ++e) {
       T out = affine[e](values[e]);
       if (residual != nullptr) out += added[e];
-      if (activation != Activation::none && out < T(0)) out = T(0);  // NaN stays
-      if (activation == Activation::relu6 && out > T(6)) out = T(6);
-      values[e] = out;
+      values[e] = activated(activation, out);
     }
     store_pack(output + offset, values);
   });
@@ -280,6 +380,7 @@ struct Gate {
   using T = accumulate_t<Scalar>;
   const Scalar* output;      // of ReLU, or null
   const Affine<T>* affines;  // with ReLU6, or null
+  WideAffine<T> wide;        // the same of channels in double
 
   template <int kPack>
   __device__ __forceinline__ void take_affines(const Share<kPack>& share, Affine<T> (&affine)[kPack]) const {
@@ -305,6 +406,15 @@ struct Gate {
         if (argument <= T(Range::low) || argument >= T(Range::high)) gradients[e] = T(0);
       }
     }
+  }
+
+  // Of one element of a channel that may be in double.
+  __device__ T stop_one(int64_t offset, int64_t channel, T value, const Affine<T>& affine, T gradient) const {
+    if (output != nullptr) return widen(output[offset]) <= T(0) ? T(0) : gradient;
+    if (affines == nullptr) return gradient;
+    using Range = Relu6Range<Scalar>;
+    const double argument = is_wide(affine.center) ? wide(channel, static_cast<double>(value)) : affine(value);
+    return argument <= Range::low || argument >= Range::high ? T(0) : gradient;
   }
 };
 
@@ -351,16 +461,40 @@ struct Derivative {
   T center, scale, factor, constant;
 };
 
-// A block a channel.
-template <class T>
+// Sums of a channel, by one warp.
+template <class Scalar>
+__device__ GradientSums sum_wide_gradients(const Layout& layout, const Scalar* grad_output, const Scalar* input,
+                                           const Gate<Scalar>& gate, int64_t channel, double center) {
+  using T = accumulate_t<Scalar>;
+  const Affine<T> affine = gate.affines == nullptr ? Affine<T>{} : gate.affines[channel];
+  GradientSums sums = {};
+  for_each_of_lane(layout, channel, [&](int64_t offset) {
+    const T value = widen(input[offset]);
+    const double gradient = gate.stop_one(offset, channel, value, affine, widen(grad_output[offset]));
+    sums.gradient += gradient;
+    sums.product += gradient * (static_cast<double>(value) - center);
+  });
+  return combine_lanes(sums, AddSums());
+}
+
+// A block a channel. `wide` holds the derivatives of channels in double.
+template <class Scalar, class T = accumulate_t<Scalar>>
 __global__ void __launch_bounds__(kThreads, 1)
-    finish_gradients(Layout layout, const GradientSums* partials, bool training, const T* weight, const double* mean,
-                     const double* variance, double eps, Derivative<T>* derivatives, T* grad_weight, T* grad_bias) {
+    finish_gradients(Layout layout, const Scalar* grad_output, const Scalar* input, Gate<Scalar> gate,
+                     const GradientSums* partials, bool training, const T* weight, const double* mean,
+                     const double* variance, double eps, Derivative<T>* derivatives, Derivative<double>* wide,
+                     T* grad_weight, T* grad_bias) {
   const int64_t channel = blockIdx.x;
-  const GradientSums sums = combine_partials(layout, channel, partials, AddSums());
-  if (threadIdx.x != 0) return;
+  GradientSums sums = combine_partials(layout, channel, partials, AddSums());
+  if (threadIdx.x >= kWarpSize) return;
   const T center = static_cast<T>(mean[channel]);
-  const double rounded = mean[channel] - static_cast<double>(center);
+  bool extreme = is_extreme<T>(mean[channel], variance[channel]) || is_extreme<T>(sums.gradient, fabs(sums.product));
+  extreme = __shfl_sync(kAllLanes, static_cast<int>(extreme), 0) != 0;
+  if (extreme) {
+    sums = sum_wide_gradients(layout, grad_output, input, gate, channel, static_cast<double>(center));
+  }
+  if (threadIdx.x != 0) return;
+  const double rounded = rounded_away<T>(mean[channel]);
   const double product = sums.product - rounded * sums.gradient;  // of g (x - mean)
   const double deviation = sqrt(variance[channel] + eps);
   if (grad_weight != nullptr) grad_weight[channel] = static_cast<T>(product / deviation);
@@ -368,14 +502,40 @@ __global__ void __launch_bounds__(kThreads, 1)
   const double scale = (weight == nullptr ? 1.0 : static_cast<double>(weight[channel])) / deviation;
   const double share = scale / layout.elements, factor = share * product / (variance[channel] + eps);
   const double constant = share * sums.gradient - factor * rounded;
-  derivatives[channel] = {center, static_cast<T>(scale), training ? static_cast<T>(factor) : T(0),
-                          training ? static_cast<T>(constant) : T(0)};
+  const Derivative<double> exact = {static_cast<double>(center), scale, training ? factor : 0.0,
+                                    training ? constant : 0.0};
+  if (extreme) wide[channel] = exact;
+  derivatives[channel] = {extreme ? static_cast<T>(HUGE_VAL) : center, static_cast<T>(exact.scale),
+                          static_cast<T>(exact.factor), static_cast<T>(exact.constant)};
+}
+
+// The elements of a thread some of whose channels are in double.
+template <class Scalar, int kPack, class T = accumulate_t<Scalar>>
+__device__ void differentiate_wide(const Share<kPack>& share, const Scalar* grad_output, const Scalar* input,
+                                   const Gate<Scalar>& gate, const Affine<T> (&affine)[kPack],
+                                   const Derivative<T> (&derivative)[kPack], const Derivative<double>* wide,
+                                   Scalar* grad_input, Scalar* grad_residual) {
+  share.for_each([&](int64_t offset) {
+    for (int e = 0; e < kPack; ++e) {
+      const T value = widen(input[offset + e]);
+      const T gradient = gate.stop_one(offset + e, share.channel(e), value, affine[e], widen(grad_output[offset + e]));
+      if (grad_residual != nullptr) grad_residual[offset + e] = narrow<Scalar>(gradient);
+      if (grad_input == nullptr) continue;
+      const Derivative<T>& d = derivative[e];
+      const Derivative<double> exact =
+          is_wide(d.center) ? wide[share.channel(e)] : Derivative<double>{d.center, d.scale, d.factor, d.constant};
+      const double off = exact.factor == 0 ? 0.0 : static_cast<double>(value) - exact.center;
+      grad_input[offset + e] =
+          narrow<Scalar>(static_cast<T>(gradient * exact.scale - off * exact.factor - exact.constant));
+    }
+  });
 }
 
 template <class Scalar, int kPack>
 __global__ void __launch_bounds__(kThreads, 1)
     differentiate(Layout layout, bool training, const Scalar* grad_output, const Scalar* input, Gate<Scalar> gate,
-                  const Derivative<accumulate_t<Scalar>>* derivatives, Scalar* grad_input, Scalar* grad_residual) {
+                  const Derivative<accumulate_t<Scalar>>* derivatives, const Derivative<double>* wide,
+                  Scalar* grad_input, Scalar* grad_residual) {
   using T = accumulate_t<Scalar>;
   const Share<kPack> share(layout, gridDim.x - 1 - blockIdx.x);
   if (!share.exists()) return;
@@ -383,6 +543,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   share.for_places(derivative, [&](int64_t channel) { return derivatives[channel]; });
   Affine<T> affine[kPack] = {};
   gate.take_affines(share, affine);
+  bool any_wide = false;
+#pragma unroll
+  for (int e = 0; e < kPack; ++e) any_wide |= is_wide(derivative[e].center);
+  if (any_wide) {
+    return differentiate_wide(share, grad_output, input, gate, affine, derivative, wide, grad_input, grad_residual);
+  }
   share.for_each([&](int64_t offset) {
     T gradients[kPack], values[kPack] = {};
     load_pack(grad_output + offset, gradients);
@@ -422,17 +588,18 @@ void forward_typed(const BatchNormForwardArgs& args) {
   Affine<T>* affines = workspace<Affine<T>>(channels);
   with_layout<Scalar>(args.shape, [&](auto pack, const Layout& layout) {
     if (args.shape.training) {
-      Moments* partials = workspace<Moments>(layout.parts * channels);
+      Moments* partials = workspace<Moments>(layout.parts, channels);
       launch({layout.blocks(), kThreads, kExchangeBytes<Moments>}, find_moments<Scalar, pack()>, layout, input,
              partials);
-      launch({channels, kThreads, kExchangeBytes<Moments>}, finish_moments<T>, layout, partials, weight, bias, args.eps,
-             args.mean, args.variance, affines);
+      launch({channels, kThreads, kExchangeBytes<Moments>}, finish_moments<Scalar>, layout, input, partials, weight,
+             bias, args.eps, args.mean, args.variance, affines);
     } else {
       launch({ceil_div(channels, kThreads), kThreads}, take_moments<T>, channels, weight, bias, args.eps, args.mean,
              args.variance, affines);
     }
     launch({layout.blocks(), kThreads}, normalize<Scalar, pack()>, layout, args.shape.activation, input,
-           static_cast<const Scalar*>(args.residual), affines, static_cast<Scalar*>(args.output));
+           static_cast<const Scalar*>(args.residual), affines,
+           WideAffine<T>{weight, bias, args.mean, args.variance, args.eps}, static_cast<Scalar*>(args.output));
   });
 }
 
@@ -444,24 +611,27 @@ void backward_typed(const BatchNormBackwardArgs& args) {
   const T* weight = static_cast<const T*>(args.weight);
   const int64_t channels = args.shape.channels;
   Derivative<T>* derivatives = workspace<Derivative<T>>(channels);
-  Gate<Scalar> gate = {};
+  const T* bias = static_cast<const T*>(args.bias);
+  Gate<Scalar> gate = {nullptr, nullptr, {weight, bias, args.mean, args.variance, args.eps}};
   if (args.shape.activation == Activation::relu) gate.output = static_cast<const Scalar*>(args.output);
   if (args.shape.activation == Activation::relu6) {
     Affine<T>* affines = workspace<Affine<T>>(channels);
-    launch({ceil_div(channels, kThreads), kThreads}, take_moments<T>, channels, weight,
-           static_cast<const T*>(args.bias), args.eps, args.mean, args.variance, affines);
+    launch({ceil_div(channels, kThreads), kThreads}, take_moments<T>, channels, weight, bias, args.eps, args.mean,
+           args.variance, affines);
     gate.affines = affines;
   }
+  // Only for channels of very large numbers; double has no more range to go to.
+  Derivative<double>* wide = sizeof(T) < sizeof(double) ? workspace<Derivative<double>>(channels) : nullptr;
   with_layout<Scalar>(args.shape, [&](auto pack, const Layout& layout) {
-    GradientSums* partials = workspace<GradientSums>(layout.parts * channels);
+    GradientSums* partials = workspace<GradientSums>(layout.parts, channels);
     launch({layout.blocks(), kThreads, kExchangeBytes<GradientSums>}, sum_gradients<Scalar, pack()>, layout,
            grad_output, input, gate, args.mean, partials);
-    launch({channels, kThreads, kExchangeBytes<GradientSums>}, finish_gradients<T>, layout, partials,
-           args.shape.training, weight, args.mean, args.variance, args.eps, derivatives,
+    launch({channels, kThreads, kExchangeBytes<GradientSums>}, finish_gradients<Scalar>, layout, grad_output, input,
+           gate, partials, args.shape.training, weight, args.mean, args.variance, args.eps, derivatives, wide,
            static_cast<T*>(args.grad_weight), static_cast<T*>(args.grad_bias));
     if (args.grad_input == nullptr && args.grad_residual == nullptr) return;
     launch({layout.blocks(), kThreads}, differentiate<Scalar, pack()>, layout, args.shape.training, grad_output, input,
-           gate, derivatives, static_cast<Scalar*>(args.grad_input), static_cast<Scalar*>(args.grad_residual));
+           gate, derivatives, wide, static_cast<Scalar*>(args.grad_input), static_cast<Scalar*>(args.grad_residual));
   });
 }
 

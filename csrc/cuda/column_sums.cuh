@@ -72,7 +72,7 @@ struct StoreSums {
 template <class Scalar, class Store>
 void sum_columns(const Columns<Scalar>& values, const Store& store) {
   const int64_t parts = ceil_div(values.rows, kSumPartRows);
-  double* partials = workspace<double>(parts * values.columns);
+  double* partials = workspace<double>(parts, values.columns);
   launch({parts * ceil_div(values.columns, kWarpSize), kSumThreads, kSumThreads * sizeof(double)}, sum_parts<Scalar>,
          values, partials);
   launch({ceil_div(values.columns, kSumThreads), kSumThreads}, add_parts<Store>, partials, parts, values.columns,

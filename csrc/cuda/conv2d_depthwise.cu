@@ -191,7 +191,7 @@ template <class Scalar>
 void weight_gradient_typed(const Conv2dBackwardArgs& args) {
   const Conv2dGeometry& g = args.geometry;
   const int64_t taps = g.kernel_H * g.kernel_W, parts = ceil_div(g.N * g.output_H * g.output_W, kPartPixels);
-  double* partials = workspace<double>(parts * taps * g.K);
+  double* partials = workspace<double>(parts, taps, g.K);
   const int64_t blocks = parts * taps * (g.channels_last ? ceil_div(g.K, kWarpSize) : g.K);
   launch({blocks, kThreads, kThreads * sizeof(double)}, sum_taps<Scalar>, g, inputs_of(g, g.input_image_stride),
          outputs_of(g), static_cast<const Scalar*>(args.grad_output), static_cast<const Scalar*>(args.input), partials);

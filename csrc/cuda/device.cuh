@@ -14,6 +14,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "cpu/sizes.h"
 #include "cpu/types.h"
 #include "cuda/place.h"
 
@@ -149,10 +150,11 @@ void launch(Launch shape, void (*kernel)(Parameters...), const Arguments&... arg
 
 // ---- workspaces ----------------------------------------------------------------------------------------------------
 
-// `count` elements on the device, valid for the launches that follow on the stream.
-template <class T>
-T* workspace(int64_t count) {
-  return static_cast<T*>(Place::current().allocate(count * static_cast<int64_t>(sizeof(T))));
+// As many elements on the device as the product of the sizes says, valid for the launches that follow on the stream.
+template <class T, class... Sizes>
+T* workspace(Sizes... sizes) {
+  const int64_t bytes = multiply_sizes("dlkernels: the memory that this call needs", sizes..., sizeof(T));
+  return static_cast<T*>(Place::current().allocate(bytes));
 }
 
 // A copy of numbers of the processor, valid as long as a workspace; the numbers may go once this returns.

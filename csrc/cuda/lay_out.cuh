@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kLayOutThreads, 1)
 template <class Scalar>
 const Scalar* lay_out(const Strided<Scalar>& from) {
   const int64_t padded = whole_chunks<Scalar>(from.length), width = from.groups * padded;
-  Scalar* out = workspace<Scalar>(from.batch * from.lines * width);
+  Scalar* out = workspace<Scalar>(from.batch, from.lines, width);
   launch({from.batch * ceil_div(from.lines, kLayOutSide) * ceil_div(width, kLayOutSide), kLayOutThreads,
           kLayOutSide * (kLayOutSide + 1) * sizeof(Scalar)},
          lay_out_squares<Scalar>, from, padded, out);

@@ -268,7 +268,7 @@ struct Layer {
     const int64_t most = kHeldElements / (rows > 0 ? rows : 1) / kFewestClasses * kFewestClasses;
     chunk_classes = most < kFewestClasses ? kFewestClasses : most;
     if (chunk_classes > classes) chunk_classes = classes;
-    logits = workspace<T>(rows * pitch());
+    logits = workspace<T>(rows, pitch());
   }
   int64_t pitch() const { return whole_chunks<Scalar>(chunk_classes); }
 
@@ -311,7 +311,7 @@ void backward_typed(const LinearCrossEntropyBackwardArgs& args) {
   const int64_t features = layer.features, elements = p.rows * features;
   Scalar* rounded = nullptr;
   if constexpr (kRounds) {
-    rounded = workspace<Scalar>(p.rows * layer.pitch());
+    rounded = workspace<Scalar>(p.rows, layer.pitch());
   } else {
     rounded = layer.logits;
   }

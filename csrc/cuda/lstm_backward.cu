@@ -191,9 +191,9 @@ BackwardStep<Scalar> prepare_steps(const LstmBackwardArgs& args) {
   step.gates = static_cast<const T*>(args.gates);
   step.cells = static_cast<const T*>(args.cells);
   step.gates_stride = whole_chunks<Scalar>(kGates * step.H);
-  step.grad_gates = workspace<Scalar>(layer.rows * step.gates_stride);
-  if (args.grad_h0 != nullptr) step.first_grad_gates = workspace<Scalar>(layer.batch * step.gates_stride);
-  step.carry = workspace<T>(layer.batch * step.H);
+  step.grad_gates = workspace<Scalar>(layer.rows, step.gates_stride);
+  if (args.grad_h0 != nullptr) step.first_grad_gates = workspace<Scalar>(layer.batch, step.gates_stride);
+  step.carry = workspace<T>(layer.batch, step.H);
   step.grad_c0 = static_cast<Scalar*>(args.grad_c0);
   const Lines<Scalar> w_hh(layer.w_hh, step.outputs, kGates * step.H, 1, step.outputs);
   step.w_hh = {w_hh.data, step.outputs, kGates * step.H, w_hh.stride, false};
@@ -201,7 +201,7 @@ BackwardStep<Scalar> prepare_steps(const LstmBackwardArgs& args) {
     const Lines<Scalar> w_hr(layer.w_hr, step.H, step.outputs, 1, step.H);
     step.w_hr = {w_hr.data, step.H, step.outputs, w_hr.stride, false};
     step.hidden_stride = whole_chunks<Scalar>(step.outputs);
-    step.grad_hidden = workspace<Scalar>(layer.rows * step.hidden_stride);
+    step.grad_hidden = workspace<Scalar>(layer.rows, step.hidden_stride);
   }
   return step;
 }
@@ -233,7 +233,7 @@ void backward_typed(const LstmBackwardArgs& args) {
   }
   if (args.grad_w_hh != nullptr) {
     const int64_t stride = whole_chunks<Scalar>(step.outputs);
-    Scalar* before = workspace<Scalar>(rows * stride);
+    Scalar* before = workspace<Scalar>(rows, stride);
     launch({ceil_div(rows * step.outputs, kStepThreads), kStepThreads}, gather_hidden<Scalar>, step.steps, rows,
            step.outputs, step.projects ? static_cast<const Scalar*>(args.output) : nullptr, step.gates, step.cells,
            static_cast<const Scalar*>(layer.h0), stride, before);
@@ -246,7 +246,7 @@ void backward_typed(const LstmBackwardArgs& args) {
   }
   if (args.grad_w_hr != nullptr) {
     const int64_t stride = whole_chunks<Scalar>(step.H);
-    Scalar* unprojected = workspace<Scalar>(rows * stride);
+    Scalar* unprojected = workspace<Scalar>(rows, stride);
     launch({ceil_div(rows * step.H, kStepThreads), kStepThreads}, compute_unprojected<Scalar>, rows, step.H, step.gates,
            step.cells, stride, unprojected);
     multiply_rows(rows, Lines<Scalar>(step.grad_hidden, rows, step.outputs, step.hidden_stride), step.outputs,

@@ -149,7 +149,7 @@ void forward_typed(const LstmForwardArgs& args) {
   const Lines<Scalar> w_hh(layer.w_hh, kGates * step.H, step.outputs, step.outputs);
   step.w_hh = {w_hh.data, step.H, step.outputs, w_hh.stride, true};
   step.hidden_stride = whole_chunks<Scalar>(step.outputs);
-  step.hidden = workspace<Scalar>(2 * layer.batch * step.hidden_stride);
+  step.hidden = workspace<Scalar>(2, layer.batch, step.hidden_stride);
   launch({ceil_div(layer.batch * step.outputs, kStepThreads), kStepThreads}, begin_hidden<Scalar>,
          static_cast<const Scalar*>(layer.h0), layer.batch, step.outputs, step.hidden_stride, step.hidden);
   const int64_t resident = StepProduct<Scalar>::resident_slabs(step.w_hh.slabs());
@@ -161,7 +161,7 @@ void forward_typed(const LstmForwardArgs& args) {
     step.w_hr = {w_hr.data, step.outputs, step.H, w_hr.stride, false};
     step.projection_plan = with_grid(step.w_hr, step.plan);
     step.unprojected_stride = whole_chunks<Scalar>(step.H);
-    step.unprojected = workspace<Scalar>(layer.batch * step.unprojected_stride);
+    step.unprojected = workspace<Scalar>(layer.batch, step.unprojected_stride);
   }
   step.c0 = static_cast<const Scalar*>(layer.c0);
   step.output = static_cast<Scalar*>(args.output);

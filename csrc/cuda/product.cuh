@@ -294,7 +294,7 @@ ProductPlan plan_product(int64_t rows, int64_t columns, int64_t depth, int64_t g
   if (wanted < 2) return plan;
   const int64_t slice_steps = ceil_div(steps, wanted < most ? wanted : most);
   plan.slices = ceil_div(steps, slice_steps), plan.slice_depth = slice_steps * kTileDepth<Scalar>;
-  plan.partials = workspace<accumulate_t<Scalar>>(plan.slices * groups * rows * columns);
+  plan.partials = workspace<accumulate_t<Scalar>>(plan.slices, groups, rows, columns);
   return plan;
 }
 

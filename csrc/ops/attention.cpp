@@ -167,7 +167,7 @@ struct Operands {
     sizes.head_size = query.size(-1), sizes.value_size = value.size(-1);
     sizes.batch_dims = batch_dims;
     std::copy(batch_shape.begin(), batch_shape.end(), sizes.batch_sizes);
-    sizes.batches = c10::multiply_integers(batch_shape);
+    sizes.batches = count_of("attention: the batches", batch_shape);
     query = query.expand(shape(sizes.heads, sizes.query_length, sizes.head_size));
     key = key.expand(shape(sizes.kv_heads, sizes.key_length, sizes.head_size));
     value = value.expand(shape(sizes.kv_heads, sizes.key_length, sizes.value_size));

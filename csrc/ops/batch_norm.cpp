@@ -96,7 +96,7 @@ OptionalName name_of(int64_t activation) {
 
 BatchNormShape shape_of(const Tensor& input, at::MemoryFormat format, OptionalName activation, bool training) {
   const int64_t batch = input.size(0), channels = input.size(1);
-  const int64_t inner = c10::multiply_integers(input.sizes().slice(2));
+  const int64_t inner = count_of("batch_norm: the positions of input", input.sizes().slice(2));
   // [N, C] is channels last with one position.
   const bool channels_last = format != at::MemoryFormat::Contiguous || inner == 1;
   return {kernel_dtype(input, kName, "input"), batch,   channels, inner, channels_last,

@@ -14,6 +14,7 @@
 
 #include "cpu/isa.h"
 #include "cpu/kernels.h"
+#include "cpu/sizes.h"
 
 namespace dlkernels::ops {
 
@@ -62,6 +63,13 @@ inline Tensor value_or_undefined(const OptionalTensor& tensor) {
 }
 inline OptionalTensor optional_of(const Tensor& tensor) {
   return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
+}
+
+// The product of some sizes of a tensor, which may overflow where another one is zero.
+inline int64_t count_of(const char* what, at::IntArrayRef sizes) {
+  int64_t count = 1;
+  for (const int64_t size : sizes) count = multiply_sizes(what, count, size);
+  return count;
 }
 
 inline const void* data_or_null(const Tensor& tensor) {

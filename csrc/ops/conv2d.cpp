@@ -4,6 +4,7 @@
 
 #include <ATen/ATen.h>
 
+#include "ops/conv2d_pieces.h"
 #include "ops/device.h"
 #include "ops/second_order.h"
 
@@ -41,6 +42,13 @@ void check_numbers(at::IntArrayRef stride, at::IntArrayRef padding, at::IntArray
   TORCH_CHECK(all(dilation, 1), "conv2d: dilation should be greater than zero, but got ", dilation);
 }
 
+// Rows (0) or columns (1) of a convolution.
+ConvolutionAxis axis_of(const Tensor& input, const Tensor& weight, int axis, at::IntArrayRef stride,
+                        at::IntArrayRef padding, at::IntArrayRef dilation) {
+  return {input.size(2 + axis), weight.size(2 + axis), stride[axis],
+          padding[2 * axis],    padding[2 * axis + 1], dilation[axis]};
+}
+
 void check_shapes(const Tensor& input, const Tensor& weight, const Tensor& bias, at::IntArrayRef padding,
                   at::IntArrayRef dilation, int64_t groups) {
   TORCH_CHECK(weight.dim() == 4, "conv2d: Expected 4-dimensional weight [K, C / groups, kernel_H, kernel_W], got ",
@@ -59,14 +67,21 @@ void check_shapes(const Tensor& input, const Tensor& weight, const Tensor& bias,
               " elements, but got bias of size ", bias.defined() ? bias.sizes() : at::IntArrayRef(), " instead");
   TORCH_CHECK(weight.size(2) > 0 && weight.size(3) > 0, "conv2d: kernel size should be greater than zero, but got ",
               "kernel_height: ", weight.size(2), " kernel_width: ", weight.size(3));
-  const int64_t padded_H = input.size(2) + padding[0] + padding[1], padded_W = input.size(3) + padding[2] + padding[3];
-  const int64_t extent_H = dilation[0] * (weight.size(2) - 1) + 1, extent_W = dilation[1] * (weight.size(3) - 1) + 1;
-  TORCH_CHECK(padded_H >= extent_H && padded_W >= extent_W, "conv2d: Calculated padded input size per channel: (",
-              padded_H, " x ", padded_W, "). Kernel size: (", extent_H, " x ", extent_W,
+  const ConvolutionAxis rows = axis_of(input, weight, 0, {1, 1}, padding, dilation);
+  const ConvolutionAxis columns = axis_of(input, weight, 1, {1, 1}, padding, dilation);
+  TORCH_CHECK(rows.padded_size() >= rows.reach() && columns.padded_size() >= columns.reach(),
+              "conv2d: Calculated padded input size per channel: (", rows.padded_size(), " x ", columns.padded_size(),
+              "). Kernel size: (", rows.reach(), " x ", columns.reach(),
               "). Kernel size can't be greater than actual input size");
 }
 
 // ---- the kernels ----------------------------------------------------------------------------------------------------
+
+Tensor conv2d_kernel(const Tensor& input, const Tensor& weight, const OptionalTensor& optional_bias,
+                     at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups);
+BackwardResult conv2d_backward_kernel(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
+                                      at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+                                      int64_t groups, Mask output_mask);
 
 at::MemoryFormat memory_format_of(const Tensor& input, const Tensor& weight) {
   const bool channels_last = input.suggest_memory_format() == at::MemoryFormat::ChannelsLast ||
@@ -85,12 +100,13 @@ Conv2dGeometry geometry_of(const Tensor& input, const Tensor& weight, at::IntArr
   Conv2dGeometry g = {};
   g.N = input.size(0), g.C = input.size(1), g.H = input.size(2), g.W = input.size(3);
   g.K = weight.size(0), g.kernel_H = weight.size(2), g.kernel_W = weight.size(3);
-  g.stride_H = stride[0], g.stride_W = stride[1];
+  g.output_H = axis_of(input, weight, 0, stride, padding, dilation).outputs();
+  g.output_W = axis_of(input, weight, 1, stride, padding, dilation).outputs();
+  // Neither a single output nor a single tap has a neighbour that any step would lead to.
+  g.stride_H = g.output_H == 1 ? 1 : stride[0], g.stride_W = g.output_W == 1 ? 1 : stride[1];
+  g.dilation_H = g.kernel_H == 1 ? 1 : dilation[0], g.dilation_W = g.kernel_W == 1 ? 1 : dilation[1];
   g.padding_top = padding[0], g.padding_left = padding[2];
-  g.dilation_H = dilation[0], g.dilation_W = dilation[1];
   g.groups = groups;
-  g.output_H = (g.H + padding[0] + padding[1] - g.dilation_H * (g.kernel_H - 1) - 1) / g.stride_H + 1;
-  g.output_W = (g.W + padding[2] + padding[3] - g.dilation_W * (g.kernel_W - 1) - 1) / g.stride_W + 1;
   g.channels_last = memory_format_of(input, weight) == at::MemoryFormat::ChannelsLast;
   for (int i = 0; i < 4; ++i) g.weight_strides[i] = weight.stride(i);
   return g;
@@ -98,6 +114,52 @@ Conv2dGeometry geometry_of(const Tensor& input, const Tensor& weight, at::IntArr
 
 at::MemoryFormat memory_format_of(const Conv2dGeometry& g) {
   return g.channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+}
+
+// A convolution of a part of the operands: pieces of the rows and of the columns together.
+struct Piece {
+  const AxisPiece &rows, &columns;
+
+  Tensor of_input(const Tensor& input) const {
+    return input.narrow(2, rows.first_pixel, rows.pixels).narrow(3, columns.first_pixel, columns.pixels);
+  }
+  Tensor of_weight(const Tensor& weight) const {
+    return weight.narrow(2, rows.first_tap, rows.taps).narrow(3, columns.first_tap, columns.taps);
+  }
+  Tensor of_output(const Tensor& output) const {
+    return output.narrow(2, rows.first_output, rows.outputs).narrow(3, columns.first_output, columns.outputs);
+  }
+  std::array<int64_t, 4> padding() const {
+    return {rows.padding, rows.padding_after, columns.padding, columns.padding_after};
+  }
+};
+
+// Every pair of a piece of the rows and one of the columns, none where there is nothing but padding.
+template <class Body>
+void for_each_piece(const ConvolutionAxis& rows, const ConvolutionAxis& columns, Body&& body) {
+  const std::vector<AxisPiece> down = pieces_of(rows), across = pieces_of(columns);
+  for (const AxisPiece& row : down) {
+    for (const AxisPiece& column : across) body(Piece{row, column});
+  }
+}
+
+bool is_whole(const Tensor& input, const Tensor& weight, at::IntArrayRef stride, at::IntArrayRef padding,
+              at::IntArrayRef dilation) {
+  return input.numel() > 0 && !is_mostly_padding(axis_of(input, weight, 0, stride, padding, dilation)) &&
+         !is_mostly_padding(axis_of(input, weight, 1, stride, padding, dilation));
+}
+
+// output = convolution, of any geometry and of inputs without elements.
+void convolve_pieces(const Tensor& input, const Tensor& weight, const Tensor& bias, at::IntArrayRef stride,
+                     at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, const Tensor& output) {
+  bias.defined() ? output.copy_(bias.reshape({1, -1, 1, 1}).expand(output.sizes())) : output.zero_();
+  if (input.numel() == 0) return;
+  for_each_piece(
+      axis_of(input, weight, 0, stride, padding, dilation), axis_of(input, weight, 1, stride, padding, dilation),
+      [&](const Piece& piece) {
+        piece.of_output(output).copy_(conv2d_kernel(piece.of_input(input), piece.of_weight(weight), optional_of(bias),
+                                                    stride, piece.padding(), dilation, groups));
+      });
 }
 
 Tensor conv2d_kernel(const Tensor& input, const Tensor& weight, const OptionalTensor& optional_bias,
@@ -109,6 +171,10 @@ Tensor conv2d_kernel(const Tensor& input, const Tensor& weight, const OptionalTe
   Conv2dGeometry g = geometry_of(input, weight, stride, padding, dilation, groups);
   Tensor output = at::empty({g.N, g.K, g.output_H, g.output_W}, input.options().memory_format(memory_format_of(g)));
   if (output.numel() == 0) return output;
+  if (!is_whole(input, weight, stride, padding, dilation)) {
+    convolve_pieces(input, weight, bias, stride, padding, dilation, groups, output);
+    return output;
+  }
   const Tensor dense_input = dense_images(input, memory_format_of(g));
   const Tensor dense_bias = bias.defined() ? bias.contiguous() : bias;
   g.input_image_stride = dense_input.stride(0);
@@ -116,6 +182,34 @@ Tensor conv2d_kernel(const Tensor& input, const Tensor& weight, const OptionalTe
   KernelsOn(input)->conv2d.forward({kernel_dtype(input, kName, "input"), g, dense_input.const_data_ptr(),
                                     weight.const_data_ptr(), data_or_null(dense_bias), output.mutable_data_ptr()});
   return output;
+}
+
+// The gradient of the bias follows from grad_output alone: it is that of kernels of one tap with these outputs.
+Tensor bias_gradient(const Tensor& grad_output) {
+  const Tensor input = grad_output.narrow(1, 0, 1), weight = grad_output.new_empty({grad_output.size(1), 1, 1, 1});
+  return std::get<2>(
+      conv2d_backward_kernel(grad_output, input, weight, {1, 1}, {0, 0, 0, 0}, {1, 1}, 1, {false, false, true}));
+}
+
+// Adds the gradients of every piece to those of the input and the weight, as far as they are wanted. Sums of pieces are
+// carried in the type of other sums.
+void add_gradients_of_pieces(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
+                             at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
+                             const Tensor& grad_input, const Tensor& grad_weight) {
+  const at::ScalarType type = accumulate_type(input.scalar_type());
+  const Tensor wide_grad = grad_output.to(type), wide_input = input.to(type), wide_weight = weight.to(type);
+  const Tensor input_sum = grad_input.defined() ? grad_input.to(type) : grad_input;
+  const Tensor weight_sum = grad_weight.defined() ? grad_weight.to(type) : grad_weight;
+  for_each_piece(axis_of(input, weight, 0, stride, padding, dilation),
+                 axis_of(input, weight, 1, stride, padding, dilation), [&](const Piece& piece) {
+                   const auto [of_input, of_weight, of_bias] = conv2d_backward_kernel(
+                       piece.of_output(wide_grad), piece.of_input(wide_input), piece.of_weight(wide_weight), stride,
+                       piece.padding(), dilation, groups, {grad_input.defined(), grad_weight.defined(), false});
+                   if (grad_input.defined()) piece.of_input(input_sum).add_(of_input);
+                   if (grad_weight.defined()) piece.of_weight(weight_sum).add_(of_weight);
+                 });
+  if (grad_input.defined() && !grad_input.is_same(input_sum)) grad_input.copy_(input_sum);
+  if (grad_weight.defined() && !grad_weight.is_same(weight_sum)) grad_weight.copy_(weight_sum);
 }
 
 BackwardResult conv2d_backward_kernel(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
@@ -136,12 +230,15 @@ BackwardResult conv2d_backward_kernel(const Tensor& grad_output, const Tensor& i
     grad_weight = at::empty(weight.sizes(), weight.options().memory_format(weight.suggest_memory_format()));
   }
   if (output_mask[2]) grad_bias = at::empty({g.K}, weight.options());
-  if (grad_output.numel() == 0 || input.numel() == 0) {
-    for (const Tensor& grad : {grad_input, grad_weight}) {
+  if (grad_output.numel() == 0 || !is_whole(input, weight, stride, padding, dilation)) {
+    for (const Tensor& grad : {grad_input, grad_weight, grad_bias}) {
       if (grad.defined()) grad.zero_();
     }
-    if (grad_bias.defined()) grad_bias.copy_(grad_output.sum({0, 2, 3}));
-    return {grad_input, grad_weight, grad_bias};
+    if (grad_output.numel() == 0) return {grad_input, grad_weight, grad_bias};
+    if (input.numel() > 0) {
+      add_gradients_of_pieces(grad_output, input, weight, stride, padding, dilation, groups, grad_input, grad_weight);
+    }
+    return {grad_input, grad_weight, grad_bias.defined() ? bias_gradient(grad_output) : grad_bias};
   }
   const Tensor dense_input = output_mask[1] ? dense_images(input, format) : input;
   const Tensor dense_grad_output = dense_images(grad_output, format);
@@ -310,7 +407,10 @@ void same_padding(const Tensor& weight, const std::array<int64_t, 2>& stride, co
                   std::array<c10::SymInt, 4>& padding) {
   TORCH_CHECK(stride[0] == 1 && stride[1] == 1, "conv2d: padding='same' is not supported for strided convolutions");
   for (int i = 0; i < 2; ++i) {
-    const c10::SymInt total = (weight.sym_size(2 + i) - 1) * dilation[i];
+    const c10::SymInt taps = weight.sym_size(2 + i) - 1;
+    const std::optional<int64_t> known = taps.maybe_as_int();
+    const c10::SymInt total =
+        known ? multiply_sizes("conv2d: padding='same'", *known, dilation[i]) : taps * dilation[i];
     padding[2 * i] = total / 2;
     padding[2 * i + 1] = total - padding[2 * i];
   }

@@ -177,7 +177,7 @@ struct Operands {
     shape.dtype = kernel_dtype(logits, kName, "input");
     shape.outer = logits.dim() == 1 ? 1 : logits.size(0);
     shape.classes = logits.size(dimension);
-    shape.inner = c10::multiply_integers(logits.sizes().slice(dimension + 1));
+    shape.inner = count_of("cross_entropy: the positions of input", logits.sizes().slice(dimension + 1));
     shape.logits = logits.const_data_ptr();
     shape.logits_outer_stride = logits.dim() == 1 ? 0 : logits.stride(0);
     shape.target = probabilities ? nullptr : target.const_data_ptr<int64_t>();
@@ -209,7 +209,8 @@ ForwardResult cross_entropy_kernel(const Tensor& logits, const Tensor& target, c
   const auto options = logits.options().memory_format(std::nullopt);
   Tensor loss =
       at::empty(reduction == kNone ? at::IntArrayRef(loss_shape(logits.sizes())) : at::IntArrayRef(), options);
-  Tensor statistics = at::empty({2, shape.outer * shape.inner}, options.dtype(accumulate_type(logits.scalar_type())));
+  const int64_t rows = multiply_sizes("cross_entropy: the rows of input", shape.outer, shape.inner);
+  Tensor statistics = at::empty({2, rows}, options.dtype(accumulate_type(logits.scalar_type())));
   Tensor divisor = at::empty({}, options.dtype(at::kDouble));
   KernelsOn(logits)->cross_entropy.forward({shape, static_cast<LossReduction>(reduction), loss.mutable_data_ptr(),
                                             statistics.mutable_data_ptr(), divisor.mutable_data_ptr<double>()});

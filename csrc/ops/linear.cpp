@@ -24,7 +24,7 @@ void check_arguments(const Tensor& input, const Tensor& weight, const Tensor& bi
   TORCH_CHECK(input.dim() > 0, "linear: both arguments to linear need to be at least 1D, but input is 0D");
   TORCH_CHECK(weight.dim() == 2, "linear: weight must have shape [out_features, in_features], got ", weight.sizes());
   const int64_t features = input.size(-1),
-                rows = c10::multiply_integers(input.sizes().begin(), input.sizes().end() - 1);
+                rows = count_of("linear: the rows of input", input.sizes().slice(0, input.dim() - 1));
   TORCH_CHECK(features == weight.size(1), "linear: mat1 and mat2 shapes cannot be multiplied (", rows, "x", features,
               " and ", weight.size(1), "x", weight.size(0), "): input has shape ", input.sizes(), ", weight ",
               weight.sizes());
@@ -47,7 +47,7 @@ void check_backward(const Tensor& grad_output, const Tensor& input, const Tensor
 // [rows, features]: a view where the strides allow it.
 Tensor as_rows(const Tensor& tensor) {
   if (tensor.dim() == 2) return tensor;
-  const int64_t rows = c10::multiply_integers(tensor.sizes().begin(), tensor.sizes().end() - 1);
+  const int64_t rows = count_of("linear: the rows of input", tensor.sizes().slice(0, tensor.dim() - 1));
   return tensor.reshape({rows, tensor.size(-1)});
 }
 

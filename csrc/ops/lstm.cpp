@@ -140,7 +140,8 @@ struct Operands {
     layer.dtype = kernel_dtype(input, kLayer, "input");
     layer.batch = h0.size(0);
     layer.steps = batch_sizes.defined() ? batch_sizes.size(0) : input.dim() == 3 ? input.size(0) : 1;
-    layer.rows = batch_sizes.defined() ? input.size(0) : layer.steps * layer.batch;
+    layer.rows =
+        batch_sizes.defined() ? input.size(0) : multiply_sizes("lstm: the rows of input", layer.steps, layer.batch);
     layer.input_size = w_ih.size(1);
     layer.hidden_size = w_ih.size(0) / 4;
     layer.projection_size = w_hr.defined() ? w_hr.size(0) : 0;

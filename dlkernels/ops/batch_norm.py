@@ -124,10 +124,16 @@ def _traced(
 
 def _empty_like_kernel(input: Tensor) -> Tensor:
     """An output with the strides that the kernel gives it: dense, in the memory format of the input."""
-    if input.is_contiguous():
-        return input.new_empty(input.shape)
-    memory_format = torch._prims_common.suggest_memory_format(input)
-    return torch.empty_like(input, memory_format=memory_format)
+    return torch.empty(input.shape, dtype=input.dtype, device=input.device, memory_format=_dense_format(input))
+
+
+def _dense_format(input: Tensor) -> torch.memory_format:
+    """As the kernel chooses it: a format that the input is dense in, before the one that its strides suggest."""
+    formats = {4: [torch.channels_last], 5: [torch.channels_last_3d]}.get(input.dim(), [])
+    for memory_format in (torch.contiguous_format, *formats):
+        if input.is_contiguous(memory_format=memory_format):
+            return memory_format
+    return torch._prims_common.suggest_memory_format(input)
 
 
 @register_fake("dlkernels::batch_norm")

@@ -35,10 +35,11 @@ def conv2d(
 
     Returns:
         ``[N, K, output_H, output_W]`` (or without ``N``), in ``torch.channels_last`` where the input or the weight is.
-        Without input channels that is the bias, where torch gives ``[N, 0, output_H, output_W]``.
+        Without input channels that is the bias: the sum is empty. torch gives ``[N, 0, output_H, output_W]``.
 
     Raises:
-        RuntimeError: shapes, types or devices do not fit together, or a number is out of range.
+        RuntimeError: shapes, types or devices do not fit together, a number is out of range, or a size that follows
+            from them does not fit into 64 bits.
         TypeError: an argument is of a kind that has no meaning here.
 
     Examples:
@@ -91,6 +92,17 @@ def _traced(
     return output.squeeze(0) if input.dim() == 3 else output
 
 
+def _fitting(size: int) -> int:
+    """``size``, where the kernels' 64 bits hold it.
+
+    Raises:
+        RuntimeError: they do not.
+    """
+    if isinstance(size, int) and size >= 1 << 63:  # a symbolic size is held to them where it gets its value
+        raise RuntimeError(f"conv2d: a padded size or the extent of the kernel is too large: {size} is not below 2^63")
+    return size
+
+
 def _memory_format(input: Tensor, weight: Tensor) -> torch.memory_format:
     formats = [torch._prims_common.suggest_memory_format(t) for t in (input, weight)]
     return torch.channels_last if torch.channels_last in formats else torch.contiguous_format
@@ -115,10 +127,16 @@ def _fake(
             "instead"
         ),
     )
-    sizes = []
-    for i in range(2):
-        padded = input.shape[2 + i] + padding[2 * i] + padding[2 * i + 1]
-        sizes.append((padded - dilation[i] * (weight.shape[2 + i] - 1) - 1) // stride[i] + 1)
+    padded = [_fitting(input.shape[2 + i] + padding[2 * i] + padding[2 * i + 1]) for i in range(2)]
+    extents = [_fitting(dilation[i] * (weight.shape[2 + i] - 1) + 1) for i in range(2)]
+    torch._check(
+        padded[0] >= extents[0] and padded[1] >= extents[1],
+        lambda: (
+            f"conv2d: Calculated padded input size per channel: ({padded[0]} x {padded[1]}). Kernel size: "
+            f"({extents[0]} x {extents[1]}). Kernel size can't be greater than actual input size"
+        ),
+    )
+    sizes = [(padded[i] - extents[i]) // stride[i] + 1 for i in range(2)]
     shape = [input.shape[0], weight.shape[0], *sizes]
     return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=_memory_format(input, weight))
 

@@ -55,7 +55,15 @@ def run_kernels(column: str, folder: Path) -> subprocess.CompletedProcess[str]:
     program = folder / "drive"
     flags = ["-std=c++20", "-O1", "-Wno-unknown-pragmas", "-DDLKERNELS_ISA=simt", "-DDLKERNELS_SIMT"]
     includes = [f"-I{folder}", f"-I{CSRC}", f"-I{HERE}"]
-    sources = [HERE / "drive.cc", HERE / "simt.cc", CSRC / "cuda" / "place.cpp", "-x", "c++", *kernels]
+    sources = [
+        HERE / "drive.cc",
+        HERE / "simt.cc",
+        CSRC / "cuda" / "place.cpp",
+        CSRC / "cpu" / "sizes.cpp",
+        "-x",
+        "c++",
+        *kernels,
+    ]
     subprocess.run([compiler, *flags, f"-DDRIVE_{column}", *includes, *sources, "-o", program], check=True)
     return subprocess.run([program], capture_output=True, text=True, check=False)
 
