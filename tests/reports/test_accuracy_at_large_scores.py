@@ -13,7 +13,7 @@ from dlkernels import functional as F
 from ..cases import normal
 from ..cases.attention import reference
 
-SEEDS = range(8)
+SEEDS = range(6)
 
 
 def run(function: Callable[..., Tensor], tensors: list[Tensor], scale: float) -> list[Tensor]:
@@ -30,9 +30,10 @@ def test_attention_is_as_accurate_as_torch(isa: str, head_size: int, queries: in
     """Errors from float64, as norms over some draws: of one they are luck. What rounding leaves of the gradients of
     query and key, where rows have all their weight on one key, is measured by the gradient of value."""
     ours, torchs, size = (torch.zeros(4, dtype=torch.float64) for _ in range(3))
+    batches = 16 if queries <= 2 else 1
     for seed in SEEDS:
         tensors = [
-            normal(4, 3, rows, head_size, seed=3 * seed + i, dtype=torch.float32) * factor
+            normal(batches, 12, rows, head_size, seed=3 * seed + i, dtype=torch.float32) * factor
             for i, (rows, factor) in enumerate(((queries, 5), (keys, 1), (keys, 1)))
         ]
         exact = run(reference, [t.double() for t in tensors], scale)
@@ -42,4 +43,4 @@ def test_attention_is_as_accurate_as_torch(isa: str, head_size: int, queries: in
             errors += torch.stack([(a - e).square().sum() for a, e in zip(found, exact, strict=True)]).cpu()
     size[1:] = torch.maximum(size[1:], size[3])
     ours, torchs = (ours / size).sqrt(), (torchs / size).sqrt()
-    assert (ours <= 1.2 * torchs + 2.0**-25).all(), f"{ours}, torch {torchs}"
+    assert (ours <= 1.1 * torchs + 2.0**-25).all(), f"{ours}, torch {torchs}"
