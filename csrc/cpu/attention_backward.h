@@ -102,7 +102,9 @@ class QuerySide {
     // The rounding of a half-precision output would be most of the error of D.
     constexpr bool is_rounded = sizeof(Scalar) < sizeof(T);
     const auto output = head_of<T>(sizes, is_rounded ? args.exact_output : args.output, batch, head);
-    if (!has_own_dots<Scalar>(sizes)) {
+    if (has_few_rows(sizes)) {  // as dP
+      for (int64_t q = 0; q < count; ++q) row_dot[q] = dot(output.row(begin + q), gradient.row(begin + q), value_size);
+    } else if (!has_own_dots<Scalar>(sizes)) {
       products.row_dots(block.gradient_transposed, rows_of(output, begin), rows_of(gradient, begin), value_size, count,
                         row_dot);
     }
@@ -157,9 +159,9 @@ class BackwardBlocks {
       dot_visible(batch, head, keys, queries);
     } else {
       multiply_visible(keys, queries, keys.key, args_.sizes.head_size, queries.query_transposed, scores_.data());
+      multiply_visible(keys, queries, keys.value, args_.sizes.value_size, queries.gradient_transposed,
+                       weight_gradient_.data());
     }
-    multiply_visible(keys, queries, keys.value, args_.sizes.value_size, queries.gradient_transposed,
-                     weight_gradient_.data());
     const bool has_bias = bias_.data() != nullptr, has_keep = keep_.data() != nullptr;
     if (has_bias) load_bias(batch, head, keys, queries);
     if (has_keep) load_keep(batch, head, keys, queries);
@@ -335,13 +337,19 @@ class BackwardBlocks {
     }
   }
 
-  // The scores of few rows, as forward takes them.
+  // Both products of few rows: the scores as forward takes them.
   void dot_visible(int64_t batch, int64_t head, const Keys& keys, const Queries& queries) {
-    const auto key = head_of<Scalar>(args_.sizes, args_.key, batch, head / (args_.sizes.heads / args_.sizes.kv_heads));
-    const auto query = head_of<Scalar>(args_.sizes, args_.query, batch, head);
+    const AttentionSizes& sizes = args_.sizes;
+    const int64_t kv_head = head / (sizes.heads / sizes.kv_heads);
+    const auto key = head_of<Scalar>(sizes, args_.key, batch, kv_head);
+    const auto value = head_of<Scalar>(sizes, args_.value, batch, kv_head);
+    const auto query = head_of<Scalar>(sizes, args_.query, batch, head);
+    const auto gradient = head_of<Scalar>(sizes, args_.grad_output, batch, head);
     for (int64_t q = 0; q < queries.count; ++q) {
+      const int64_t row = queries.begin + q;
       for (int64_t k = 0; k < visible_keys(keys, queries, q + 1); ++k) {
-        scores_[k * kStride + q] = dot(query.row(queries.begin + q), key.row(keys.begin + k), args_.sizes.head_size);
+        scores_[k * kStride + q] = dot(query.row(row), key.row(keys.begin + k), sizes.head_size);
+        weight_gradient_[k * kStride + q] = dot(gradient.row(row), value.row(keys.begin + k), sizes.value_size);
       }
     }
   }

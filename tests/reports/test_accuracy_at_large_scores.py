@@ -13,7 +13,7 @@ from dlkernels import functional as F
 from ..cases import normal
 from ..cases.attention import reference
 
-SEEDS = range(8)
+SEEDS = range(6)
 
 
 def run(function: Callable[..., Tensor], tensors: list[Tensor], scale: float) -> list[Tensor]:
@@ -27,18 +27,20 @@ def run(function: Callable[..., Tensor], tensors: list[Tensor], scale: float) ->
 @pytest.mark.parametrize("scale", [0.5, 1.0])
 @pytest.mark.parametrize(("head_size", "queries", "keys"), [(128, 1, 33), (128, 2, 33), (128, 33, 33), (64, 20, 300)])
 def test_attention_is_as_accurate_as_torch(isa: str, head_size: int, queries: int, keys: int, scale: float) -> None:
-    """Largest errors from float64, of means over some draws: of a single one they are luck. The gradients of query and
-    key of a row that has all its weight on one key are what rounding leaves, and are measured by the value's."""
-    ours, torchs = torch.zeros(4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
+    """Errors from float64, as norms over some draws: of one they are luck. What rounding leaves of the gradients of
+    query and key, where rows have all their weight on one key, is measured by the gradient of value."""
+    ours, torchs, size = (torch.zeros(4, dtype=torch.float64) for _ in range(3))
+    batches = 16 if queries <= 2 and isa != "simt" else 1  # where it is slow, errors are far smaller than torch's
     for seed in SEEDS:
         tensors = [
-            normal(4, 3, rows, head_size, seed=3 * seed + i, dtype=torch.float32) * factor
+            normal(batches, 12, rows, head_size, seed=3 * seed + i, dtype=torch.float32) * factor
             for i, (rows, factor) in enumerate(((queries, 5), (keys, 1), (keys, 1)))
         ]
         exact = run(reference, [t.double() for t in tensors], scale)
-        size = torch.stack([e.abs().max() for e in exact]).cpu()
-        size[1:] = torch.maximum(size[1:], size[3])
+        size += torch.stack([e.square().sum() for e in exact]).cpu()
         for errors, function in ((ours, F.scaled_dot_product_attention), (torchs, reference)):
             found = run(function, tensors, scale)
-            errors += torch.stack([(a - e).abs().max() for a, e in zip(found, exact, strict=True)]).cpu() / size
-    assert (ours <= 1.25 * torchs + len(SEEDS) * 2.0**-24).all(), f"{ours / len(SEEDS)}, torch {torchs / len(SEEDS)}"
+            errors += torch.stack([(a - e).square().sum() for a, e in zip(found, exact, strict=True)]).cpu()
+    size[1:] = torch.maximum(size[1:], size[3])
+    ours, torchs = (ours / size).sqrt(), (torchs / size).sqrt()
+    assert (ours <= 1.1 * torchs + 2.0**-25).all(), f"{ours}, torch {torchs}"
