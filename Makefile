@@ -30,7 +30,7 @@ endif
 # The pinned versions of the `lint` extra, installed without building the package.
 LINT_TOOLS := $(shell sed -n 's/^lint = \[\(.*\)\]/\1/p' pyproject.toml | tr -d '",')
 INTEGRATIONS := $(shell sed -n '/^integrations = \[/,/^]/s/^ *"\(.*\)",/\1/p' pyproject.toml)
-CXX_FILES = $(shell find csrc tests/simt -name '*.cpp' -o -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES = $(shell find csrc tests/simt tests/emulated -name '*.cpp' -o -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 # Those of the `docs` extra: the site is made from sources alone, without torch and the extension.
 DOCS_TOOLS := $(shell sed -n '/^docs = \[/,/^\]/s/^ *"\(.*\)".*/\1/p' pyproject.toml)
 PYTHON_FILES = setup.py $(wildcard tools dlkernels tests benchmarks examples)

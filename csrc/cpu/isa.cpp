@@ -48,19 +48,19 @@ namespace {
 
 #if defined(__x86_64__)
 // __builtin_cpu_supports asks cpuid and, for the wide registers, xgetbv.
-bool has_avx2() {
+[[maybe_unused]] bool has_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") &&
          __builtin_cpu_supports("f16c");
 }
 
-bool has_avx512() {
+[[maybe_unused]] bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
 
 // The processor has tiles of bfloat16, the system saves them, and it lets this process use them: Linux gives the
 // permission once asked (Documentation/arch/x86/xstate.rst).
-bool has_amx() {
+[[maybe_unused]] bool has_amx() {
 #if defined(__linux__)
   unsigned eax, ebx, ecx, edx, state, unused;
   constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24, kOsXsave = 1u << 27, kTileState = 3u << 17;

@@ -54,7 +54,7 @@ def batch_norm(
         tensor([0.0000, 0.0000, 0.4472, 1.3416])
     """
     if training is not True and training is not False:
-        training = truth("batch_norm", "training", training)
+        training = truth("batch_norm", "training", training)  # type: ignore[unreachable]
     if not training and eps < 0:
         raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
     if training and (running_mean is None) != (running_var is None):

@@ -38,14 +38,10 @@ def _conv2d_backward(
     out_shape: Sequence[Shape],
     **_: Any,
 ) -> int:
-    none, transposed, output_padding = None, False, [0, 0]
-    return int(
-        flop_counter.conv_backward_flop(
-            *(grad_output, input, weight, none, stride, padding, dilation, transposed, output_padding, groups),
-            output_mask,
-            out_val=out_shape,
-        )
-    )
+    # No bias, not transposed. The wrapper of torch's formula takes shapes or tensors, which its type does not say.
+    rest: tuple[Any, ...] = (None, stride, padding, dilation, False, [0, 0], groups, output_mask)
+    formula: Any = flop_counter.conv_backward_flop
+    return int(formula(grad_output, input, weight, *rest, out_val=out_shape))
 
 
 @register_flop_formula(_OPS.linear)

@@ -79,7 +79,9 @@ def linear_cross_entropy(
         if loss is not NotImplemented:
             return loss
     if not (isinstance(input, Tensor) and isinstance(linear_weight, Tensor) and isinstance(target, Tensor)):
-        check_tensors("linear_cross_entropy", input=input, linear_weight=linear_weight, target=target)
+        check_tensors(  # type: ignore[unreachable]
+            "linear_cross_entropy", input=input, linear_weight=linear_weight, target=target
+        )
     ignored = _ignored_index(input, linear_weight, target, ignore_index)
     code = _reduction("linear_cross_entropy", reduction)
     if linear_weight.dim() > 2:
