@@ -102,8 +102,9 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("isa", [] { return kernels().isa; });
   m.def("available_isas", &available_isas);
   m.def("select_isa", [](const std::string& name) { return select_isa(name.c_str()); }, py::arg("name"));
-  static PyMethodDef is_special = {"is_special", reinterpret_cast<PyCFunction>(&ops::is_special), METH_FASTCALL,
-                                   "is_special(*values: typing.Any) -> bool"};
+  static PyMethodDef is_special = {"is_special",
+                                   reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&ops::is_special)),
+                                   METH_FASTCALL, "is_special(*values: typing.Any) -> bool"};
   m.add_object("is_special", py::reinterpret_steal<py::object>(PyCFunction_New(&is_special, nullptr)));
   m.def("arithmetic_operations", &arithmetic_operations, py::arg("like"), py::arg("repetitions"), Released());
   m.def("elementary_function", &elementary_function, py::arg("name"), py::arg("input"), Released());
