@@ -325,7 +325,13 @@ def test_autocast_gives_states_of_the_types_that_torch_gives(
     if state_dtype is not None:
         states = (torch.randn(2, 2, projection or 4).to(state_dtype), torch.randn(2, 2, 4).to(state_dtype))
     with torch.autocast("cpu", torch.bfloat16):
-        actual, expected = (tensors_of(tuple(module(input, states))) for module in (ours, theirs))
+        actual = tensors_of(tuple(ours(input, states)))
+        try:
+            expected = tensors_of(tuple(theirs(input, states)))
+        except RuntimeError as error:
+            if "primitive descriptor" not in str(error):
+                raise
+            pytest.skip("torch's bfloat16 LSTM does not run on this processor")
     assert [t.dtype for t in actual] == [t.dtype for t in expected]
     torch.testing.assert_close(actual, expected, rtol=3e-2, atol=3e-2)
     sum(t.float().sum() for t in actual).backward()

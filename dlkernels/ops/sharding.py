@@ -146,6 +146,7 @@ def _batch_norm_backward(
     input: Any,
     output: Any,
     weight: Any,
+    bias: Any,
     mean: Any,
     variance: Any,
     training: bool,
@@ -154,14 +155,14 @@ def _batch_norm_backward(
     of_channels = Shard(0)
     channels: _Rule = (
         [Shard(1), of_channels, of_channels, Shard(1)],
-        [Shard(1), Shard(1), Shard(1), of_channels, of_channels, of_channels],
+        [*[Shard(1)] * 3, *[of_channels] * 4],
     )
     if training:
         return [channels]
     whole = Replicate()
     images: _Rule = (
         [Shard(0), Partial(), Partial(), Shard(0)],
-        [Shard(0), Shard(0), Shard(0), whole, whole, whole],
+        [*[Shard(0)] * 3, *[whole] * 4],
     )
     return [channels, images]
 
