@@ -44,7 +44,8 @@ void check_grouped_heads(const Tensor& query, const Tensor& key, const Tensor& v
                     ": enable_gqa needs a dimension of heads (Dimension out of range), but got query ", query.sizes(),
                     ", key ", key.sizes(), " and value ", value.sizes());
   const int64_t heads = query.size(-3), key_heads = key.size(-3), value_heads = value.size(-3);
-  TORCH_CHECK(key_heads > 0 && value_heads > 0 && heads % key_heads == 0 && heads % value_heads == 0, kName,
+  auto divides_heads = [heads](int64_t count) { return count > 0 ? heads % count == 0 : heads == 0; };
+  TORCH_CHECK(divides_heads(key_heads) && divides_heads(value_heads), kName,
               ": Number of heads in key and value must divide the number of heads in query: got ", heads, " in query, ",
               key_heads, " in key and ", value_heads, " in value");
 }

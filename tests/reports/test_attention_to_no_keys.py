@@ -46,3 +46,10 @@ def test_fakes_of_attention_to_no_keys_have_the_broadcast_shape(
     with FakeTensorMode() as mode:
         assert tuple(F.scaled_dot_product_attention(*map(mode.from_tensor, inputs)).shape) == output
     assert tuple(F.scaled_dot_product_attention(*(t.to("meta") for t in inputs)).shape) == output
+
+
+def test_no_heads_are_grouped(isa: str, dtype: torch.dtype) -> None:
+    query, key = (normal(2, 0, length, 4, seed=1, dtype=dtype).requires_grad_() for length in (5, 3))
+    output = F.scaled_dot_product_attention(query, key, key, enable_gqa=True)
+    assert output.shape == (2, 0, 5, 4)
+    assert [g.shape for g in torch.autograd.grad(output.sum(), [query, key])] == [query.shape, key.shape]
