@@ -14,7 +14,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
-from .cases import Case, Sample, all_cases, call, gradients, operator_samples, outputs_of, primary_cases
+from .cases import (
+    Case,
+    Sample,
+    all_cases,
+    call,
+    gradients,
+    operator_samples,
+    outputs_of,
+    primary_cases,
+    skipped_without_reference,
+)
 
 cases = pytest.mark.parametrize("case", all_cases(), ids=str)
 primary = pytest.mark.parametrize("case", primary_cases(), ids=str)
@@ -193,7 +203,9 @@ def test_autocast_gives_the_type_that_torch_gives(case: Case) -> None:
     for source in (torch.float32, torch.bfloat16):
         sample = case.build(source)
         with torch.autocast("cpu", torch.bfloat16):
-            actual, expected = call(case.function, sample), call(case.reference, sample)
+            actual = call(case.function, sample)
+            with skipped_without_reference():
+                expected = call(case.reference, sample)
         assert [a.dtype for a in actual] == [e.dtype for e in expected]
 
 

@@ -20,7 +20,16 @@ import dlkernels
 from dlkernels import functional
 from dlkernels.operations import OPERATIONS
 
-from .cases import COLUMNS, Case, all_cases, call, gradients, outputs_of, primary_cases
+from .cases import (
+    COLUMNS,
+    Case,
+    all_cases,
+    call,
+    gradients,
+    outputs_of,
+    primary_cases,
+    skipped_without_reference,
+)
 
 CASES = [case for case in all_cases() if case.column != "linear_cross_entropy"]  # whose references are two operations
 cases = pytest.mark.parametrize("case", CASES, ids=str)
@@ -192,7 +201,8 @@ def test_a_program_gets_what_our_functions_give(case: Case) -> None:
 def test_autocast_gives_the_types_that_torch_gives(case: Case, source: torch.dtype) -> None:
     sample = case.build(source).requiring_grad()
     with torch.autocast("cpu", torch.bfloat16):
-        expected = call(case.reference, sample)
+        with skipped_without_reference():
+            expected = call(case.reference, sample)
         with dlkernels.override() as log:
             actual = call(case.reference, sample)
     assert [a.dtype for a in actual] == [e.dtype for e in expected]
@@ -279,10 +289,6 @@ LEFT: dict[str, tuple[str, Callable[[], Any]]] = {
     "tensors of another type": (
         "tensors of type Doubled",
         lambda: F.linear(torch.ones(2, 3).as_subclass(Doubled), torch.ones(4, 3)).as_subclass(Tensor),
-    ),
-    "probabilities of another type": (
-        "cross_entropy",
-        lambda: F.cross_entropy(torch.ones(2, 3, dtype=torch.bfloat16), torch.full((2, 3), 1 / 3)),
     ),
 }
 

@@ -7,6 +7,7 @@ between layers and ``batch_first`` are composed of them here.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any, overload
 
 import torch
@@ -182,7 +183,7 @@ def _stacked(
     bidirectional: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """All layers and directions, each by ``layer``, for input with time first."""
-    if isinstance(num_layers, bool) or not hasattr(num_layers, "__index__"):
+    if isinstance(num_layers, bool) or not isinstance(num_layers, (int, Integral)):
         raise TypeError(f"lstm: num_layers must be an int, got {type(num_layers).__name__}")
     check_tensors("lstm", input=input)
     check_sequence_of_tensors("lstm", "hx", hx)

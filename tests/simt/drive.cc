@@ -101,8 +101,8 @@ Results batch_norm(int64_t batch, int64_t inner, bool channels_last) {
   const HostPlace place;
   const BatchNormKernels kernels = dlkernels::simt::batch_norm_kernels();
   kernels.forward({shape, input.data(), nullptr, nullptr, nullptr, 0.0, mean.data(), variance.data(), output.data()});
-  kernels.backward({shape, gradient.data(), input.data(), output.data(), nullptr, mean.data(), variance.data(), 0.0,
-                    grad_input.data(), nullptr, grads.data(), grads.data() + channels});
+  kernels.backward({shape, gradient.data(), input.data(), output.data(), nullptr, nullptr, mean.data(), variance.data(),
+                    0.0, grad_input.data(), nullptr, grads.data(), grads.data() + channels});
 
   double sum = 0, squares = 0;  // of the last channel
   for (int64_t i = 0; i < count; ++i) {
