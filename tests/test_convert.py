@@ -537,8 +537,9 @@ def test_the_command_reports_and_compares(capsys: pytest.CaptureFixture[str]) ->
     assert status == 0 and output.startswith("0 of 0 modules run on dlkernels")
     status, output, error = command(capsys, f"{__name__}:float_network", "--shape", "2,3,5,5")
     assert (status, error) == (0, "")
-    first, outputs, gradients = output.splitlines()
+    first, warning, outputs, gradients = output.splitlines()
     assert first == "3 of 3 modules run on dlkernels: BatchNorm2d 1, Conv2d 1, Linear 1"
+    assert warning.startswith("code that compares classes exactly")
     assert outputs.startswith("outputs: 1, largest difference ") and gradients.startswith("gradients: 7, largest ")
 
 
