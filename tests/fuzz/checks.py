@@ -152,7 +152,7 @@ class Error:
             return 64 * ROUNDING[self.dtype] * scale_of_all
         scale = max(self.scale, 0.05 * scale_of_all)
         if scale < 1e-6:
-            return {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 0.1, torch.float16: 0.02}[self.dtype]
+            return {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.1, torch.float16: 0.02}[self.dtype]
         if self.dtype == torch.float64:
             return 1e-12 * scale
         smallest = 2.0**-25 if self.dtype == torch.float16 else 1e-44
@@ -187,6 +187,8 @@ def compare(case: Case, ours: Result, oracle: Result, torchs: Result | None) -> 
 def compare_values(case: Case, name: str, mine: Tensor, right: Tensor, theirs: Tensor | None) -> Error | None:
     """Infinite values and NaN must be where the oracle or torch has them; the rest has an error."""
     rounded = right.to(mine.dtype)
+    if case.second_order:  # of a mean over no rows torch's are NaN; ours are zero, as the losses' documents say
+        rounded = rounded.where(~(rounded.isnan() & (mine == 0)), 0)
     special = ~(mine.isfinite() & rounded.isfinite())
     if bool(special.any()) and not _same_class(mine, rounded) and (theirs is None or not _same_class(mine, theirs)):
         counts = f"{int(mine.isnan().sum())} NaN and {int(mine.isinf().sum())} infinite"
