@@ -76,6 +76,12 @@ def test_a_forked_child_computes_the_same() -> None:
     child.join()
 
 
+def torch_multiplies_padding(case: Case) -> bool:
+    """Whether torch's kernel for the case makes NaN of a weight that is not finite where it meets padding: for a single
+    row it does on processors without AVX-512."""
+    return str(case) == "conv2d-one_row" and "512" not in torch.backends.cpu.get_cpu_capability()
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
 @pytest.mark.parametrize("case", [c for c in all_cases() if c.same_nonfinite], ids=str)
 def test_nan_and_inf_appear_where_torch_has_them(case: Case, value: float, isa: str) -> None:
@@ -93,6 +99,9 @@ def test_nan_and_inf_appear_where_torch_has_them(case: Case, value: float, isa: 
             where = f"argument {position}, result {index}"
             if case.column == "conv2d" and isa in ("simt", "cuda"):  # they multiply the padding, as cuDNN does
                 assert not a[~b.isfinite()].isfinite().any(), where
+                continue
+            if torch_multiplies_padding(case):
+                assert not a[b.isfinite()].isnan().any(), where
                 continue
             assert torch.equal(a.isnan(), b.isnan()), where
             assert torch.equal(a.isposinf(), b.isposinf()) and torch.equal(a.isneginf(), b.isneginf()), where
