@@ -263,10 +263,10 @@ def test_runs_of_columns_are_one_run(tmp_path: Path) -> None:
     assert both.ceilings == Ceilings(2e10, {"float32": 1e11, "bfloat16": 2e11, "float16": 3e11})
     assert both.seconds == 2.0
     (tmp_path / "other.json").write_text('{"results": [{}]}')
-    with pytest.raises(ValueError, match="other.json holds no benchmark run: KeyError"):
+    with pytest.raises(ValueError, match="other.json holds no benchmark run: .* has no 'environment'"):
         report.read_json(tmp_path / "other.json")
     (tmp_path / "other.json").write_bytes(b"\xff\xfe")
-    with pytest.raises(ValueError, match="other.json holds no benchmark run: UnicodeDecodeError"):
+    with pytest.raises(ValueError, match="other.json holds no benchmark run: "):
         report.read_json(tmp_path / "other.json")
 
 
