@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .fuzz import checks
 from .fuzz.draw import Draw
-from .fuzz.layouts import LAYOUTS, GuardedMemory, lay_out
+from .fuzz.layouts import LAYOUTS, GuardedMemory, in_layout
 
 SEEDS = range(20)
 
@@ -87,7 +87,7 @@ def test_a_layout_keeps_the_shape(layout: Callable[..., Tensor]) -> None:
 
 
 def test_guarded_memory_keeps_values_and_strides() -> None:
-    tensor = lay_out(torch.arange(24.0).view(2, 3, 4), Draw(5)).transpose(0, 2)
+    tensor = in_layout(torch.arange(24.0).view(2, 3, 4), Draw(5)).transpose(0, 2)
     with GuardedMemory() as memory:
         for at_end in (True, False):
             copy = memory.copy(tensor, at_end)

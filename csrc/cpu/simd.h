@@ -12,7 +12,7 @@
 
 #include "types.h"
 
-// AVX-512 of the processor, or in software for tests (tests/emulated/avx512.h).
+// AVX-512 instructions, or the same in software for tests (tests/emulated/avx512.h).
 #if defined(DLKERNELS_EMULATE_AVX512)
 #include "avx512.h"
 #define DLKERNELS_AVX512

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .calls import CALLS, Call
 from .draw import Draw
-from .layouts import GuardedMemory, lay_out
+from .layouts import GuardedMemory, in_layout
 
 ROUNDING = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}
 DTYPES = (torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -78,7 +78,7 @@ def draw_case(operation: str, seed: int, values_round: int, memory: GuardedMemor
     tensors = []
     for i, tensor in enumerate(call.tensors):
         wide = i in call.float32_beside_half and dtype in (torch.bfloat16, torch.float16)
-        laid = lay_out(tensor.to(torch.float32 if wide else dtype), draw)
+        laid = in_layout(tensor.to(torch.float32 if wide else dtype), draw)
         tensors.append(memory.copy(laid, draw.chance(0.7)) if draw.chance(0.4) else laid)
     wanted = [i for i in call.differentiable if draw.chance(0.75)]
     small = sum(tensor.numel() for tensor in tensors) < 4000
@@ -109,7 +109,7 @@ def run(case: Case, function: Callable[..., Any], tensors: list[Tensor], grads_l
     grads = case.random_like(recorded, 1)
     if grads_laid_out:
         layout = Draw(case.grad_seed)
-        grads = [_same_values(grad, lay_out(grad, layout)) for grad in grads]
+        grads = [_same_values(grad, in_layout(grad, layout)) for grad in grads]
     inputs = [leaves[i] for i in case.wanted]
     if not case.second_order:
         result.gradients = list(torch.autograd.grad(recorded, inputs, grads, allow_unused=True))

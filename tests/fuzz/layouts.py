@@ -87,7 +87,7 @@ LAYOUTS: dict[Callable[[Tensor, Draw], Tensor], int] = {
 }
 
 
-def lay_out(tensor: Tensor, draw: Draw) -> Tensor:
+def in_layout(tensor: Tensor, draw: Draw) -> Tensor:
     """``tensor`` in a layout that is drawn. Expanding and overlapping change its values."""
     layout = draw.random.choices(list(LAYOUTS), list(LAYOUTS.values()))[0]
     return layout(tensor, draw) if tensor.numel() > 0 and tensor.dim() > 0 else tensor
