@@ -14,24 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from dlkernels import bench, cli, commands, data, info, typed_json
-from dlkernels.models import registry
+from dlkernels import bench, cli, info, typed_json
 from dlkernels.train import checkpoint
-
-from ..cases.training import BUILDERS, load_once
 
 safetensors_torch = pytest.importorskip("safetensors.torch")
 pytest.importorskip("typer")
-
-
-@pytest.fixture(autouse=True)
-def small_networks(monkeypatch: pytest.MonkeyPatch, threads: None) -> None:
-    """The networks of ``cases/training.py`` can be named; runs share their data."""
-    monkeypatch.setattr(data, "load", load_once)
-    monkeypatch.setattr(commands.train.train, "operation_times", lambda program: [])  # of no interest, and slow
-    torch.set_num_threads(1)
-    for name, builder in BUILDERS.items():
-        monkeypatch.setitem(registry._builders, name, builder)
+pytestmark = pytest.mark.usefixtures("small_networks")
 
 
 Start = Callable[..., Path]

@@ -10,27 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from dlkernels import cli, commands, data
+from dlkernels import cli, data
 from dlkernels.data import DataError
-from dlkernels.models import registry
 from dlkernels.train import checkpoint
-
-from ..cases.training import BUILDERS, load_once
 
 pytest.importorskip("safetensors")
 pytest.importorskip("typer")
-
-
-@pytest.fixture(autouse=True)
-def small_networks(monkeypatch: pytest.MonkeyPatch, threads: None) -> None:
-    """The networks of ``cases/training.py`` can be named; runs share their data."""
-    monkeypatch.setattr(data, "load", load_once)
-    monkeypatch.setattr(commands.train.train, "operation_times", lambda program: [])  # of no interest, and slow
-    torch.set_num_threads(1)
-    for name, builder in BUILDERS.items():
-        monkeypatch.setitem(registry._builders, name, builder)
+pytestmark = pytest.mark.usefixtures("small_networks")
 
 
 def train(folder: Path, *options: str) -> None:

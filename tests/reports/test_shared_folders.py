@@ -9,27 +9,14 @@ import signal
 from pathlib import Path
 
 import pytest
-import torch
 
-from dlkernels import cli, commands, data
-from dlkernels.models import registry
+from dlkernels import cli
 from dlkernels.train import CheckpointError, checkpoint
 from dlkernels.writing import Records
 
-from ..cases.training import BUILDERS, load_once
-
 pytest.importorskip("safetensors")
 pytest.importorskip("typer")
-
-
-@pytest.fixture(autouse=True)
-def small_networks(monkeypatch: pytest.MonkeyPatch, threads: None) -> None:
-    """The networks of ``cases/training.py`` can be named; runs share their data."""
-    monkeypatch.setattr(data, "load", load_once)
-    monkeypatch.setattr(commands.train.train, "operation_times", lambda program: [])  # of no interest, and slow
-    torch.set_num_threads(1)
-    for name, builder in BUILDERS.items():
-        monkeypatch.setitem(registry._builders, name, builder)
+pytestmark = pytest.mark.usefixtures("small_networks")
 
 
 def arguments(folder: Path, *options: str) -> list[str]:
