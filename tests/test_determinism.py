@@ -101,7 +101,7 @@ def test_nan_and_inf_appear_where_torch_has_them(case: Case, value: float, isa: 
                 assert not a[~b.isfinite()].isfinite().any(), where
                 continue
             if torch_multiplies_padding(case):
-                assert not a[b.isfinite()].isnan().any(), where
+                assert a[b.isfinite()].isfinite().all(), where
                 continue
             assert torch.equal(a.isnan(), b.isnan()), where
             assert torch.equal(a.isposinf(), b.isposinf()) and torch.equal(a.isneginf(), b.isneginf()), where

@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from dlkernels.operations import OPERATIONS
+
 from .fuzz import checks
 from .fuzz.draw import Draw
 from .fuzz.layouts import LAYOUTS, GuardedMemory, in_layout
@@ -65,6 +67,10 @@ def test_a_fault_is_found(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(checks.CALLS, "linear", linear(FAULTS[kind]))
     found = {finding.kind for seed in SEEDS for finding in checks.check("linear", seed).findings}
     assert kind in found
+
+
+def test_every_operation_is_called() -> None:
+    assert set(OPERATIONS) <= set(checks.CALLS)
 
 
 @pytest.mark.parametrize("operation", checks.CALLS)

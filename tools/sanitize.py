@@ -16,11 +16,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+from dlkernels.operations import OPERATIONS
+
 ROOT = Path(__file__).resolve().parent.parent
 SANITIZED = ROOT / "build" / "sanitize"
 # What an AVX2 processor runs; the last has the lines of AVX-512, its pairs of bfloat16 and the tiles of AMX.
 INSTRUCTION_SETS = ("avx2", "amx_emulated")
-OPERATIONS = ("attention", "batch_norm", "conv2d", "cross_entropy", "linear", "linear_cross_entropy", "lstm")
 TESTS = [*(f"tests/test_{name}.py" for name in OPERATIONS), "tests/test_accuracy.py", "tests/test_layouts.py"]
 TESTS += ["tests/test_bad_input.py", "tests/reports"]
 

@@ -14,28 +14,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from dlkernels import bench, cli, commands, data, info, visualize, writing
-from dlkernels.models import registry
+from dlkernels import bench, cli, visualize, writing
 from dlkernels.train import Trainer, checkpoint, logs, search
 from dlkernels.train.settings import Progress
 
-from ..cases.training import BUILDERS, load_once
+from ..cases.bench_runs import measured_run
 
 safetensors = pytest.importorskip("safetensors")
 safetensors_torch = pytest.importorskip("safetensors.torch")
 pytest.importorskip("typer")
+pytestmark = pytest.mark.usefixtures("small_networks")
 
 LARGE = errno.EFBIG  # what a limit on the size of files gives in the place of ENOSPC
-
-
-@pytest.fixture(autouse=True)
-def small_networks(monkeypatch: pytest.MonkeyPatch, threads: None) -> None:
-    """The networks of ``cases/training.py`` can be named; runs share their data."""
-    monkeypatch.setattr(data, "load", load_once)
-    monkeypatch.setattr(commands.train.train, "operation_times", lambda program: [])  # of no interest, and slow
-    torch.set_num_threads(1)
-    for name, builder in BUILDERS.items():
-        monkeypatch.setitem(registry._builders, name, builder)
 
 
 @contextlib.contextmanager
@@ -195,33 +185,12 @@ def test_the_last_line_of_a_log_does_not_fit(tmp_path: Path) -> None:
 # What else is written
 
 
-def measured() -> bench.Run:
-    result = bench.harness.Result(
-        column="conv2d",
-        group="a class",
-        name="a shape",
-        dtype="float32",
-        direction="forward",
-        bytes=1.0,
-        operations=1.0,
-        error=0.0,
-        same=True,
-        share_of_ceiling=0.5,
-        median={"dlkernels": 1e-3, "torch": 2e-3},
-        minimum={"dlkernels": 1e-3, "torch": 2e-3},
-        spread={"dlkernels": 0.03, "torch": 0.02},
-        page_faults={"dlkernels": 0.0, "torch": 0.0},
-        ratio={"torch": 2.0},
-    )
-    return bench.Run(info.environment(), bench.harness.Ceilings(1.0, {}), True, [result])
-
-
 @pytest.mark.parametrize("exists", [False, True])
 def test_bench_writes_what_fits_and_names_the_rest(
     exists: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(bench, "run", lambda *arguments, **options: measured())
+    monkeypatch.setattr(bench, "run", lambda *arguments, **options: measured_run())
     paths = {
         option: tmp_path / name for option, name in (("--json", "a.json"), ("--plot", "b.png"), ("--report", "c.md"))
     }
@@ -253,12 +222,12 @@ def test_bench_measures_nothing_that_it_cannot_write(
 def test_bench_writes_through_links_and_to_what_is_no_file(tmp_path: Path) -> None:
     (tmp_path / "target").write_text("before")
     (tmp_path / "link").symlink_to(tmp_path / "target")
-    bench.write_json(measured(), tmp_path / "link")
+    bench.write_json(measured_run(), tmp_path / "link")
     assert (tmp_path / "link").is_symlink()
     assert json.loads((tmp_path / "target").read_text())["results"]
-    bench.write_json(measured(), Path("/dev/null"))
+    bench.write_json(measured_run(), Path("/dev/null"))
     with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)) as caught:
-        bench.write_json(measured(), Path("/dev/full"))
+        bench.write_json(measured_run(), Path("/dev/full"))
     assert caught.value.filename == "/dev/full"
 
 

@@ -14,8 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from dlkernels import bench, cli, info, typed_json
+from dlkernels import bench, cli, typed_json
 from dlkernels.train import checkpoint
+
+from ..cases.bench_runs import measured_run
 
 safetensors_torch = pytest.importorskip("safetensors.torch")
 pytest.importorskip("typer")
@@ -298,22 +300,7 @@ def test_a_log_that_is_none_is_named(
 @pytest.fixture
 def measured(tmp_path: Path) -> Path:
     """The file of a run."""
-    result = bench.harness.Result(
-        column="conv2d",
-        group="a class",
-        name="a shape",
-        dtype="float32",
-        direction="forward",
-        bytes=1.0,
-        operations=1.0,
-        error=0.0,
-        same=True,
-        median={"dlkernels": 1e-3, "torch": 2e-3},
-        spread={"dlkernels": 0.03, "torch": 0.02},
-        page_faults={"dlkernels": 0.0, "torch": 0.0},
-        ratio={"torch": 2.0},
-    )
-    bench.write_json(bench.Run(info.environment(), bench.harness.Ceilings(1.0, {}), True, [result]), tmp_path / "a")
+    bench.write_json(measured_run(), tmp_path / "a")
     return tmp_path / "a"
 
 
