@@ -30,7 +30,7 @@ def test_attention_is_as_accurate_as_torch(isa: str, head_size: int, queries: in
     """Errors from float64, as norms over some draws: of one they are luck. What rounding leaves of the gradients of
     query and key, where rows have all their weight on one key, is measured by the gradient of value."""
     ours, torchs, size = (torch.zeros(4, dtype=torch.float64) for _ in range(3))
-    batches = 16 if queries <= 2 and isa != "simt" else 1  # where it is slow, errors are far smaller than torch's
+    batches = 16 if queries <= 2 and isa != "simt" else 1  # the simulator is slow
     for seed in SEEDS:
         tensors = [
             normal(batches, 12, rows, head_size, seed=3 * seed + i, dtype=torch.float32) * factor
