@@ -76,18 +76,16 @@ __device__ __forceinline__ float16 narrow<float16>(float value) {
 // ---- products that stay apart --------------------------------------------------------------------------------------
 
 // a * b, rounded, whatever is added to it: the same bits in every kernel.
-__device__ __forceinline__ float rounded_product(float a, float b) {
+template <class T>
+__device__ __forceinline__ T rounded_product(T a, T b) {
 #if defined(DLKERNELS_SIMT)
   return a * b;
 #else
-  return __fmul_rn(a, b);
-#endif
-}
-__device__ __forceinline__ double rounded_product(double a, double b) {
-#if defined(DLKERNELS_SIMT)
-  return a * b;
-#else
-  return __dmul_rn(a, b);
+  if constexpr (sizeof(T) == sizeof(double)) {
+    return __dmul_rn(a, b);
+  } else {
+    return __fmul_rn(a, b);
+  }
 #endif
 }
 

@@ -355,11 +355,12 @@ ForwardResult cross_entropy(const Tensor& logits, const Tensor& target, const Op
 
 Tensor cross_entropy_functional(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
                                 int64_t reduction, int64_t ignore_index, double label_smoothing) {
+  if (!has_class_probabilities(target)) {
+    return std::get<0>(cross_entropy(logits, target, weight, reduction, ignore_index, label_smoothing));
+  }
   const at::ScalarType type = loss_type(logits.scalar_type(), target, weight);
-  const bool promotes = has_class_probabilities(target);
-  return std::get<0>(cross_entropy(logits.to(type), promotes ? target.to(type) : target,
-                                   promotes ? in_type(type, weight) : weight, reduction, ignore_index,
-                                   label_smoothing));
+  return std::get<0>(
+      cross_entropy(logits.to(type), target.to(type), in_type(type, weight), reduction, ignore_index, label_smoothing));
 }
 
 TORCH_LIBRARY_IMPL(dlkernels, CPU, m) {
