@@ -236,13 +236,13 @@ class ForwardPass {
     for (int64_t pair = 0; pair < kPairs; ++pair) {
       const RightUnit<Planes>* weights = units_of(block, pair);
       T* pair_sums = sums + pair * kSplitColumns;
-      if (many_sequences_) {
+      if (input_units_ > 0) {
         multiply_units<Planes>(member.tiles, whole_rows, kSplitColumns, input_units_,
                                {member.input.data() + row * input_units_, input_units_}, weights, 0, pair_sums, kPanel,
                                false);
       }
       multiply_units<Planes>(member.tiles, whole_rows, kSplitColumns, states_.units(), states_.rows(turn - 1, row),
-                             weights + input_units_, 0, pair_sums, kPanel, many_sequences_);
+                             weights + input_units_, 0, pair_sums, kPanel, input_units_ > 0);
     }
   }
 
