@@ -83,26 +83,38 @@ class Tiles {
       __builtin_memcpy(static_cast<char*>(first_row) + row * row_bytes, rows_[Tile][row], 64);
     }
   }
+  // As the instruction rounds: the products of a row's even elements, and of its odd ones, are summed from zero, one
+  // after the other; the sum of both is then added. Subnormal numbers count as zero.
   template <int Sum, int Left, int Right>
   void add_product() {
     for (int64_t i = 0; i < kTileHeight; ++i) {
-      float sums[kTileHeight];
-      __builtin_memcpy(sums, rows_[Sum][i], sizeof sums);
-      for (int64_t pair = 0; pair < kTileDepth / 2; ++pair) {
-        const uint32_t left = rows_[Left][i][pair];
-        for (int64_t j = 0; j < kTileHeight; ++j) {
-          const uint32_t right = rows_[Right][pair][j];
-          sums[j] += low_half(left) * low_half(right);
-          sums[j] += high_half(left) * high_half(right);
+      for (int64_t j = 0; j < kTileHeight; j += kLanes) {
+        Floats even = {}, odd = {};
+        for (int64_t pair = 0; pair < kTileDepth / 2; ++pair) {
+          const Bits left = Bits{} + rows_[Left][i][pair], right = load_bits(&rows_[Right][pair][j]);
+          even = flush(flush(low_halves(left)) * flush(low_halves(right)) + even);
+          odd = flush(flush(high_halves(left)) * flush(high_halves(right)) + odd);
         }
+        uint32_t* sums = &rows_[Sum][i][j];
+        const Floats sum = flush(flush((Floats)load_bits(sums)) + flush(even + odd));
+        __builtin_memcpy(sums, &sum, sizeof sum);
       }
-      __builtin_memcpy(rows_[Sum][i], sums, sizeof sums);
     }
   }
 
  private:
-  static float low_half(uint32_t pair) { return __builtin_bit_cast(float, pair << 16); }
-  static float high_half(uint32_t pair) { return __builtin_bit_cast(float, pair & 0xffff0000u); }
+  static constexpr int64_t kLanes = 4;
+  using Bits [[gnu::vector_size(4 * kLanes)]] = uint32_t;
+  using Floats [[gnu::vector_size(4 * kLanes)]] = float;
+
+  static Bits load_bits(const uint32_t* p) {
+    Bits bits;
+    __builtin_memcpy(&bits, p, sizeof bits);
+    return bits;
+  }
+  static Floats low_halves(Bits pairs) { return (Floats)(pairs << 16); }
+  static Floats high_halves(Bits pairs) { return (Floats)(pairs & 0xffff0000u); }
+  static Floats flush(Floats x) { return (Floats)((Bits)x & (Bits)(((Bits)x & 0x7f800000u) != 0)); }
 
   alignas(64) uint32_t rows_[8][kTileHeight][kTileHeight];
 };
