@@ -8,8 +8,9 @@
 // output may be changed in place meanwhile.
 //
 // The elements of a channel are cut into chunks, the same ones in both layouts. A chunk's mean and sum of
-// squared deviations are found in two passes over it (it is in cache for the second), never as E[x^2] - mean^2, and the
-// chunks are merged in double in their order (Chan, Golub and LeVeque 1979). The mean stays in double: elements are
+// squared deviations are found in two passes over it (it is in cache for the second), never as E[x^2] - mean^2: the
+// second also sums the deviations, and so corrects the mean of the first (Chan, Golub and LeVeque 1983). The chunks
+// are merged in double in their order (the same authors, 1979). The mean stays in double: elements are
 // centred on its rounding, and what was rounded away is folded into the channel's constants. Inside a chunk, position p
 // of an image is summed in lane p mod lanes: with inner positions side by side that is a vector sum; with channels side
 // by side the lanes are an array of `lanes` rows of channels. So both layouts, and any number of threads, give the same
@@ -253,22 +254,23 @@ inline double multiply_add(double a, double b, double c) {
 struct Moments {
   double mean = 0, squares = 0;
 
-  // From sums about reference points: first about `shift`, then about `center`, the rounded mean.
-  static Moments of(double count, double shift, double sum, double center, double squares) {
-    const double mean = shift + sum / count, off = mean - center;
-    return {mean, multiply_add(-count * off, off, squares)};
+  // From the sums of deviations, and of their squares, from `center`, which is nearly the mean.
+  static Moments about(double center, double count, double deviations, double squares) {
+    const double off = deviations / count, rest = multiply_add(-deviations, off, squares);
+    return {center + off, rest < 0 ? 0.0 : rest};
   }
 };
 
 // Moments of a channel from those of its chunks, `stride` apart. One body for both layouts, so that it rounds alike.
 __attribute__((noinline)) Moments merge_chunks(const double* counts, int64_t chunks, const Moments* parts,
                                                int64_t stride) {
-  double count = 0, sum = 0, squares = 0;
+  const double first = chunks > 0 ? parts[0].mean : 0.0;
+  double count = 0, deviations = 0, squares = 0;
   for (int64_t i = 0; i < chunks; ++i) {
     count += counts[i];
-    sum = multiply_add(counts[i], parts[i * stride].mean, sum);
+    deviations = multiply_add(counts[i], parts[i * stride].mean - first, deviations);
   }
-  const double mean = sum / count;
+  const double mean = first + deviations / count;
   for (int64_t i = 0; i < chunks; ++i) {
     const double off = parts[i * stride].mean - mean;
     squares += multiply_add(counts[i] * off, off, parts[i * stride].squares);
@@ -282,29 +284,19 @@ void channel_moments(const BatchNormShape& shape, const Chunks<T>& chunks, const
                      Moments* moments) {
   for_each_group(chunks, [&](int64_t first, auto together) {
     constexpr int64_t kChunks = together;
-    T shift[kChunks], center[kChunks];
-    Vec<T> reference[kChunks];  // each chunk's shift, then its centre
-    for (int64_t k = 0; k < kChunks; ++k) {
-      const Chunk chunk = chunks[first + k];
-      shift[k] = load_one(x + (chunk.first * shape.channels + c) * shape.inner + chunk.begin);
-      reference[k] = shift[k];
-    }
-    auto add_deviation = [&](Vec<T>(&sums)[1], int64_t at, int64_t n, int64_t k) {
-      sums[0] += load_lanes(x + at, n) - reference[k];
-    };
-    auto add_square = [&](Vec<T>(&sums)[1], int64_t at, int64_t n, int64_t k) {
-      const Vec<T> d = load_lanes(x + at, n) - reference[k];
-      sums[0] = fma(d, d, sums[0]);
+    T center[kChunks];
+    auto add = [&](Vec<T>(&sums)[1], int64_t at, int64_t n, int64_t) { sums[0] += load_lanes(x + at, n); };
+    auto add_deviation = [&](Vec<T>(&sums)[2], int64_t at, int64_t n, int64_t k) {
+      const Vec<T> d = load_lanes(x + at, n) - Vec<T>(center[k]);
+      sums[0] += d;
+      sums[1] = fma(d, d, sums[1]);
     };
     const double count = static_cast<double>(chunks[first].count());
-    const auto deviations = sum_positions<kChunks, 1>(shape, chunks, first, c, add_deviation);
+    const auto sums = sum_positions<kChunks, 1>(shape, chunks, first, c, add);
+    for (int64_t k = 0; k < kChunks; ++k) center[k] = static_cast<T>(sums.of[k][0] / count);
+    const auto about = sum_positions<kChunks, 2>(shape, chunks, first, c, add_deviation);
     for (int64_t k = 0; k < kChunks; ++k) {
-      center[k] = static_cast<T>(shift[k] + deviations.of[k][0] / count);
-      reference[k] = center[k];
-    }
-    const auto squares = sum_positions<kChunks, 1>(shape, chunks, first, c, add_square);
-    for (int64_t k = 0; k < kChunks; ++k) {
-      moments[first + k] = Moments::of(count, shift[k], deviations.of[k][0], center[k], squares.of[k][0]);
+      moments[first + k] = Moments::about(center[k], count, about.of[k][0], about.of[k][1]);
     }
   });
 }
@@ -313,26 +305,20 @@ void channel_moments(const BatchNormShape& shape, const Chunks<T>& chunks, const
 template <class Scalar, class T = accumulate_t<Scalar>>
 void chunk_moments(const BatchNormShape& shape, const Chunk& chunk, const Scalar* x, Moments* moments) {
   const int64_t channels = shape.channels;
-  const Scratch<T> references(2, channels);
-  const Scratch<double> totals(channels);
-  T *shift = references.data(), *center = shift + channels;
-  double* sums = totals.data();
-  widen_row(x + (chunk.first * shape.inner + chunk.begin) * channels, channels, shift);
-  sum_rows<T, 1>(shape, chunk, sums, [&](Vec<T>(&sum)[1], int64_t at, int64_t c, int64_t n) {
-    sum[0] += load_lanes(x + at, n) - load_lanes(shift + c, n);
-  });
+  const Scratch<T> centers(channels);
+  const Scratch<double> totals(2, channels);
+  T* center = centers.data();
+  double *deviations = totals.data(), *squares = deviations + channels;
   const double count = static_cast<double>(chunk.count());
-  for (int64_t c = 0; c < channels; ++c) {
-    moments[c].mean = sums[c];
-    center[c] = static_cast<T>(shift[c] + sums[c] / count);
-  }
-  sum_rows<T, 1>(shape, chunk, sums, [&](Vec<T>(&sum)[1], int64_t at, int64_t c, int64_t n) {
+  sum_rows<T, 1>(shape, chunk, totals.data(),
+                 [&](Vec<T>(&sum)[1], int64_t at, int64_t, int64_t n) { sum[0] += load_lanes(x + at, n); });
+  for (int64_t c = 0; c < channels; ++c) center[c] = static_cast<T>(totals.data()[c] / count);
+  sum_rows<T, 2>(shape, chunk, totals.data(), [&](Vec<T>(&sums)[2], int64_t at, int64_t c, int64_t n) {
     const Vec<T> d = load_lanes(x + at, n) - load_lanes(center + c, n);
-    sum[0] = fma(d, d, sum[0]);
+    sums[0] += d;
+    sums[1] = fma(d, d, sums[1]);
   });
-  for (int64_t c = 0; c < channels; ++c) {
-    moments[c] = Moments::of(count, shift[c], /*sum=*/moments[c].mean, center[c], sums[c]);
-  }
+  for (int64_t c = 0; c < channels; ++c) moments[c] = Moments::about(center[c], count, deviations[c], squares[c]);
 }
 
 // ---- channels of very large numbers --------------------------------------------------------------------------------
