@@ -440,21 +440,25 @@ void convolve_transposed(const Convolution<Scalar>& convolution) {
 
 // ---- gradient of the weight -----------------------------------------------------------------------------------------
 
+constexpr int64_t kRunPixels = 32;  // summed by themselves, so that few additions round at the size of the whole sum
+
 // sums[t][lane] += sum over pixels of gradient[pixel] * window[place + tap t], for Taps taps and one vector of
 // channels.
 template <int Taps, class T>
 void add_pixels(int64_t pixels, const T* gradient, const T* staged, const int64_t* places, int64_t channels,
                 const int64_t* tap_offsets, int64_t lanes, T* sums, int64_t sums_stride) {
-  Vec<T> sum[Taps];
-  for (int t = 0; t < Taps; ++t) sum[t] = Vec<T>::zero();
-  for (int64_t p = 0; p < pixels; ++p) {
-    const Vec<T> g = load_lanes(gradient + p * channels, lanes);
-    const T* pixel = staged + places[p] * channels;
-    for (int t = 0; t < Taps; ++t) sum[t] = fma(g, load_lanes(pixel + tap_offsets[t], lanes), sum[t]);
-  }
-  for (int t = 0; t < Taps; ++t) {
-    T* out = sums + t * sums_stride;
-    store_lanes(out, load_lanes(out, lanes) + sum[t], lanes);
+  for (int64_t first = 0; first < pixels; first += kRunPixels) {
+    Vec<T> sum[Taps];
+    for (int t = 0; t < Taps; ++t) sum[t] = Vec<T>::zero();
+    for (int64_t p = first; p < min_of(pixels, first + kRunPixels); ++p) {
+      const Vec<T> g = load_lanes(gradient + p * channels, lanes);
+      const T* pixel = staged + places[p] * channels;
+      for (int t = 0; t < Taps; ++t) sum[t] = fma(g, load_lanes(pixel + tap_offsets[t], lanes), sum[t]);
+    }
+    for (int t = 0; t < Taps; ++t) {
+      T* out = sums + t * sums_stride;
+      store_lanes(out, load_lanes(out, lanes) + sum[t], lanes);
+    }
   }
 }
 

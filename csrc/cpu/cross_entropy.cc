@@ -234,22 +234,33 @@ struct RowVector {
   }
 };
 
+// The sum of term(c) over the classes, in runs, so that few additions round at the size of the whole sum.
+template <class T, class Term>
+DLKERNELS_INLINE Vec<T> sum_of_classes(int64_t classes, Term&& term) {
+  constexpr int64_t run_length = 16;
+  Vec<T> sum = T(0);
+  for (int64_t first = 0; first < classes; first += run_length) {
+    Vec<T> run = T(0);
+    for (int64_t c = first; c < min_of(classes, first + run_length); ++c) run += term(c);
+    sum += run;
+  }
+  return sum;
+}
+
 template <class Scalar, class T = accumulate_t<Scalar>>
 Vec<T> column_loss(const RowVector<Scalar>& rows, Vec<T>* maximum, Vec<T>* log_sum) {
   const Problem<Scalar>& p = rows.p;
   Vec<T> best = -kInfinity<T>;
   for (int64_t c = 0; c < p.shape.classes; ++c) best = max(best, rows.logits(c));
-  Vec<T> sum = T(0);
-  for (int64_t c = 0; c < p.shape.classes; ++c) sum += exp(rows.logits(c) - best);
   *maximum = best;
-  *log_sum = log(sum);
+  *log_sum = log(sum_of_classes<T>(p.shape.classes, [&](int64_t c) { return exp(rows.logits(c) - best); }));
   int64_t target[Vec<T>::size];
   rows.read_targets(target);
   Vec<T> loss = T(0);
   if (p.probabilities != nullptr || p.smoothing != T(0)) {
-    for (int64_t c = 0; c < p.shape.classes; ++c) {
-      loss -= rows.target_share(c, target) * ((rows.logits(c) - best) - *log_sum);
-    }
+    loss = -sum_of_classes<T>(p.shape.classes, [&](int64_t c) {
+      return rows.target_share(c, target) * ((rows.logits(c) - best) - *log_sum);
+    });
   } else {
     T picked[Vec<T>::size] = {}, hit[Vec<T>::size] = {};
     for (int64_t lane = 0; lane < rows.count; ++lane) {
@@ -275,7 +286,7 @@ void column_backward(const RowVector<Scalar>& rows, Vec<T> scale, T uniform, Vec
   rows.read_targets(target);
   Vec<T> mass = T(0);
   if (p.probabilities != nullptr) {
-    for (int64_t c = 0; c < p.shape.classes; ++c) mass += rows.target_share(c, target);
+    mass = sum_of_classes<T>(p.shape.classes, [&](int64_t c) { return rows.target_share(c, target); });
   } else {
     T masses[Vec<T>::size];
     for (int64_t lane = 0; lane < Vec<T>::size; ++lane) {

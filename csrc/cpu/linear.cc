@@ -19,9 +19,9 @@ namespace dlkernels::DLKERNELS_ISA {
 namespace {
 
 constexpr int64_t kFewRows = 8;
-constexpr int64_t kSumRows = 64;             // rows of a run of sums
-constexpr int64_t kSumPart = 32 * kSumRows;  // rows of a task of sums
-constexpr double kSerialWork = 1 << 16;      // multiply-adds below which threads cost more than they give
+constexpr int64_t kSumRows = 8;          // rows summed before the sum is widened
+constexpr int64_t kSumPart = 2048;       // rows of a task of sums
+constexpr double kSerialWork = 1 << 16;  // multiply-adds below which threads cost more than they give
 
 template <class Scalar>
 class Product {
@@ -109,17 +109,19 @@ class Product {
   Scalar* product_;
 };
 
-// out[0 .. count) = the sums of `rows` rows, a run at a time.
+// out[0 .. count) = the sums of `rows` rows, in double, a run at a time.
 template <class Scalar, class T = accumulate_t<Scalar>>
-void sum_rows(Matrix<Scalar> values, int64_t rows, int64_t count, T* out) {
-  fill(out, T(0), count);
+void sum_rows(Matrix<Scalar> values, int64_t rows, int64_t count, double* out) {
+  fill(out, 0.0, count);
   for (int64_t first = 0; first < rows; first += kSumRows) {
     const int64_t end = min_of(rows, first + kSumRows);
     for (int64_t j = 0; j < count; j += Vec<T>::size) {
       const int64_t lanes = min_of(Vec<T>::size, count - j);
       Vec<T> sum = Vec<T>::zero();
       for (int64_t i = first; i < end; ++i) sum += load_lanes(values.at(i, j).data, lanes);
-      store_lanes(out + j, load_lanes(out + j, lanes) + sum, lanes);
+      T run[Vec<T>::size];
+      store(run, sum);
+      for (int64_t lane = 0; lane < lanes; ++lane) out[j + lane] += run[lane];
     }
   }
 }
@@ -130,12 +132,12 @@ void sum_columns(const LinearSumArgs& args) {
   constexpr int64_t width = 8 * Vec<T>::size;
   const Matrix<Scalar> values = {static_cast<const Scalar*>(args.values), args.row_stride, args.column_stride};
   const int64_t blocks = ceil_div(args.columns, width), parts = max_of(1, ceil_div(args.rows, kSumPart));
-  Scratch<T> partial(parts, args.columns);
+  Scratch<double> partial(parts, args.columns);
   const double work = 1.0 * args.rows * args.columns;
   parallel_for(blocks * parts, work < kSerialWork ? blocks * parts : 1, [&](int64_t task) {
     const int64_t i = task / blocks * kSumPart, j = task % blocks * width;
     const int64_t rows = min_of(kSumPart, args.rows - i), count = min_of(width, args.columns - j);
-    T* sums = partial.data() + task / blocks * args.columns + j;
+    double* sums = partial.data() + task / blocks * args.columns + j;
     if (values.column_stride == 1) return sum_rows(values.at(i, j), rows, count, sums);
     Scratch<T> row_major(rows, count);
     pack_rows(values.at(i, j), rows, count, row_major.data(), count);
@@ -144,7 +146,9 @@ void sum_columns(const LinearSumArgs& args) {
   for (int64_t part = 1; part < parts; ++part) {
     add_to(partial.data(), partial.data() + part * args.columns, args.columns);
   }
-  narrow_row(partial.data(), args.columns, static_cast<Scalar*>(args.sums));
+  for (int64_t j = 0; j < args.columns; ++j) {
+    store_one(static_cast<Scalar*>(args.sums) + j, static_cast<T>(partial[j]));
+  }
 }
 
 void product(const LinearProductArgs& args) {
