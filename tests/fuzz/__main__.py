@@ -49,13 +49,14 @@ def work(options: argparse.Namespace) -> None:
     operations = options.only.split(",") if options.only else list(CALLS)
     # The kernels of a device sum over pixels in the order in which lanes read them.
     ordered_by_layout = ("conv2d", "batch_norm") if options.isa == "simt" else ()
+    rounds_factors = options.isa == "simt" or "bf16" in options.isa or "amx" in options.isa
     end = time.monotonic() + options.seconds
     progress = Path(options.worker)
     for done, (operation, seed) in enumerate(cases(operations, options.seed)):
         if done == options.count or (options.count is None and time.monotonic() > end):
             break
         progress.write_text(json.dumps([operation, seed, done]))
-        case = check(operation, seed, bits=operation not in ordered_by_layout)
+        case = check(operation, seed, operation not in ordered_by_layout, rounds_factors)
         for finding in case.findings:
             facts = {
                 "operation": operation,

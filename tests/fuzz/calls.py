@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ class Call:
     # The output before an activation that has kinks, from the same tensors, and where they are.
     before_kinks: Function | None = None
     kinks: tuple[float, ...] = ()
+    # From the tensors and the gradient of the output: the sums of which gradients consist, of their terms' sizes.
+    terms: Callable[[list[Tensor], Tensor], list[Tensor]] | None = None
 
     def __post_init__(self) -> None:
         self.differentiable = self.differentiable or list(range(len(self.tensors)))
@@ -110,6 +113,8 @@ def batch_norm(draw: Draw) -> Call:
         given = dict(zip(names, tensors, strict=True))
         running = statistics(tensors[0])
         scale = given.get("weight"), given.get("bias")
+        if not has_weight and has_bias:  # torch has no second derivative of a bias that stands alone
+            scale = torch.ones(channels, dtype=scale[1].dtype), scale[1]
         y = reference.batch_norm(given["input"], *running, *scale, training, momentum, eps)
         if residual:
             y = y + given["residual"]
@@ -255,13 +260,36 @@ def attention(draw: Draw) -> Call:
         return run
 
     functions = bound(ours.scaled_dot_product_attention), bound(_attention_of_torch)
-    return Call(tensors, *functions, {"mask": kind, "mask_shape": mask_shape, "scale": scale, "group": group})
+    arguments = {"mask": kind, "mask_shape": mask_shape, "scale": scale, "group": group}
+    return Call(tensors, *functions, arguments, terms=partial(_terms_of_attention, boolean, kind == "causal", scale))
 
 
 def _attention_of_torch(*arguments: Any, **options: Any) -> Tensor:
     """The plain formula: torch's fused kernels refuse some of what it takes."""
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         return reference.scaled_dot_product_attention(*arguments, **options)
+
+
+def _terms_of_attention(
+    boolean: Tensor | None, causal: bool, scale: float | None, tensors: list[Tensor], grad: Tensor
+) -> list[Tensor]:
+    """The gradients with every product and every difference in them replaced by the sum of the sizes."""
+    query, key, value, *mask = tensors
+    group = query.shape[-3] // max(1, key.shape[-3]) if query.dim() > 2 else 1
+    keys, values = (x if group <= 1 else x.repeat_interleave(group, -3) for x in (key, value))
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scores = scale * query @ keys.mT + (mask[0] if mask else 0)
+    if boolean is not None:
+        scores = scores.masked_fill(~boolean, -math.inf)
+    if causal:
+        scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -math.inf)
+    p = scores.softmax(-1).nan_to_num()
+    dp = grad.abs() @ values.abs().mT
+    ds = p * (dp + (p * dp).sum(-1, keepdim=True))
+    by_head = [abs(scale) * ds.mT @ query.abs(), p.mT @ grad.abs()]
+    if group > 1:
+        by_head = [x.unflatten(-3, (-1, group)).sum(-3) for x in by_head]
+    return [abs(scale) * ds @ keys.abs(), *by_head, *(ds.sum_to_size(m.shape) for m in mask)]
 
 
 def lstm(draw: Draw) -> Call:

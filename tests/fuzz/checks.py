@@ -54,6 +54,7 @@ class Case:
     wanted: list[int]  # the tensors that take gradients
     second_order: bool
     grad_seed: int
+    rounds_factors: bool = False  # half types: kernels round a factor that is itself a result, such as probabilities
     flat: Tensor | None = None  # where a fused activation has a kink: no gradient is asked for there
     findings: list[Finding] = field(default_factory=list)
 
@@ -139,15 +140,20 @@ def attempt(case: Case, function: Callable[..., Any], tensors: list[Tensor], lai
 
 @dataclass
 class Error:
-    """The largest error of one tensor, torch's for the same, and the largest value."""
+    """The largest error of one tensor, torch's for the same, the largest value, and the largest sum of terms' sizes
+    where factors were rounded."""
 
     ours: float
     torchs: float
     scale: float
     dtype: torch.dtype
+    terms: float = 0.0
 
     def allowed(self, scale_of_all: float) -> float:
         """Twice torch's and some roundings of the largest value; where terms cancel, some roundings of those."""
+        return max(self._allowed(scale_of_all), 2 * self.torchs + 4 * ROUNDING[self.dtype] * self.terms)
+
+    def _allowed(self, scale_of_all: float) -> float:
         if self.scale < 1e-9 * scale_of_all:
             return 64 * ROUNDING[self.dtype] * scale_of_all
         scale = max(self.scale, 0.05 * scale_of_all)
@@ -181,7 +187,18 @@ def compare(case: Case, ours: Result, oracle: Result, torchs: Result | None) -> 
         error = compare_values(case, name, mine, right, theirs)
         if error is not None:
             errors[name] = error
+    note_terms(case, oracle, errors)
     return errors
+
+
+def note_terms(case: Case, oracle: Result, errors: dict[str, Error]) -> None:
+    """Where factors are rounded, gradients are as exact as their terms, which may cancel."""
+    half = case.dtype in (torch.bfloat16, torch.float16)
+    if case.rounds_factors and half and case.call.terms is not None and oracle.gradients:
+        sums = case.call.terms(exact(case.tensors), case.random_like(oracle.outputs, 1)[0])
+        for number, argument in enumerate(case.wanted):
+            if f"gradient {number}" in errors and sums[argument].numel() > 0:
+                errors[f"gradient {number}"].terms = float(sums[argument].nan_to_num().max())
 
 
 def compare_values(case: Case, name: str, mine: Tensor, right: Tensor, theirs: Tensor | None) -> Error | None:
@@ -219,6 +236,7 @@ def check_accuracy(operation: str, seed: int, case: Case, errors: dict[str, Erro
     for values_round in range(1, ROUNDS + 1):
         with GuardedMemory() as memory:
             again = draw_case(operation, seed, values_round, memory)
+            again.rounds_factors = case.rounds_factors
             results = run_all(again)
             if all(isinstance(result, Result) for result in results):
                 samples.append(compare(again, *results))
@@ -273,10 +291,12 @@ def _layout(tensor: Tensor) -> tuple[Any, ...]:
     return tuple(tensor.shape), tensor.dtype, strides
 
 
-def check(operation: str, seed: int, bits: bool = True) -> Case:
-    """Runs the case of ``seed`` and notes what does not hold. ``bits``: whether layouts must agree to the last bit."""
+def check(operation: str, seed: int, bits: bool = True, rounds_factors: bool = False) -> Case:
+    """Runs the case of ``seed`` and notes what does not hold. ``bits``: whether layouts must agree to the last bit;
+    ``rounds_factors``: whether kernels of half types multiply probabilities in these."""
     with GuardedMemory() as memory:
         case = draw_case(operation, seed, 0, memory)
+        case.rounds_factors = rounds_factors
         before = [t.detach().clone() for t in case.tensors]
         ours, oracle, torchs = run_all(case)
         for i, (tensor, copy) in enumerate(zip(case.tensors, before, strict=True)):
