@@ -20,6 +20,12 @@ namespace dlkernels::ops {
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+
+// An argument of a function that Python calls: an int, where pybind11 takes whatever it can cut to one.
+struct Int {
+  int64_t number = 0;
+  operator int64_t() const { return number; }
+};
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 

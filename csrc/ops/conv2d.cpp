@@ -439,7 +439,7 @@ Tensor conv2d(const Tensor& input, const Tensor& weight, const OptionalTensor& b
 }
 
 Tensor conv2d_functional(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const IntOrInts& stride,
-                         const Padding& padding, const IntOrInts& dilation, int64_t groups) {
+                         const Padding& padding, const IntOrInts& dilation, Int groups) {
   const auto strides = pair_of(stride, "stride"), dilations = pair_of(dilation, "dilation");
   check_call(input, weight, strides, groups);
   std::array<c10::SymInt, 4> sides = {0, 0, 0, 0};
@@ -456,8 +456,8 @@ Tensor conv2d_functional(const Tensor& input, const Tensor& weight, const Option
   const std::array<c10::SymInt, 2> stride_values = {strides[0], strides[1]};
   const std::array<c10::SymInt, 2> dilation_values = {dilations[0], dilations[1]};
   const bool unbatched = input.dim() == 3;
-  const Tensor output =
-      conv2d(unbatched ? input.unsqueeze(0) : input, weight, bias, stride_values, sides, dilation_values, groups);
+  const Tensor output = conv2d(unbatched ? input.unsqueeze(0) : input, weight, bias, stride_values, sides,
+                               dilation_values, groups.number);
   return unbatched ? output.squeeze(0) : output;
 }
 

@@ -19,6 +19,6 @@ Tensor conv2d(const Tensor& input, const Tensor& weight, const OptionalTensor& b
 
 // The same with the arguments of torch.nn.functional.conv2d.
 Tensor conv2d_functional(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const IntOrInts& stride,
-                         const Padding& padding, const IntOrInts& dilation, int64_t groups);
+                         const Padding& padding, const IntOrInts& dilation, Int groups);
 
 }  // namespace dlkernels::ops

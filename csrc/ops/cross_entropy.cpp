@@ -353,8 +353,8 @@ ForwardResult cross_entropy(const Tensor& logits, const Tensor& target, const Op
   return op.call(logits, target, weight, reduction, ignore_index, label_smoothing);
 }
 
-Tensor cross_entropy_functional(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-                                int64_t reduction, int64_t ignore_index, double label_smoothing) {
+Tensor cross_entropy_functional(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, Int reduction,
+                                Int ignore_index, double label_smoothing) {
   if (!has_class_probabilities(target)) {
     return std::get<0>(cross_entropy(logits, target, weight, reduction, ignore_index, label_smoothing));
   }

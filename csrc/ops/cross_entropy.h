@@ -10,8 +10,8 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy(const Tensor& logits, const Ten
                                                  double label_smoothing);
 
 // The loss alone, for class probabilities and weights of any types that torch promotes.
-Tensor cross_entropy_functional(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-                                int64_t reduction, int64_t ignore_index, double label_smoothing);
+Tensor cross_entropy_functional(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, Int reduction,
+                                Int ignore_index, double label_smoothing);
 
 // ---- shared with the other cross-entropies -------------------------------------------------------------------------
 

@@ -306,7 +306,7 @@ ForwardResult linear_cross_entropy(const Tensor& input, const Tensor& linear_wei
 
 Tensor linear_cross_entropy_functional(const Tensor& input, const Tensor& linear_weight,
                                        const OptionalTensor& linear_bias, const Tensor& target,
-                                       const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
+                                       const OptionalTensor& weight, Int reduction, Int ignore_index,
                                        double label_smoothing) {
   const at::ScalarType layer = input.scalar_type(), type = loss_type(layer, target, weight);
   if (!has_class_probabilities(target)) {

@@ -13,7 +13,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy(const Tensor& input, con
 // The loss alone, for class probabilities and weights of any types that torch promotes.
 Tensor linear_cross_entropy_functional(const Tensor& input, const Tensor& linear_weight,
                                        const OptionalTensor& linear_bias, const Tensor& target,
-                                       const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
+                                       const OptionalTensor& weight, Int reduction, Int ignore_index,
                                        double label_smoothing);
 
 }  // namespace dlkernels::ops

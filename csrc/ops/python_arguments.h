@@ -7,6 +7,22 @@
 
 namespace pybind11::detail {
 
+// Whether `source` is an int of 64 bits: no bool, and nothing that would be cut to a whole number.
+inline bool load_int(handle source, int64_t* number) {
+  if (PyBool_Check(source.ptr()) || !PyIndex_Check(source.ptr())) return false;
+  *number = PyNumber_AsSsize_t(source.ptr(), PyExc_OverflowError);
+  if (*number != -1 || !PyErr_Occurred()) return true;
+  PyErr_Clear();
+  return false;
+}
+
+template <>
+struct type_caster<dlkernels::ops::Int> {
+  PYBIND11_TYPE_CASTER(dlkernels::ops::Int, const_name("int"));
+
+  bool load(handle source, bool) { return load_int(source, &value.number); }
+};
+
 // An int, or a tuple or list of ints.
 template <>
 struct type_caster<dlkernels::ops::IntOrInts> {
@@ -23,14 +39,10 @@ struct type_caster<dlkernels::ops::IntOrInts> {
   }
 
  private:
-  bool append(handle number) {
-    if (!PyLong_Check(number.ptr()) && !PyIndex_Check(number.ptr())) return false;
-    const Py_ssize_t whole = PyNumber_AsSsize_t(number.ptr(), PyExc_OverflowError);
-    if (whole == -1 && PyErr_Occurred()) {
-      PyErr_Clear();
-      return false;
-    }
-    value.push_back(whole);
+  bool append(handle source) {
+    int64_t number;
+    if (!load_int(source, &number)) return false;
+    value.push_back(number);
     return true;
   }
 };

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import _C
+from .arguments import named
 from .registration import register_fake, traced_as
 from .special_calls import elsewhere, torch_has_rules
 
@@ -68,7 +69,12 @@ def scaled_dot_product_attention(
         )
         if output is not NotImplemented:
             return output
-    return _C.attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    arguments = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    try:
+        return _C.attention(*arguments)
+    except TypeError as error:
+        names = "query key value attn_mask dropout_p is_causal scale enable_gqa"
+        raise named(error, "attention", _C.attention, names, arguments) from None
 
 
 def _by_torch(*arguments: Any, **keywords: Any) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from .arguments import truth
+from .arguments import named, truth
 from .registration import register_fake, traced_as
 from .special_calls import elsewhere
 
@@ -55,8 +55,6 @@ def batch_norm(
     """
     if training is not True and training is not False:
         training = truth("batch_norm", "training", training)  # type: ignore[unreachable]
-    if not training and eps < 0:
-        raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
     if training and (running_mean is None) != (running_var is None):
         raise ValueError("batch_norm: running_mean and running_var must either both be None or neither be None")
     if _C.is_special(input, running_mean, running_var, weight, bias, residual):
@@ -68,18 +66,15 @@ def batch_norm(
         )
         if output is not NotImplemented:
             return output
-    return _C.batch_norm(
-        input,
-        weight,
-        bias,
-        residual,
-        running_mean,
-        running_var,
-        training,
-        momentum,
-        eps,
-        activation,
-    )
+    statistics = (running_mean, running_var, training, momentum, eps, activation)
+    arguments = (input, weight, bias, residual, *statistics)
+    try:
+        if not training and eps < 0:
+            raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
+        return _C.batch_norm(*arguments)
+    except TypeError as error:
+        names = "input weight bias residual running_mean running_var training momentum eps activation"
+        raise named(error, "batch_norm", _C.batch_norm, names, arguments) from None
 
 
 _APPLIED: dict[str | None, Callable[[Tensor], Tensor]] = {

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
+from .arguments import named
 from .registration import register_fake, traced_as
 from .special_calls import elsewhere
 
@@ -54,7 +55,12 @@ def conv2d(
         )
         if output is not NotImplemented:
             return output
-    return _C.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    arguments = (input, weight, bias, stride, padding, dilation, groups)
+    try:
+        return _C.conv2d(*arguments)
+    except TypeError as error:
+        names = "input weight bias stride padding dilation groups"
+        raise named(error, "conv2d", _C.conv2d, names, arguments) from None
 
 
 def _pair(value: int | tuple[int, ...]) -> list[int]:

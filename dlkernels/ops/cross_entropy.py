@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
+from .arguments import named
 from .registration import register_fake, traced_as
 from .special_calls import elsewhere
 
@@ -79,7 +80,12 @@ def cross_entropy(
         if loss is not NotImplemented:
             return loss
     code = _reduction("cross_entropy", reduction, size_average, reduce)
-    return _C.cross_entropy(input, target, weight, code, ignore_index, label_smoothing)
+    arguments = (input, target, weight, code, ignore_index, label_smoothing)
+    try:
+        return _C.cross_entropy(*arguments)
+    except TypeError as error:
+        names = "input target weight reduction ignore_index label_smoothing"
+        raise named(error, "cross_entropy", _C.cross_entropy, names, arguments) from None
 
 
 @traced_as(_C.cross_entropy)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
+from .arguments import named
 from .registration import register_fake, traced_as
 from .special_calls import elsewhere
 
@@ -36,7 +37,12 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         output = elsewhere("linear", linear, torch.nn.functional.linear, tensors, *tensors)
         if output is not NotImplemented:
             return output
-    return _C.linear(input, weight, bias)
+    arguments = (input, weight, bias)
+    try:
+        return _C.linear(*arguments)
+    except TypeError as error:
+        names = "input weight bias"
+        raise named(error, "linear", _C.linear, names, arguments) from None
 
 
 @traced_as(_C.linear)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from .arguments import check_tensors
+from .arguments import check_tensors, named
 from .cross_entropy import _reduction, loss_type
 from .registration import register_fake, traced_as
 from .special_calls import elsewhere
@@ -92,7 +92,12 @@ def linear_cross_entropy(
         return _loss_of_many_outputs(
             input, linear_weight, linear_bias, target, weight, reduction, ignored, label_smoothing
         )
-    return _C.linear_cross_entropy(input, linear_weight, linear_bias, target, weight, code, ignored, label_smoothing)
+    arguments = (input, linear_weight, linear_bias, target, weight, code, ignored, label_smoothing)
+    try:
+        return _C.linear_cross_entropy(*arguments)
+    except TypeError as error:
+        names = "input linear_weight linear_bias target weight reduction ignore_index label_smoothing"
+        raise named(error, "linear_cross_entropy", _C.linear_cross_entropy, names, arguments) from None
 
 
 def _ignored_index(input: Tensor, linear_weight: Tensor, target: Tensor, ignore_index: int | None) -> int:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from .arguments import check_sequence_of_tensors, check_tensors, truth
+from .arguments import check_sequence_of_tensors, check_tensors, named, truth
 from .registration import register_fake, traced_as
 from .special_calls import elsewhere, torch_has_rules
 
@@ -58,7 +58,11 @@ def lstm_cell(
         states = elsewhere("lstm", lstm_cell, _cell_by_torch, (input, *hx, *parameters), input, hx, *parameters)
         if states is not NotImplemented:
             return states
-    return _C.lstm_cell(input, hx[0], hx[1], w_ih, w_hh, b_ih, b_hh)
+    arguments = (input, hx[0], hx[1], w_ih, w_hh, b_ih, b_hh)
+    try:
+        return _C.lstm_cell(*arguments)
+    except TypeError as error:
+        raise named(error, "lstm_cell", _C.lstm_cell, "input hx[0] hx[1] w_ih w_hh b_ih b_hh", arguments) from None
 
 
 @overload

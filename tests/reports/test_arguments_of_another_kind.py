@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -80,3 +81,55 @@ def test_the_flag_of_a_norm() -> None:
     call = (normal(4, 3), torch.zeros(3), torch.ones(3))
     refuses("batch_norm: training must be a bool", F.batch_norm, *call, training=NO_VALUES)
     assert F.batch_norm(*call, training=0).shape == (4, 3)
+
+
+# A call of every function that hands its arguments to C++ as they come.
+CALLS: dict[Any, dict[str, Any]] = {
+    F.conv2d: {"input": normal(1, 2, 5, 5), "weight": normal(4, 2, 3, 3), "bias": normal(4)},
+    F.linear: {"input": normal(2, 3), "weight": normal(4, 3), "bias": normal(4)},
+    F.batch_norm: {"input": normal(4, 3), "running_mean": normal(3), "running_var": normal(3), "weight": normal(3)},
+    F.cross_entropy: {"input": normal(4, 3), "target": torch.zeros(4, dtype=torch.long), "weight": normal(3)},
+    F.scaled_dot_product_attention: {"query": normal(2, 4), "key": normal(3, 4), "value": normal(3, 4)},
+    F.lstm_cell: {"input": normal(2, 3), "hx": (normal(2, 4), normal(2, 4)), "w_ih": WEIGHTS[0], "w_hh": WEIGHTS[1]},
+}
+
+
+@pytest.mark.parametrize("value", NO_TENSORS, ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize(
+    ("function", "name"), [(f, name) for f, given in CALLS.items() for name in given if name != "hx"]
+)
+def test_a_tensor_of_another_kind(function: Any, name: str, value: Any) -> None:
+    refuses(f": {name} must be a Tensor.*, got {type(value).__name__}", function, **{**CALLS[function], name: value})
+
+
+INTS = [(F.conv2d, name) for name in ("stride", "padding", "dilation", "groups")] + [(F.cross_entropy, "ignore_index")]
+
+
+@pytest.mark.parametrize("value", [1.0, True, np.float32(0.5), 2**70, None, object(), torch.tensor(1.5)], ids=repr)
+@pytest.mark.parametrize(("function", "name"), INTS)
+def test_an_int_of_another_kind(function: Any, name: str, value: Any) -> None:
+    got = str(value) if type(value) is int else type(value).__name__
+    refuses(f": {name} must be an int of 64 bits.*, got {got}", function, **{**CALLS[function], name: value})
+
+
+@pytest.mark.parametrize("value", [np.int64(1), torch.tensor(1)], ids=repr)
+def test_what_counts_as_an_int(value: Any) -> None:
+    call = CALLS[F.conv2d]
+    expected = F.conv2d(**call, stride=1, padding=1)
+    torch.testing.assert_close(F.conv2d(**call, stride=value, padding=(value, 1), groups=value), expected)
+
+
+FLOATS = [(F.batch_norm, "eps"), (F.batch_norm, "momentum"), (F.cross_entropy, "label_smoothing")]
+FLOATS += [(F.scaled_dot_product_attention, "dropout_p"), (F.scaled_dot_product_attention, "scale")]
+
+
+@pytest.mark.parametrize("value", ["1", [1.0], object()], ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize(("function", "name"), FLOATS)
+def test_a_float_of_another_kind(function: Any, name: str, value: Any) -> None:
+    refuses(f": {name} must be a float", function, **{**CALLS[function], name: value})
+
+
+def test_the_message_is_one_line() -> None:
+    with pytest.raises(TypeError) as caught:
+        F.conv2d(normal(1, 2, 5, 5), normal(4, 2, 3, 3), stride="1")
+    assert str(caught.value) == "conv2d: stride must be an int of 64 bits or a sequence of them, got str"
