@@ -126,12 +126,11 @@ void backward_call(const AttentionBackwardArgs& args) {
     const int64_t batch = index / sizes.kv_heads, kv_head = index % sizes.kv_heads;
     Scratch<T> own(wants_query && parts == 1 ? size : 0);
     T* query_gradient = parts == 1 ? own.data() : shared.data() + (index * parts + part) * size;
-    choose_products<Scalar>(sizes.query_length, sizes.key_length, sizes.head_size, sizes.value_size,
-                            [&](auto* products) {
-                              using Products = std::remove_pointer_t<decltype(products)>;
-                              return BackwardTask<Scalar, Products>(args, batch, kv_head, block_keys, query_gradient)
-                                  .run(part * blocks / parts, (part + 1) * blocks / parts);
-                            });
+    choose_products<Scalar>(sizes, [&](auto* products) {
+      using Products = std::remove_pointer_t<decltype(products)>;
+      return BackwardTask<Scalar, Products>(args, batch, kv_head, block_keys, query_gradient)
+          .run(part * blocks / parts, (part + 1) * blocks / parts);
+    });
     if (wants_query && parts == 1) store_query_gradient<Scalar>(args, batch, kv_head, query_gradient, 1);
   });
   if (!wants_query || parts == 1) return;

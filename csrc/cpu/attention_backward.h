@@ -128,7 +128,8 @@ class QuerySide {
 
 // ---- one block of the scores' gradient -----------------------------------------------------------------------------
 
-template <class Scalar, class Products>
+// kKeepsGradient: dS^T stays in the type of the sums too, where products store it in another.
+template <class Scalar, class Products, bool kKeepsGradient = false>
 class BackwardBlocks {
  public:
   using T = accumulate_t<Scalar>;
@@ -190,9 +191,9 @@ class BackwardBlocks {
     }
   }
 
-  // dS^T, where products do not round it.
+  // dS^T, not rounded.
   const T* exact_gradient() const {
-    static_assert(kInPlace);
+    static_assert(kInPlace || kKeepsGradient);
     return weight_gradient_.data();
   }
 
@@ -279,7 +280,7 @@ class BackwardBlocks {
       for (int64_t q = 0; q < queries.count; q += step) {
         if (q + step <= first || first == queries.count) {  // no products are there for these
           Products::put(weight_row, q, zero, zero, probability_check);
-          Products::put(gradient_row, q, zero, zero, check);
+          put_gradient(gradient_row, k, q, zero, zero, check);
           continue;
         }
         Vec<T> weight[2], slope[2];
@@ -294,10 +295,18 @@ class BackwardBlocks {
           }
         }
         Products::put(weight_row, q, weight[0], weight[1], probability_check);
-        Products::put(gradient_row, q, slope[0], slope[1], check);
+        put_gradient(gradient_row, k, q, slope[0], slope[1], check);
       }
     }
     products_.check(check);
+  }
+
+  DLKERNELS_INLINE void put_gradient(Left* row, int64_t k, int64_t q, Vec<T> first, Vec<T> second, Vec<T>& check) {
+    Products::put(row, q, first, second, check);
+    if constexpr (kKeepsGradient && !kInPlace) {
+      store(weight_gradient_.data() + k * kStride + q, first);
+      store(weight_gradient_.data() + k * kStride + q + Vec<T>::size, second);
+    }
   }
 
   // A vector of P^T, from scores.
@@ -306,7 +315,7 @@ class BackwardBlocks {
     Vec<T> score = load(scores_.data() + at);
     T scale = static_cast<T>(args_.scale);
     if constexpr (kBias) score = fma(score, Vec<T>(scale), load(bias_.data() + at)), scale = 1;  // as forward does
-    // Where forward's products were others, scores differ by a rounding; of huge ones that is no small exponent.
+    // Forward's products may round otherwise; of huge scores that is no small exponent.
     const Vec<T> row_max = load(queries.row_max + q);
     return Weights<Products>(scale)(min(row_max, score), row_max) * load(queries.row_factor + q);
   }

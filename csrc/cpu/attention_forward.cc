@@ -281,7 +281,7 @@ void forward_call(const AttentionForwardArgs& args) {
       ForwardTask<Scalar, MultiplyAdds<accumulate_t<Scalar>>>(args, batch, kv_head, begin, count).run_unpacked();
       return;
     }
-    choose_products<Scalar>(rows, sizes.key_length, sizes.head_size, sizes.value_size, [&](auto* products) {
+    choose_products<Scalar>(sizes, [&](auto* products) {
       using Products = std::remove_pointer_t<decltype(products)>;
       return ForwardTask<Scalar, Products>(args, batch, kv_head, begin, count).run();
     });

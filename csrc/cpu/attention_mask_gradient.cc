@@ -60,17 +60,31 @@ void add_block_to_mask(const T* gradient, int64_t stride, int64_t keys, int64_t 
   if (row_stride == 0 && column_stride == 0) *at += total;
 }
 
-template <class Scalar>
-void mask_task(const AttentionBackwardArgs& args, const MaskHeads& heads, int64_t owned, int64_t block_keys,
+// The elements that a task owns become zero.
+template <class T>
+void clear_task(const AttentionBackwardArgs& args, const MaskHeads& heads, int64_t owned, int64_t first_key,
+                int64_t last_key, T* sums) {
+  const AttentionMask<void*>& mask = args.grad_mask;
+  const int64_t place = heads.place(owned, 0), batch = place / args.sizes.heads, head = place % args.sizes.heads;
+  T* head_sums = sums + batch_offset(args.sizes, mask.batch_strides, batch) + head * mask.head_stride;
+  for (int64_t q = 0; q < (mask.row_stride == 0 ? 1 : args.sizes.query_length); ++q) {
+    for (int64_t k = first_key; k < last_key; ++k) head_sums[q * mask.row_stride + k * mask.column_stride] = 0;
+  }
+}
+
+// Returns whether the products were exact.
+template <class Scalar, class Products>
+bool mask_task(const AttentionBackwardArgs& args, const MaskHeads& heads, int64_t owned, int64_t block_keys,
                int64_t first, int64_t last, accumulate_t<Scalar>* sums) {
   using T = accumulate_t<Scalar>;
-  using Products = MultiplyAdds<T>;
   const AttentionSizes& sizes = args.sizes;
   const AttentionMask<void*>& mask = args.grad_mask;
   const int64_t E = sizes.head_size, value_size = sizes.value_size;
   Products products;
-  BackwardBlocks<Scalar, Products> blocks(args, products);
-  Scratch<T> key_rows(Products::left_size(block_keys, E)), value_rows(Products::left_size(block_keys, value_size));
+  BackwardBlocks<Scalar, Products, /*kKeepsGradient=*/true> blocks(args, products);
+  Scratch<typename Products::Left> key_rows(Products::left_size(block_keys, E)),
+      value_rows(Products::left_size(block_keys, value_size));
+  clear_task(args, heads, owned, first * block_keys, min_of(last * block_keys, sizes.key_length), sums);
   for (int64_t shared = 0; shared < heads.shared; ++shared) {
     const int64_t place = heads.place(owned, shared), batch = place / sizes.heads, head = place % sizes.heads;
     const int64_t kv_head = head / (sizes.heads / sizes.kv_heads);
@@ -91,6 +105,7 @@ void mask_task(const AttentionBackwardArgs& args, const MaskHeads& heads, int64_
       }
     }
   }
+  return products.is_exact();
 }
 
 template <class Scalar>
@@ -102,11 +117,19 @@ void mask_gradient(const AttentionBackwardArgs& args) {
   const int64_t blocks = ceil_div(sizes.key_length, block_keys);
   const int64_t parts = args.grad_mask.column_stride == 0 ? 1 : max_of(blocks, 1);
   Scratch<T> sums(args.grad_mask_size);
-  fill(sums.data(), T(0), args.grad_mask_size);
+  fill(sums.data(), T(0), args.grad_mask_size);  // what no task owns, as where there is no query
   parallel_for(heads.owned * parts, grain_of(sizes, heads.owned * parts), [&](int64_t task) {
     const int64_t part = task % parts;
-    mask_task<Scalar>(args, heads, task / parts, block_keys, part * blocks / parts, (part + 1) * blocks / parts,
-                      sums.data());
+    auto run = [&](auto* products) {
+      using Products = std::remove_pointer_t<decltype(products)>;
+      return mask_task<Scalar, Products>(args, heads, task / parts, block_keys, part * blocks / parts,
+                                         (part + 1) * blocks / parts, sums.data());
+    };
+    if constexpr (sizeof(Scalar) == sizeof(T)) {
+      choose_products<Scalar>(sizes, run);
+    } else {  // the products of half types round what they multiply
+      run(static_cast<MultiplyAdds<T>*>(nullptr));
+    }
   });
   if (args.grad_mask.type == AttentionMaskType::float32) {
     float* out = static_cast<float*>(args.grad_mask.data);

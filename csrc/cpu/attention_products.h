@@ -231,13 +231,15 @@ class Weights {
   Vec<T> scale_;
 };
 
-// Calls run(products) with a null pointer to the type of the fastest products for a block of this shape, and, where run
-// returns that they were not exact, again with multiply-adds.
+// Calls run(products) with a null pointer to the type of the fastest products for a call of this shape, and, where run
+// returns that they were not exact, again with multiply-adds. Every pass of a call chooses alike: probabilities are
+// normalised by forward's sums, whose scores other products would round otherwise.
 template <class Scalar, class Run>
-inline void choose_products(int64_t queries, int64_t keys, int64_t head_size, int64_t value_size, Run&& run) {
+inline void choose_products(const AttentionSizes& sizes, Run&& run) {
   if constexpr (kHasTiles && std::is_same_v<accumulate_t<Scalar>, float>) {
     // Below these most of a tile would be padding.
-    if (queries >= kTileHeight / 2 && min_of(keys, min_of(head_size, value_size)) >= kTileHeight) {
+    const int64_t rows = sizes.heads / sizes.kv_heads * sizes.query_length;
+    if (rows >= kTileHeight / 2 && min_of(sizes.key_length, min_of(sizes.head_size, sizes.value_size)) >= kTileHeight) {
       const bool is_exact =
           with_planes<Scalar>([&](auto planes) { return run(static_cast<TileProducts<planes()>*>(nullptr)); });
       if (is_exact) return;

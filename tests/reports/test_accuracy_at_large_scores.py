@@ -16,10 +16,10 @@ from ..cases.attention import reference
 SEEDS = range(6)
 
 
-def run(function: Callable[..., Tensor], tensors: list[Tensor], scale: float) -> list[Tensor]:
+def run(function: Callable[..., Tensor], tensors: list[Tensor], scale: float, **options: bool) -> list[Tensor]:
     """Output and gradients."""
     leaves = [t.detach().clone().requires_grad_() for t in tensors]
-    output = function(*leaves, scale=scale)
+    output = function(*leaves, scale=scale, **options)
     grad = normal(*output.shape, seed=99, dtype=torch.float64).to(output)
     return [output.detach(), *torch.autograd.grad(output, leaves, grad)]
 
@@ -44,3 +44,21 @@ def test_attention_is_as_accurate_as_torch(isa: str, head_size: int, queries: in
     size[1:] = torch.maximum(size[1:], size[3])
     ours, torchs = (ours / size).sqrt(), (torchs / size).sqrt()
     assert (ours <= 1.1 * torchs + 2.0**-25).all(), f"{ours}, torch {torchs}"
+
+
+@pytest.mark.parametrize(("group", "queries", "keys"), [(4, 5, 17), (1, 9, 31), (4, 4, 300)])
+def test_gradients_take_the_scores_of_the_output(processor_isa: str, group: int, queries: int, keys: int) -> None:
+    """Heads that share keys are one matrix of queries in forward, the gradient of a mask is a pass of its own: each is
+    to round scores as forward did, whose sums divide the probabilities. Errors of the gradients of value and mask."""
+    ours, torchs = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    for seed in SEEDS:
+        shapes = ((4, 2 * group, queries, 128), (4, 2, keys, 128), (4, 2, keys, 128), (4, 2 * group, queries, keys))
+        tensors = [normal(*shape, seed=9 * seed + i, dtype=torch.float32) for i, shape in enumerate(shapes)]
+        tensors[0] *= 5
+        exact = run(reference, [t.double() for t in tensors], 1.0, enable_gqa=group > 1)[3:]
+        for errors, function in ((ours, F.scaled_dot_product_attention), (torchs, reference)):
+            found = run(function, tensors, 1.0, enable_gqa=group > 1)[3:]
+            errors += torch.stack(
+                [(a - e).square().sum() / e.square().sum() for a, e in zip(found, exact, strict=True)]
+            )
+    assert (ours <= 2 * torchs).all(), f"{ours}, torch {torchs}"
