@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-from dlkernels.operations import OPERATIONS
-
 ROOT = Path(__file__).resolve().parent.parent
+OPERATIONS = runpy.run_path(str(ROOT / "dlkernels" / "operations.py"))["OPERATIONS"]  # the package need not be built
 SANITIZED = ROOT / "build" / "sanitize"
 # What an AVX2 processor runs; the last has the lines of AVX-512, its pairs of bfloat16 and the tiles of AMX.
 INSTRUCTION_SETS = ("avx2", "amx_emulated")

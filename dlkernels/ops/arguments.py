@@ -41,7 +41,7 @@ def named(error: TypeError, operation: str, binding: Any, names: str, values: tu
     """
     kinds = re.findall(r"\w+: ([^,]+)(?=, \w+: |\) ->)", binding.__doc__)
     for kind, (name, value) in zip(kinds, zip(names.split(), values, strict=True), strict=True):
-        if not any(_KINDS[part](value) for part in kind.split(" | ")):
+        if not any(_KINDS.get(part, _unknown)(value) for part in kind.split(" | ")):
             got = str(value) if type(value) is int and "int" in kind else type(value).__name__
             return TypeError(f"{operation}: {name} must be {_readable(kind)}, got {got}")
     return error
@@ -65,7 +65,11 @@ def _is_real(value: Any) -> bool:
     return not isinstance(value, (str, bytes, bytearray))
 
 
-# What the signatures of bindings call the kinds of an argument.
+def _unknown(value: Any) -> bool:
+    return True
+
+
+# What the signatures of bindings call the kinds of an argument; versions of pybind11 differ.
 _KINDS: dict[str, Callable[[Any], bool]] = {
     "None": lambda value: value is None,
     "torch.Tensor": lambda value: isinstance(value, Tensor),
@@ -73,6 +77,7 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
     "str": lambda value: isinstance(value, str),
     "int": _is_whole,
     "Sequence[int]": lambda value: isinstance(value, (tuple, list)) and all(map(_is_whole, value)),
+    "float": _is_real,
     "typing.SupportsFloat": _is_real,
     "typing.SupportsIndex": _is_real,
 }
