@@ -325,10 +325,10 @@ void chunk_moments(const BatchNormShape& shape, const Chunk& chunk, const Scalar
 
 // Whether a channel with these statistics needs more range than T has: differences from the mean, their squares and
 // what these are divided by may not fit. Also where the statistics are no numbers, for that may come of it.
-template <class T>
-bool is_extreme(double mean, double variance) {
+template <class T, class... Numbers>
+bool is_extreme(Numbers... numbers) {
   constexpr double kLargest = 0x1p100;
-  return sizeof(T) < sizeof(double) && !(__builtin_fabs(mean) <= kLargest && variance <= kLargest);
+  return sizeof(T) < sizeof(double) && !((__builtin_fabs(numbers) <= kLargest) && ...);
 }
 
 // What the center of a channel, its rounded mean, lacks; nothing where the mean is infinite, as it may be in
@@ -410,7 +410,7 @@ struct Forward {
     mean[c] = moments.mean;
     variance[c] = moments.squares / count;
   }
-  bool is_wide(int64_t c) const { return is_extreme<T>(mean[c], variance[c]); }
+  bool is_wide(int64_t c) const { return is_extreme<T>(mean[c], variance[c], affine.exact_scale(c)); }
 
   DLKERNELS_INLINE void write(int64_t at, int64_t count, Vec<T> center, Vec<T> scale, Vec<T> offset) const {
     Vec<T> out = normalized(load_lanes(x + at, count), center, scale, offset);
@@ -533,7 +533,7 @@ struct Backward {
   T center(int64_t c) const { return affine.center(c); }
   // Whether T does not have the range of a channel, of which these are the sums.
   bool is_wide(int64_t c, double sum_g, double sum_gx) const {
-    return is_extreme<T>(mean[c], variance[c]) || is_extreme<T>(sum_g, __builtin_fabs(sum_gx));
+    return is_extreme<T>(mean[c], variance[c], affine.exact_scale(c), sum_g, sum_gx);
   }
 
   // sum_gx is the sum of g (x - center).

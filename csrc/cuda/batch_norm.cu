@@ -153,10 +153,10 @@ __device__ Value combine_partials(const Layout& layout, int64_t channel, const V
 // ---- channels of very large numbers --------------------------------------------------------------------------------
 
 // Whether a channel with these statistics needs more range than T has, see cpu/batch_norm.cc.
-template <class T>
-__device__ bool is_extreme(double mean, double variance) {
+template <class T, class... Numbers>
+__device__ bool is_extreme(Numbers... numbers) {
   constexpr double kLargest = 0x1p100;
-  return sizeof(T) < sizeof(double) && !(fabs(mean) <= kLargest && variance <= kLargest);
+  return sizeof(T) < sizeof(double) && !((fabs(numbers) <= kLargest) && ...);
 }
 
 // Whether the constants of a channel, with this center, say that it is in double.
@@ -261,7 +261,7 @@ struct Affine {
   __device__ static Affine of(double mean, double variance, double eps, const T* weight, const T* bias,
                               int64_t channel) {
     const double factor = (weight == nullptr ? 1.0 : static_cast<double>(weight[channel])) / sqrt(variance + eps);
-    if (is_extreme<T>(mean, variance)) return {static_cast<T>(HUGE_VAL), T(0), T(0)};
+    if (is_extreme<T>(mean, variance, factor)) return {static_cast<T>(HUGE_VAL), T(0), T(0)};
     const T center = static_cast<T>(mean);
     return {
         center, static_cast<T>(factor),
@@ -488,7 +488,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   GradientSums sums = combine_partials(layout, channel, partials, AddSums());
   if (threadIdx.x >= kWarpSize) return;
   const T center = static_cast<T>(mean[channel]);
-  bool extreme = is_extreme<T>(mean[channel], variance[channel]) || is_extreme<T>(sums.gradient, fabs(sums.product));
+  const double deviation = sqrt(variance[channel] + eps);
+  const double scale = (weight == nullptr ? 1.0 : static_cast<double>(weight[channel])) / deviation;
+  bool extreme = is_extreme<T>(mean[channel], variance[channel], scale, sums.gradient, sums.product);
   extreme = __shfl_sync(kAllLanes, static_cast<int>(extreme), 0) != 0;
   if (extreme) {
     sums = sum_wide_gradients(layout, grad_output, input, gate, channel, static_cast<double>(center));
@@ -496,10 +498,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x != 0) return;
   const double rounded = rounded_away<T>(mean[channel]);
   const double product = sums.product - rounded * sums.gradient;  // of g (x - mean)
-  const double deviation = sqrt(variance[channel] + eps);
   if (grad_weight != nullptr) grad_weight[channel] = static_cast<T>(product / deviation);
   if (grad_bias != nullptr) grad_bias[channel] = static_cast<T>(sums.gradient);
-  const double scale = (weight == nullptr ? 1.0 : static_cast<double>(weight[channel])) / deviation;
   const double share = scale / layout.elements, factor = share * product / (variance[channel] + eps);
   const double constant = share * sums.gradient - factor * rounded;
   const Derivative<double> exact = {static_cast<double>(center), scale, training ? factor : 0.0,

@@ -219,7 +219,8 @@ Tensor composed_output(const variable_list& inputs, const Tensor& mean, const Te
   }
   const at::ScalarType type = accumulate_type(input.scalar_type());
   const Tensor wide = input.to(type);
-  const Tensor center = wide - (training ? wide.mean(reduced, true) : mean.to(type).reshape(broadcast));
+  Tensor center = wide - (training ? wide.mean(reduced, true) : mean.to(type).reshape(broadcast));
+  if (training) center = center - center.mean(reduced, true);  // what the rounding of the mean has left
   const Tensor spread = training ? center.square().mean(reduced, true) : variance.to(type).reshape(broadcast);
   Tensor output = center * (spread + eps).rsqrt();
   if (inputs[1].defined()) output = output * inputs[1].to(type).reshape(broadcast);

@@ -125,6 +125,17 @@ def test_evaluation_with_an_infinite_statistic(isa: str, dtype: torch.dtype, sta
     assert torch.equal(ours, expected)
 
 
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+def test_a_weight_over_the_deviation_that_overflows(isa: str, channels_last: bool) -> None:
+    x = images(torch.float32, (0.05, 1.0))
+    if channels_last:
+        x = x.to(memory_format=torch.channels_last)
+    weight, bias, cotangent = torch.tensor([1e38, 2.0]), torch.randn(2), torch.randn(x.shape) * 1e-3
+    ours = results(train(functional.batch_norm), x, weight, bias, cotangent)
+    wide = [t.double() for t in (x, weight, bias, cotangent)]
+    assert_channels_close(ours, results(train(torch_functional.batch_norm), *wide), 2e-6)
+
+
 def test_large_gradients_alone(isa: str) -> None:
     x, cotangent = torch.randn(4, 2, 8, 8), torch.randn(4, 2, 8, 8) * 1e37
     ours = results(train(functional.batch_norm), x, torch.ones(2), torch.zeros(2), cotangent)

@@ -27,3 +27,16 @@ def test_equal_numbers_become_zero(
     x = values.view(1, 3, 1, 1).expand(size[0], 3, *size[1:]).contiguous(memory_format=memory_format)
     y = F.batch_norm(x, None, None, None, None, True)
     torch.testing.assert_close(y, torch.zeros_like(y), rtol=0, atol=0)
+
+
+def test_second_derivatives_of_equal_numbers() -> None:
+    """Without variance all that is left of centred numbers is the rounding of the mean."""
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        x = torch.tensor([1.8691232, 0.1]).to(dtype).view(1, 2, 1).expand(11, 2, 5).clone().requires_grad_()
+        grad, direction = (torch.randn(11, 2, 5, generator=torch.Generator().manual_seed(i)).to(dtype) for i in (1, 2))
+        y = F.batch_norm(x, None, None, training=True)
+        (first,) = torch.autograd.grad(y, x, grad.requires_grad_(), create_graph=True)
+        results.append(torch.autograd.grad((first * direction).sum(), [x, grad]))
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours.double(), expected, rtol=0, atol=2e-6 * float(expected.abs().max()))
