@@ -199,6 +199,7 @@ def test_an_interrupted_run_saves_and_says_how_to_go_on(
 
 def test_a_second_signal_does_not_wait() -> None:
     trainer = prepared()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what runs in the background
     with train.interrupt.stopping_on_signals(trainer):
         os.kill(os.getpid(), signal.SIGINT)
         assert trainer.stop_requested

@@ -82,9 +82,15 @@ def torch_multiplies_padding(case: Case) -> bool:
     return str(case) == "conv2d-one_row" and "512" not in torch.backends.cpu.get_cpu_capability()
 
 
+# Minutes of the simulator; their blocks are those of smaller cases, and a NaN goes wherever an infinity would.
+LONG_IN_THE_SIMULATOR = ("attention-long", "attention-long_causal", "attention-long_float_mask")
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
 @pytest.mark.parametrize("case", [c for c in all_cases() if c.same_nonfinite], ids=str)
 def test_nan_and_inf_appear_where_torch_has_them(case: Case, value: float, isa: str) -> None:
+    if isa == "simt" and math.isinf(value) and str(case) in LONG_IN_THE_SIMULATOR:
+        pytest.skip("minutes of the simulator: NaN alone")
     for position in case.build(torch.float32).differentiable():
         if math.isinf(value) and case.infinite_arguments is not None and position not in case.infinite_arguments:
             continue

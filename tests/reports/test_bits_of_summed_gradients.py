@@ -32,7 +32,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 # query, key and value; of some the gradient is a sum over batches, or over the heads of a group
-SHAPES = {
+SHAPES: dict[str, tuple[tuple[int, ...], ...]] = {
     "broadcast key and value": ((37, 4, 9, 16), (1, 4, 11, 16), (1, 4, 11, 16)),
     "broadcast query": ((1, 4, 9, 16), (37, 4, 11, 16), (37, 4, 11, 16)),
     "broadcast heads": ((3, 40, 9, 16), (3, 1, 11, 16), (3, 40, 11, 16)),
@@ -57,7 +57,10 @@ def gradients(tensors: list[Tensor], is_second: bool) -> list[Tensor]:
 def test_gradients_of_attention_have_the_bits_of_contiguous_arguments(
     isa: str, name: str, layout: str, is_second: bool
 ) -> None:
-    plain = [normal(*shape, seed=seed, dtype=torch.float32) for seed, shape in enumerate(SHAPES[name], 1)]
+    shapes = SHAPES[name]
+    if isa == "simt":  # which is slow, and sums no batches itself
+        shapes = tuple((min(shape[0], 3), min(shape[1], 3), *shape[2:]) for shape in shapes)
+    plain = [normal(*shape, seed=seed, dtype=torch.float32) for seed, shape in enumerate(shapes, 1)]
     expected = gradients(plain, is_second)
     for position in range(3):
         arranged = [LAYOUTS[layout](t) if i == position else t for i, t in enumerate(plain)]
