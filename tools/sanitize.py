@@ -38,10 +38,12 @@ def build() -> None:
 
 
 def environment() -> dict[str, str]:
-    """AddressSanitizer has to be loaded first; what Python and torch keep until the end are no leaks of ours."""
-    found = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+    """AddressSanitizer has to be loaded first, and C++'s library with it: it looks for the function that throws when it
+    is loaded. What Python and torch keep until the end are no leaks of ours."""
+    asked = (["g++", f"-print-file-name={name}"] for name in ("libasan.so", "libstdc++.so.6"))
+    found = (subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() for command in asked)
     return os.environ | {
-        "LD_PRELOAD": found.stdout.strip(),
+        "LD_PRELOAD": ":".join(found),
         "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "PYTHONPATH": str(SANITIZED),

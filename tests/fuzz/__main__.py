@@ -6,6 +6,7 @@ import argparse
 import faulthandler
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -94,7 +95,9 @@ def fuzz(isa: str, seed: int, seconds: float, options: argparse.Namespace) -> tu
             if operation is None:  # it did not begin
                 raise SystemExit(worker.stderr)
             findings += 1
-            where = worker.stderr.partition("\nExtension modules:")[0][-CRASH_TEXT:]
+            where = worker.stderr.partition("\nExtension modules:")[0]
+            sanitizer = re.search(r".*(Sanitizer|runtime error):", where)  # such a report says what, then where
+            where = where[sanitizer.start() :][:CRASH_TEXT] if sanitizer else where[-CRASH_TEXT:]
             print(f"{isa} {operation}: ended with status {worker.returncode}\n{where}")
             print(f"  {repeat(isa, at, options)}", flush=True)
             seed, total = at + 1, total + 1
