@@ -14,6 +14,11 @@ NO_TENSORS = [1, 1.5, "x", [1, 2], {}, object(), b"a"]
 NO_VALUES = torch.empty(0)
 
 
+def kind(value: Any) -> str:
+    """What a value is called in a test's name, the same in every process."""
+    return type(value).__name__
+
+
 def normal(*shape: int) -> torch.Tensor:
     return torch.randn(*shape)
 
@@ -40,7 +45,7 @@ def refuses(message: str, function: Any, *args: Any, **kwargs: Any) -> None:
         function(*args, **kwargs)
 
 
-@pytest.mark.parametrize("value", NO_TENSORS, ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize("value", NO_TENSORS, ids=kind)
 @pytest.mark.parametrize("positions", [(), (2,)])
 @pytest.mark.parametrize("name", ["input", "linear_weight", "target"])
 def test_a_layer_of_a_loss(name: str, positions: tuple[int, ...], value: Any) -> None:
@@ -55,13 +60,13 @@ def test_parameters_of_a_loss_of_several_positions(name: str) -> None:
     refuses(f"linear_cross_entropy: {name} must be a Tensor", F.linear_cross_entropy, *call, **{name: 1})
 
 
-@pytest.mark.parametrize("value", NO_TENSORS, ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize("value", NO_TENSORS, ids=kind)
 @pytest.mark.parametrize("name", ["input", "hx", "params"])
 def test_tensors_of_an_lstm(name: str, value: Any) -> None:
     refuses(rf"lstm: {name}(\[0\])? must be a", F.lstm, *{**DENSE, name: value}.values())
 
 
-@pytest.mark.parametrize("value", [1.5, "x", None, True, [1]], ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize("value", [1.5, "x", None, True, [1]], ids=kind)
 def test_a_number_of_layers(value: Any) -> None:
     refuses("lstm: num_layers must be an int", F.lstm, *{**DENSE, "num_layers": value}.values())
     refuses("lstm: num_layers must be an int", F.lstm, *{**PACKED, "num_layers": value}.values())
@@ -72,7 +77,7 @@ def test_flags_of_an_lstm(name: str) -> None:
     refuses(f"lstm: {name} must be a bool", F.lstm, *{**DENSE, name: NO_VALUES}.values())
 
 
-@pytest.mark.parametrize("value", [1, "x", None, object()], ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize("value", [1, "x", None, object()], ids=kind)
 def test_states_of_a_cell(value: Any) -> None:
     refuses("lstm_cell: hx must be a sequence of Tensors", F.lstm_cell, normal(2, 3), value, *WEIGHTS)
 
@@ -94,7 +99,7 @@ CALLS: dict[Any, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("value", NO_TENSORS, ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize("value", NO_TENSORS, ids=kind)
 @pytest.mark.parametrize(
     ("function", "name"), [(f, name) for f, given in CALLS.items() for name in given if name != "hx"]
 )
@@ -105,14 +110,14 @@ def test_a_tensor_of_another_kind(function: Any, name: str, value: Any) -> None:
 INTS = [(F.conv2d, name) for name in ("stride", "padding", "dilation", "groups")] + [(F.cross_entropy, "ignore_index")]
 
 
-@pytest.mark.parametrize("value", [1.0, True, np.float32(0.5), 2**70, None, object(), torch.tensor(1.5)], ids=repr)
+@pytest.mark.parametrize("value", [1.0, True, np.float32(0.5), 2**70, None, object(), torch.tensor(1.5)], ids=kind)
 @pytest.mark.parametrize(("function", "name"), INTS)
 def test_an_int_of_another_kind(function: Any, name: str, value: Any) -> None:
     got = str(value) if type(value) is int else type(value).__name__
     refuses(f": {name} must be an int of 64 bits.*, got {got}", function, **{**CALLS[function], name: value})
 
 
-@pytest.mark.parametrize("value", [np.int64(1), torch.tensor(1)], ids=repr)
+@pytest.mark.parametrize("value", [np.int64(1), torch.tensor(1)], ids=kind)
 def test_what_counts_as_an_int(value: Any) -> None:
     call = CALLS[F.conv2d]
     expected = F.conv2d(**call, stride=1, padding=1)
@@ -123,7 +128,7 @@ FLOATS = [(F.batch_norm, "eps"), (F.batch_norm, "momentum"), (F.cross_entropy, "
 FLOATS += [(F.scaled_dot_product_attention, "dropout_p"), (F.scaled_dot_product_attention, "scale")]
 
 
-@pytest.mark.parametrize("value", ["1", [1.0], object()], ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize("value", ["1", [1.0], object()], ids=kind)
 @pytest.mark.parametrize(("function", "name"), FLOATS)
 def test_a_float_of_another_kind(function: Any, name: str, value: Any) -> None:
     refuses(f": {name} must be a float", function, **{**CALLS[function], name: value})
