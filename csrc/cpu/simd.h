@@ -54,7 +54,7 @@ template <>
 struct Lanes<float> {
   static constexpr int64_t count = kVectorBytes / 4;
   typedef float type __attribute__((vector_size(kVectorBytes)));
-  typedef float unaligned __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
+  typedef float unaligned __attribute__((vector_size(kVectorBytes), aligned(2), may_alias));  // also of bfloat16
   typedef int32_t integer __attribute__((vector_size(kVectorBytes)));
   typedef uint32_t bits __attribute__((vector_size(kVectorBytes)));
   typedef uint16_t half_bits __attribute__((vector_size(kVectorBytes / 2)));

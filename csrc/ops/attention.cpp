@@ -332,8 +332,10 @@ Tensor dropout_factors(const Tensor& grad_output, const c10::SymInt& S, const Te
 Tensor composed_attention(const Tensor& query, Tensor key, Tensor value, const Tensor& mask, const Tensor& dropout,
                           bool is_causal, std::optional<double> scale, bool enable_gqa) {
   if (enable_gqa) {
-    key = key.repeat_interleave_symint(query.sym_size(-3) / key.sym_size(-3), -3);
-    value = value.repeat_interleave_symint(query.sym_size(-3) / value.sym_size(-3), -3);
+    for (Tensor* shared : {&key, &value}) {
+      const c10::SymInt heads = shared->sym_size(-3);
+      if (heads != 0) *shared = shared->repeat_interleave_symint(query.sym_size(-3) / heads, -3);
+    }
   }
   const int64_t E = query.sym_size(-1).guard_int(__FILE__, __LINE__);
   const double factor = scale.value_or(E == 0 ? 1.0 : 1.0 / std::sqrt(static_cast<double>(E)));

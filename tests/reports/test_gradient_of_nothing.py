@@ -58,3 +58,12 @@ def test_gradients_of_broadcast_inputs_that_nothing_reads_are_zeros(isa: str, dt
         torch.testing.assert_close(value, torch.full_like(value, 10 / 6))
     else:
         torch.testing.assert_close(value, torch.zeros_like(value), rtol=0, atol=0)
+
+
+def test_second_derivatives_where_there_are_no_heads_to_share() -> None:
+    inputs = [torch.empty(2, 0, size, 4, requires_grad=True) for size in (5, 6, 6)]
+    output = F.scaled_dot_product_attention(*inputs, enable_gqa=True)
+    grad = torch.empty_like(output, requires_grad=True)
+    first = torch.autograd.grad(output, inputs, grad, create_graph=True)
+    second = torch.autograd.grad(sum(g.square().sum() for g in first), [*inputs, grad], allow_unused=True)
+    assert all(g is None or g.numel() == 0 for g in second)
