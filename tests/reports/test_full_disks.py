@@ -26,35 +26,34 @@ pytest.importorskip("typer")
 pytestmark = pytest.mark.usefixtures("small_networks")
 
 LARGE = errno.EFBIG  # what a limit on the size of files gives in the place of ENOSPC
+LIMIT = resource.getrlimit(resource.RLIMIT_FSIZE)
 
 
 @contextlib.contextmanager
 def at_most(size: int) -> Iterator[None]:
     """In it no file can become larger than ``size`` bytes."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, LIMIT[1]))
     try:
         yield
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        resource.setrlimit(resource.RLIMIT_FSIZE, LIMIT)
 
 
 @pytest.fixture
-def fill(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, Callable[[], int]], None]]:
-    """Lets files grow no larger than so many bytes from a step of training on, until the test ends."""
-    before, run = resource.getrlimit(resource.RLIMIT_FSIZE), Trainer.run
+def fill(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], int]], None]:
+    """Lets files grow no larger than so many bytes from a step of training on, until the command has failed."""
+    run = Trainer.run
 
     def fill(step: int, size: Callable[[], int]) -> None:
         def filling(trainer: Trainer) -> Iterator[Progress]:
             for progress in run(trainer):
                 if progress.step == step:
-                    resource.setrlimit(resource.RLIMIT_FSIZE, (size(), before[1]))
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (size(), LIMIT[1]))
                 yield progress
 
         monkeypatch.setattr(Trainer, "run", filling)
 
-    yield fill
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    return fill
 
 
 def arguments(folder: Path, *options: str) -> list[str]:
@@ -65,7 +64,10 @@ def arguments(folder: Path, *options: str) -> list[str]:
 def failing(capsys: pytest.CaptureFixture[str], command: list[str]) -> str:
     """The one line of a command that fails."""
     capsys.readouterr()
-    assert cli.run(command) == 1
+    try:
+        assert cli.run(command) == 1
+    finally:  # pytest writes its own line before a fixture would lift the limit
+        resource.setrlimit(resource.RLIMIT_FSIZE, LIMIT)
     error = capsys.readouterr().err
     assert error.startswith("dlkernels: ")
     assert error.count("\n") == 1
@@ -90,7 +92,7 @@ def test_a_run_ends_with_its_last_checkpoint_whole_and_goes_on_from_there(
     pytest.importorskip("tensorboard")
     folder, log = tmp_path / "run", tmp_path / "log.jsonl"
     options = ["--tensorboard", str(folder / "board")] if what == "board" else ["--log-file", str(log)]
-    before, run = resource.getrlimit(resource.RLIMIT_FSIZE), Trainer.run
+    run = Trainer.run
     assert cli.run(arguments(tmp_path / "whole")) == 0
 
     def room() -> int:
@@ -101,7 +103,6 @@ def test_a_run_ends_with_its_last_checkpoint_whole_and_goes_on_from_there(
 
     fill(7 if what == "checkpoint" else 6, room)
     error = failing(capsys, arguments(folder, *options))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
     place = {"checkpoint": folder / checkpoint.LAST, "log": log, "board": folder / "board"}[what]
     assert error.startswith(str(place))
     assert f"{os.strerror(LARGE)}, at step " in error
