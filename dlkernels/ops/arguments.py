@@ -34,7 +34,7 @@ def truth(operation: str, name: str, value: Any) -> bool:
         raise TypeError(f"{operation}: {name} must be a bool, got {type(value).__name__}: {error}") from None
 
 
-def named(error: TypeError, operation: str, binding: Any, names: str, values: tuple[Any, ...]) -> TypeError:
+def named(error: TypeError, binding: Any, names: str, values: tuple[Any, ...]) -> TypeError:
     """The error of a call of ``binding``, with the first argument that it has no place for; as it is where all fit.
 
     Names and values are in the order of the binding's.
@@ -43,7 +43,7 @@ def named(error: TypeError, operation: str, binding: Any, names: str, values: tu
     for kind, (name, value) in zip(kinds, zip(names.split(), values, strict=True), strict=True):
         if not any(_KINDS.get(part, _unknown)(value) for part in kind.split(" | ")):
             got = str(value) if type(value) is int and "int" in kind else type(value).__name__
-            return TypeError(f"{operation}: {name} must be {_readable(kind)}, got {got}")
+            return TypeError(f"{binding.__name__}: {name} must be {_readable(kind)}, got {got}")
     return error
 
 

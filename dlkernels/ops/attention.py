@@ -74,7 +74,7 @@ def scaled_dot_product_attention(
         return _C.attention(*arguments)
     except TypeError as error:
         names = "query key value attn_mask dropout_p is_causal scale enable_gqa"
-        raise named(error, "attention", _C.attention, names, arguments) from None
+        raise named(error, _C.attention, names, arguments) from None
 
 
 def _by_torch(*arguments: Any, **keywords: Any) -> Tensor:

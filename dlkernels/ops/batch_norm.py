@@ -74,7 +74,7 @@ def batch_norm(
         return _C.batch_norm(*arguments)
     except TypeError as error:
         names = "input weight bias residual running_mean running_var training momentum eps activation"
-        raise named(error, "batch_norm", _C.batch_norm, names, arguments) from None
+        raise named(error, _C.batch_norm, names, arguments) from None
 
 
 _APPLIED: dict[str | None, Callable[[Tensor], Tensor]] = {

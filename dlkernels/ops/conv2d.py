@@ -60,7 +60,7 @@ def conv2d(
         return _C.conv2d(*arguments)
     except TypeError as error:
         names = "input weight bias stride padding dilation groups"
-        raise named(error, "conv2d", _C.conv2d, names, arguments) from None
+        raise named(error, _C.conv2d, names, arguments) from None
 
 
 def _pair(value: int | tuple[int, ...]) -> list[int]:

@@ -85,7 +85,7 @@ def cross_entropy(
         return _C.cross_entropy(*arguments)
     except TypeError as error:
         names = "input target weight reduction ignore_index label_smoothing"
-        raise named(error, "cross_entropy", _C.cross_entropy, names, arguments) from None
+        raise named(error, _C.cross_entropy, names, arguments) from None
 
 
 @traced_as(_C.cross_entropy)

@@ -42,7 +42,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return _C.linear(*arguments)
     except TypeError as error:
         names = "input weight bias"
-        raise named(error, "linear", _C.linear, names, arguments) from None
+        raise named(error, _C.linear, names, arguments) from None
 
 
 @traced_as(_C.linear)

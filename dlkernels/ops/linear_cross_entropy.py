@@ -97,7 +97,7 @@ def linear_cross_entropy(
         return _C.linear_cross_entropy(*arguments)
     except TypeError as error:
         names = "input linear_weight linear_bias target weight reduction ignore_index label_smoothing"
-        raise named(error, "linear_cross_entropy", _C.linear_cross_entropy, names, arguments) from None
+        raise named(error, _C.linear_cross_entropy, names, arguments) from None
 
 
 def _ignored_index(input: Tensor, linear_weight: Tensor, target: Tensor, ignore_index: int | None) -> int:

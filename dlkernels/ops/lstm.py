@@ -62,7 +62,7 @@ def lstm_cell(
     try:
         return _C.lstm_cell(*arguments)
     except TypeError as error:
-        raise named(error, "lstm_cell", _C.lstm_cell, "input hx[0] hx[1] w_ih w_hh b_ih b_hh", arguments) from None
+        raise named(error, _C.lstm_cell, "input hx[0] hx[1] w_ih w_hh b_ih b_hh", arguments) from None
 
 
 @overload
